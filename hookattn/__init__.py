@@ -1,0 +1,31 @@
+"""hookattn: read the attention of Vision Transformers, exactly, while the fused kernel runs.
+
+    with AttentionRecorder(model) as rec:
+        logits = model(images)
+    rec.maps["blocks.11.attn"][:, :, 0]      # (batch, heads, keys): what the class token looks at
+
+Rooms, an import may only point down:
+
+    cli                   the only file that prints
+    demo  plot            the demo's model and scenes; matplotlib
+    analysis  testing     pure functions of maps; the conformance test of a recipe
+    recorder              the only file that touches a model
+    discovery             which modules of a model are attention
+    maps                  AttentionMap, read when sliced
+    tokens  trace         prefix tokens and grids; who calls an attention module with what
+    replay  recipes/      how queries and keys come out of a call
+    calls                 a captured call
+    functional            the mathematics, the only softmax
+    errors
+"""
+
+from __future__ import annotations
+
+from . import errors
+from .functional import QK
+from .maps import AttentionMap
+from .recipes import project, recipe
+from .recorder import AttentionRecorder
+
+__all__ = ["QK", "AttentionMap", "AttentionRecorder", "errors", "project", "recipe"]
+__version__ = "0.1.0"

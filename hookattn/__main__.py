@@ -1,0 +1,20 @@
+"""Entry point: `python -m hookattn` and the `hookattn` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say which packages it needs."""
+    from .errors import MissingExtraError
+
+    try:
+        from .cli import app
+    except MissingExtraError as error:
+        sys.exit(f"hookattn: {error}")
+    app()
+
+
+if __name__ == "__main__":
+    main()

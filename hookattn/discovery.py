@@ -1,0 +1,168 @@
+"""Which modules of a model form attention maps: found by class, not by path."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Union
+
+from torch import nn
+
+from .errors import LayerNotFoundError, ModelError, UnreadableError
+from .recipes import find_recipe, names_of
+
+Layer = Union[str, int]
+Layers = Union[None, Layer, Sequence[Layer], Callable[[str, nn.Module], bool]]
+
+_LOOKS_LIKE_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA|SHMA|SHSA|GPSA)")
+_PAIRLESS = "its softmax runs over positions alone; no pair of a query and a key has a weight"
+_CHANNELS = "it attends from channels to channels, not from tokens to tokens"
+_GATE = "it is a gate: its weights choose channels, places or branches, not keys for a query"
+_LINEAR = "it is linear attention: there is no softmax and no map"
+_FOLDED = "its map has windows or heads folded into other axes than (batch, head, query, key)"
+
+_UNREADABLE = {
+    "timm.models.coat.FactorAttnConvRelPosEnc": _PAIRLESS,
+    "timm.models.efficientvim.HSMSSD": _PAIRLESS,
+    "timm.models.mobilevit.LinearSelfAttention": _PAIRLESS,
+    "timm.models.mobilevit.MobileVitV2Block": _PAIRLESS,
+    "timm.layers.global_context.GlobalContext": _PAIRLESS,
+    "timm.layers.lambda_layer.LambdaLayer": _PAIRLESS,
+    "timm.models.xcit.XCA": _CHANNELS,
+    "timm.models.davit.ChannelAttention": _CHANNELS,
+    "timm.models.davit.ChannelAttentionV2": _CHANNELS,
+    "timm.models.edgenext.CrossCovarianceAttn": _CHANNELS,
+    "timm.layers.split_attn.SplitAttn": _GATE,
+    "timm.layers.split_attn.RadixSoftmax": _GATE,
+    "timm.layers.selective_kernel.SelectiveKernelAttn": _GATE,
+    "timm.layers.cbam.ChannelAttn": _GATE,
+    "timm.layers.cbam.LightChannelAttn": _GATE,
+    "timm.layers.cbam.SpatialAttn": _GATE,
+    "timm.layers.cbam.LightSpatialAttn": _GATE,
+    "timm.layers.gather_excite.GatherExcite": _GATE,
+    "timm.layers.non_local_attn.BilinearAttnTransform": "its rows are normalised sigmoids, not a softmax",
+    "timm.models.efficientvit_mit.LiteMLA": _LINEAR,
+    "timm.models.swiftformer.EfficientAdditiveAttention": _LINEAR,
+    "timm.models.focalnet.FocalModulation": _LINEAR,
+    "timm.models.csatv2.SpatialAttention": _GATE,
+    "timm.models.nextvit.ConvAttention": "it is a convolution in heads: there is no softmax and no map",
+    "timm.models.csatv2.SpatialTransformerBlock": "its softmax runs over the batch and is always 1 / batch",
+    "timm.models.volo.OutlookAttention": _FOLDED,
+    "timm.models.efficientvit_msra.CascadedGroupAttention": _FOLDED,
+    "timm.models.nest.Attention": _FOLDED,
+    "timm.models.hiera.MaskUnitAttention": _FOLDED,
+    "timm.models.twins.LocallyGroupedAttn": _FOLDED,
+    "timm.layers.halo_attn.HaloAttn": _FOLDED,
+    "timm.layers.bottleneck_attn.BottleneckAttn": _FOLDED,
+    "timm.models.vision_transformer_sam.Attention": _FOLDED,
+}
+
+
+class Found(NamedTuple):
+    """What a model has in the way of attention.
+
+    Attributes:
+        readable: attention modules by name, in the order of `named_modules`.
+        skipped: names of the others, each with its class and the reason why no map of it can be read.
+    """
+
+    readable: dict[str, nn.Module]
+    skipped: dict[str, str]
+
+
+def find_attention(model: nn.Module) -> Found:
+    """All attention of a model: what has a recipe, and the innermost modules whose class is named like attention."""
+    named = {name or type(module).__name__: module for name, module in model.named_modules()}
+    skipped = {name: reason for name, module in named.items() if (reason := unreadable(module))}
+    likely = {name: m for name, m in named.items() if name not in skipped and _is_attention(m)}
+    inner = [*likely.values(), *(named[name] for name in skipped)]
+    readable = {name: m for name, m in likely.items() if find_recipe(m) or not _holds_another(m, inner)}
+    return Found(readable, skipped)
+
+
+def unreadable(module: nn.Module) -> str | None:
+    """Why a module that is known to have no readable map has none; None for all others."""
+    if find_recipe(module) is not None:
+        return None
+    reason = next((_UNREADABLE[name] for name in names_of(module) if name in _UNREADABLE), None)
+    return reason and f"{type(module).__name__}: {reason}"
+
+
+def choose(model: nn.Module, layers: Layers) -> Found:
+    """The attention modules of a model that `layers` narrows it down to.
+
+    Raises:
+        ModelError: the model has no attention.
+        LayerNotFoundError: a name, pattern or index fits nothing.
+        UnreadableError: a name asks for a module that forms no readable map.
+    """
+    found = find_attention(model)
+    if layers is None:
+        if not found.readable:
+            raise ModelError(_no_attention(model, found))
+        return found
+    if callable(layers):
+        chosen = [name for name, module in found.readable.items() if layers(name, module)]
+        if not chosen:
+            raise LayerNotFoundError(f"layers= accepts none of {_listed(found.readable)}.")
+    else:
+        wanted = [layers] if isinstance(layers, (str, int)) else list(layers)
+        chosen = [name for layer in wanted for name in _named(model, found, layer)]
+    modules = {**found.readable, **dict(model.named_modules())}
+    in_order = [name for name in modules if name in set(chosen)]
+    return Found({name: modules[name] for name in in_order}, found.skipped)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence that names what somebody who typed `name` may have meant."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+    return f"Did you mean {', '.join(map(repr, close))}?" if close else f"There is: {_listed(names)}."
+
+
+def _named(model: nn.Module, found: Found, layer: Layer) -> list[str]:
+    """Names that one entry of `layers` stands for."""
+    names = list(found.readable)
+    if isinstance(layer, int):
+        if not -len(names) <= layer < len(names):
+            raise LayerNotFoundError(
+                f"there is no layer {layer}: the model has {len(names)} attention modules, 0 to {len(names) - 1}."
+            )
+        return [names[layer]]
+    if layer in found.readable:
+        return [layer]
+    if layer in found.skipped:
+        raise UnreadableError(f"{layer!r} has no map to read. {found.skipped[layer]}.")
+    matches = fnmatch.filter(names, layer) or [name for name in names if name.startswith(f"{layer}.")]
+    if not matches and layer in dict(model.named_modules()):
+        return [layer]
+    if not matches:
+        raise LayerNotFoundError(f"no attention module is called {layer!r}. {nearest(layer, names)}")
+    return matches
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return find_recipe(module) is not None or _LOOKS_LIKE_ATTENTION.search(type(module).__name__) is not None
+
+
+def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:
+    inside = set(module.modules()) - {module}
+    return any(other in inside for other in others)
+
+
+def _no_attention(model: nn.Module, found: Found) -> str:
+    who = type(model).__name__
+    if found.skipped:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.skipped.items())[:3])
+        return f"{who} has no attention map that can be read. {reasons}."
+    return (
+        f"no attention module was found in {who}. If one of its modules forms a softmax map, name it: "
+        "AttentionRecorder(model, layers=[...]); model.named_modules() lists the names."
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names if len(names) <= 8 else [*names[:4], "...", *names[-2:]]) or "nothing"

@@ -1,0 +1,57 @@
+"""Everything that hookattn raises on purpose.
+
+    HookattnError
+    ├── ModelError            the model cannot be recorded: no attention, DataParallel, scripted (a TypeError)
+    ├── RecorderError         the recorder is used in the wrong order: entered twice, asked for what it was not told to keep
+    ├── LayerNotFoundError    `layers=` or `rec.maps[...]` names nothing (a LookupError)
+    ├── NoMapError            there is no map yet: no forward, or a forward that reached no hook (a LookupError)
+    ├── UnreadableError       this module forms no map that can be read; the reason is told
+    ├── StaleMapError         what the map would be computed from has changed since the forward
+    ├── UnfaithfulMapError    a map put into the module's own forward gave another output
+    ├── TokenError            tokens and image do not fit: no class token, no such patch, no known grid (a ValueError)
+    └── MissingExtraError     an optional dependency is not installed (an ImportError)
+
+Each message says what was found and what to type next.
+"""
+
+from __future__ import annotations
+
+
+class HookattnError(Exception):
+    """Base of everything raised on purpose."""
+
+
+class ModelError(HookattnError, TypeError):
+    """The model cannot be recorded as it is."""
+
+
+class RecorderError(HookattnError, RuntimeError):
+    """The recorder is used in the wrong order, or asked for what it was not told to keep."""
+
+
+class LayerNotFoundError(HookattnError, LookupError):
+    """No attention module answers to this name, pattern or index."""
+
+
+class NoMapError(HookattnError, LookupError):
+    """No map was recorded."""
+
+
+class UnreadableError(HookattnError):
+    """The module forms no map that can be read, for the reason told."""
+
+
+class StaleMapError(HookattnError, RuntimeError):
+    """An input or a parameter has changed since the forward, so the map of that forward is gone."""
+
+
+class UnfaithfulMapError(HookattnError, AssertionError):
+    """The map is not the one the module's output came from."""
+
+
+class TokenError(HookattnError, ValueError):
+    """The tokens of the map do not stand for what was asked."""
+
+
+class MissingExtraError(HookattnError, ImportError):
+    """An optional dependency is not installed."""

@@ -1,0 +1,144 @@
+"""The mathematics of an attention map, and the only softmax in the package.
+
+A recipe hands over what a map is made of, a `QK`; replay of a module that never shows its queries and keys hands over
+`Scores`. Both can be narrowed to some images, heads and rows before anything of size queries x keys is formed.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Union
+
+import torch
+from torch import Tensor
+
+Pick = Union[slice, Tensor]
+"""What narrows one axis: a slice or a 1-d tensor of indices."""
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class QK:
+    """Queries and keys of one attention call: softmax(q k^T * scale + bias) over the keys the mask lets through.
+
+    Attributes:
+        q: (batch, heads, queries, head_dim), normalised and rotated, not yet scaled.
+        k: (batch, heads, keys, head_dim), likewise.
+        scale: a number, or a tensor that broadcasts to (batch, heads, queries, 1); None stands for head_dim ** -0.5.
+        bias: float tensor that broadcasts to (batch, heads, queries, keys), added to the scaled scores.
+        mask: bool tensor that broadcasts likewise, True where a query may attend.
+        is_causal: query i attends to keys 0 .. i.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float | Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, _ = self.q.shape
+        return batch, heads, queries, self.k.shape[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the map is computed in: float64 for float64 queries, float32 for everything else."""
+        return exact_dtype(self.q.dtype)
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> QK:
+        """The same for some images, heads and queries; each axis is picked on its own."""
+
+        def narrowed(value: Tensor) -> Tensor:
+            return _pick(value.expand(*self.shape[:3], value.shape[-1]), batch, heads, rows)
+
+        mask = None if self.mask is None else narrowed(self.mask)
+        if self.is_causal:
+            order = torch.arange(max(self.shape[2:]), device=self.q.device)
+            causal = order[: self.shape[3]] <= order[: self.shape[2]][rows, None]
+            mask = causal if mask is None else mask & causal
+        return replace(
+            self,
+            q=_pick(self.q, batch, heads, rows),
+            k=_pick(self.k, batch, heads, ALL),
+            scale=narrowed(self.scale) if isinstance(self.scale, Tensor) else self.scale,
+            bias=None if self.bias is None else narrowed(self.bias),
+            mask=mask,
+            is_causal=False,
+        )
+
+    def probabilities(self) -> Tensor:
+        """The map: (batch, heads, queries, keys), in `dtype`, rows that sum to 1.
+
+        The query is scaled before the product, and everything after the projections is done in `dtype`, under autocast
+        too: half-precision scores overflow, and half-precision rows do not sum to 1. A row that the mask or the bias
+        closes throughout is zero, as `scaled_dot_product_attention` has it.
+        """
+        if self.is_causal:
+            return self.narrow().probabilities()
+        with exactly(self.q.device):
+            scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+            scores = (self.q.to(self.dtype) * scale) @ self.k.to(self.dtype).transpose(-2, -1)
+            if self.bias is not None:
+                scores = scores + self.bias.to(self.dtype)
+            if self.mask is not None:
+                scores = scores.masked_fill(~self.mask, float("-inf"))
+            if self.bias is None and self.mask is None:
+                return scores.softmax(-1)
+            closed = (scores == float("-inf")).all(-1, keepdim=True)
+            return scores.softmax(-1).masked_fill(closed, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores a module has formed itself, right before its softmax over the last axis.
+
+    Attributes:
+        scores: (batch, heads, queries, keys).
+    """
+
+    scores: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, keys = self.scores.shape
+        return batch, heads, queries, keys
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the map is computed in: float64 for float64 scores, float32 for everything else."""
+        return exact_dtype(self.scores.dtype)
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Scores:
+        """The same for some images, heads and queries."""
+        return replace(self, scores=_pick(self.scores, batch, heads, rows))
+
+    def probabilities(self) -> Tensor:
+        """The map: (batch, heads, queries, keys), in `dtype`; a row that is closed throughout is NaN, as in the module."""
+        with exactly(self.scores.device):
+            return self.scores.to(self.dtype).softmax(-1)
+
+
+Source = Union[QK, Scores]
+"""What a map is computed from."""
+
+
+def exactly(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which autocast does not touch what is computed on the device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, every other dtype becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:
+    return tensor[batch][:, heads][:, :, rows]

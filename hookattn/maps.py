@@ -1,0 +1,345 @@
+"""AttentionMap: one captured call, read when it is sliced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from .calls import Call
+from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
+from .functional import ALL, Pick, Source
+from .recipes import find_recipe
+from .replay import inject, replayed
+from .tokens import Query, Size, Tokens, tokens_of
+from .trace import CallSite
+
+_CHUNK = 2**24
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """The input of the forward a map comes from.
+
+    Attributes:
+        model: the recorded model.
+        size: (height, width) in pixels of the images, None if none were seen.
+    """
+
+    model: nn.Module
+    size: Size | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """Where slices of a map go: None leaves them as they come."""
+
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+
+class AttentionMap:
+    """The attention probabilities of one call of one module: (batch, head, query, key), before `attn_drop`.
+
+    Nothing is computed until the map is sliced, and then only for the images, heads and rows that were asked for:
+
+        m.shape                   # (batch, heads, queries, keys)
+        m[:, :, 0]                # one row of every head: what the first token looks at
+        m[0, 3]                   # one head of one image
+        m[...]                    # all of it
+
+    Rows sum to 1. They are float32 whatever the dtype of the model (float64 for a float64 model), unless the recorder was
+    given a `dtype`.
+
+    Attributes:
+        name: name of the module in the model; `name#1` is its second call in the same forward.
+        shape: (batch, heads, queries, keys).
+        dtype: of what slices give.
+        device: of what slices give.
+        x: the tensor the module was called with.
+        call: the captured call: all arguments and the modes they came under.
+        called_from: who called the module, if the recorder was told to look (`called_from=True`).
+    """
+
+    name: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __init__(self, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None) -> None:
+        self.name, self._picture, self._deliver, self._site = name, picture, delivery, site
+
+    def __getitem__(self, index: Any) -> Tensor:
+        picks, rest = split_index(index, self.shape)
+        return self._deliver(self._block(*picks)[rest])
+
+    def _block(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Tensor:
+        """(batch, heads, rows, keys) of the map, as computed."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"AttentionMap({self.name!r}, shape={self.shape}, dtype={dtype}, device={self.device})"
+
+    @property
+    def call(self) -> Call:
+        """The captured call."""
+        raise RecorderError(f'the input of {self.name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+
+    @property
+    def x(self) -> Tensor:
+        """The tensor the module was called with."""
+        return self.call.x
+
+    @property
+    def called_from(self) -> CallSite:
+        """File, line and source of the call, and what x is."""
+        if self._site is None:
+            raise RecorderError(
+                "the stack is walked only where asked for: record with AttentionRecorder(model, called_from=True)."
+            )
+        return self._site
+
+    def verify(self, tolerance: float | None = None) -> float:
+        """Put this map into the module's own forward and see whether the output stays what it was.
+
+        Args:
+            tolerance: what difference passes, relative to the largest output (or 1 if that is smaller); by default
+                1e-10 for float64 outputs, 1e-4 for float32, 2e-2 for float16 and 6e-2 for bfloat16.
+
+        Returns:
+            The largest absolute difference between the two outputs.
+
+        Raises:
+            UnfaithfulMapError: the difference is larger than that.
+            RecorderError: the input was let go (`keep="maps"`).
+            StaleMapError: an input or a parameter has changed since the forward.
+        """
+        own, injected = inject(self.call, self._block())
+        worst = 0.0
+        for expected, got in zip(_floats(own), _floats(injected)):
+            difference = _largest_difference(expected, got)
+            allowed = (_TOLERANCE[expected.dtype] if tolerance is None else tolerance) * max(1.0, _largest(expected))
+            if not difference <= allowed:
+                raise UnfaithfulMapError(
+                    f"the map of {self.name!r} is not the one its output came from: put in its place, the output moves by "
+                    f"{difference:.2g}, more than {allowed:.2g}. Check the recipe with hookattn.testing.check_recipe."
+                )
+            worst = max(worst, difference)
+        return worst
+
+    @property
+    def tokens(self) -> Tokens:
+        """What the keys stand for: prefix tokens and the grid of patches.
+
+        Raises:
+            TokenError: the keys are no prefix tokens and grid of patches over the image.
+        """
+        return tokens_of(self._picture.model, self._picture.size, self.shape[-1])
+
+    def image(self, query: Query = "cls", heads: str | int | None = "mean", size: Size | int | None = None) -> Tensor:
+        """What a query attends to, as a picture: its row over the patch tokens, laid out on the patch grid.
+
+        What the query gives to prefix tokens is left out and not made up for, so a picture sums to at most 1.
+
+        Args:
+            query: "cls" or another prefix token by name, "mean" for the mean of all patch queries, (row, col) of a patch, or
+                the number of a token.
+            heads: "mean" over heads, one head by its number, or None for all of them.
+            size: (height, width) or one number for both, in pixels, to resize to (bilinear); None for the patch grid.
+
+        Returns:
+            (batch, height, width), or (batch, heads, height, width) for heads=None.
+
+        Raises:
+            TokenError: there is no such query, or the keys are no grid of patches.
+        """
+        tokens = self.tokens
+        picked = _pick_heads(heads, self.shape[1])
+        rows = _rows_of(query, tokens, self.shape)
+        pixels = self._mean_of_rows(picked, rows)[..., tokens.num_prefix_tokens :]
+        pixels = rearrange(pixels, "b h (row col) -> b h row col", row=tokens.grid_size[0])
+        if size is not None:
+            pixels = F.interpolate(pixels, (size, size) if isinstance(size, int) else size, mode="bilinear")
+        return self._deliver(pixels if heads is None else pixels.mean(1))
+
+    def _mean_of_rows(self, heads: slice, rows: range) -> Tensor:
+        """(batch, heads, keys): the mean of some rows, never more than a chunk of them at a time."""
+        batch, keys = self.shape[0], self.shape[-1]
+        step = max(1, _CHUNK // max(1, batch * len(range(self.shape[1])[heads]) * keys))
+        chunks = (slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
+        total = sum(self._block(ALL, heads, chunk).sum(2) for chunk in chunks)
+        assert isinstance(total, Tensor)
+        return total / len(rows)
+
+
+class CapturedMap(AttentionMap):
+    """A map that is computed from a captured call each time it is sliced."""
+
+    def __init__(self, call: Call, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None) -> None:
+        super().__init__(name, picture, delivery, site)
+        self._call = call
+
+    @property
+    def call(self) -> Call:
+        return self._call
+
+    @cached_property
+    def _form(self) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
+        source = source_of(self._call) if find_recipe(self._call.target.module) is None else _shapes_alone(self._call)
+        device = self._deliver.device or self._call.x.device
+        return source.shape, self._deliver.dtype or source.dtype, device
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]  # read-only, and only known when asked for
+        return self._form[0]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self._form[1]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._form[2]
+
+    def _block(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Tensor:
+        with self._call.resumed():
+            return source_of(self._call).narrow(batch, heads, rows).probabilities()
+
+
+class KeptMap(AttentionMap):
+    """A map that was computed while the model ran; the input was let go."""
+
+    def __init__(
+        self, attention: Tensor, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None
+    ) -> None:
+        super().__init__(name, picture, delivery, site)
+        self._attention = attention
+        batch, heads, queries, keys = attention.shape
+        self.shape = batch, heads, queries, keys
+        self.dtype, self.device = attention.dtype, attention.device
+
+    def _block(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Tensor:
+        return self._attention[batch][:, heads][:, :, rows]
+
+
+class LostMap(AttentionMap):
+    """A map that should have been computed while the model ran, and why it could not be."""
+
+    def __init__(
+        self, reason: UnreadableError, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None
+    ) -> None:
+        super().__init__(name, picture, delivery, site)
+        self._reason = reason
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]  # there is none
+        raise self._reason
+
+    def __repr__(self) -> str:
+        return f"AttentionMap({self.name!r}, unreadable: {self._reason})"
+
+
+def source_of(call: Call) -> Source:
+    """Queries and keys of a call, by recipe or by replay."""
+    module = call.target.module
+    with call.resumed():
+        recipe = find_recipe(module)
+        try:
+            return replayed(module, *call.args, **call.kwargs) if recipe is None else recipe(module, *call.args, **call.kwargs)
+        except UnreadableError as error:
+            raise UnreadableError(f"{call.target.name!r}: {error}") from None
+
+
+def _shapes_alone(call: Call) -> Source:
+    """The same, computed on tensors without values."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
+        return source_of(call._replace(args=args, kwargs=kwargs))
+
+
+def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:
+    """Part an index into what narrows (batch, heads, rows) beforehand and what is left to do on the narrowed block.
+
+    Raises:
+        IndexError: too many indices, or one out of range.
+    """
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(isinstance(i, slice) or i is Ellipsis or _is_integer(i) for i in items):
+        return (ALL, ALL, ALL), index
+    if sum(i is not Ellipsis for i in items) > 4 or sum(i is Ellipsis for i in items) > 1:
+        raise IndexError(f"a map has 4 axes (batch, head, query, key), which {index!r} does not fit")
+    at = items.index(Ellipsis) if Ellipsis in items else len(items)
+    items[at : at + 1] = [ALL] * (4 - sum(i is not Ellipsis for i in items))
+    picks: list[Pick] = []
+    rest: list[Any] = []
+    for item, length, axis in zip(items, shape, ("batch", "head", "query", "key")):
+        if isinstance(item, slice):
+            picks, rest = [*picks, item], [*rest, ALL]
+        elif -length <= item < length:
+            picks, rest = [*picks, slice(item % length, item % length + 1)], [*rest, 0]
+        else:
+            raise IndexError(f"{axis} {item} is out of range: there are {length}")
+    rest[3] = items[3]
+    return (picks[0], picks[1], picks[2]), tuple(rest)
+
+
+def _is_integer(item: Any) -> bool:
+    return hasattr(item, "__index__") and not isinstance(item, (bool, Tensor, list)) and getattr(item, "ndim", 0) == 0
+
+
+def _pick_heads(heads: str | int | None, count: int) -> slice:
+    if heads is None or heads == "mean":
+        return ALL
+    if isinstance(heads, int) and -count <= heads < count:
+        return slice(heads % count, heads % count + 1)
+    raise TokenError(f"heads={heads!r} is no choice: heads='mean', heads=None for all, or a number from 0 to {count - 1}.")
+
+
+def _rows_of(query: Query, tokens: Tokens, shape: tuple[int, int, int, int]) -> range:
+    """The rows a query stands for."""
+    queries, keys = shape[2:]
+    if query == "mean":
+        return range(tokens.num_prefix_tokens if queries == keys else 0, queries)
+    if queries == keys or (query == "cls" and queries == 1 and tokens.prefix[:1] == ("cls",)):
+        row = tokens.index(query)
+    elif isinstance(query, int) and -queries <= query < queries:
+        row = query % queries
+    else:
+        raise TokenError(
+            f"{query!r} is not among the queries: this map has {queries}, which are not the {keys} tokens it looks at. "
+            f"There is: query='mean', query=i with i from 0 to {queries - 1}."
+        )
+    return range(row, row + 1)
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    yield from (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().nan_to_num(0.0).max()) if tensor.numel() else 0.0
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; a NaN equals a NaN and differs from everything else by infinity."""
+    a, b = a.detach().double(), b.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = (a - b).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0.0)
+    return float(difference.max()) if difference.numel() else 0.0

@@ -1,0 +1,80 @@
+"""Queries and keys turned by rotary position embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..functional import QK
+from .plain import additive_or_bool
+from .projections import project
+from .registry import recipe
+
+
+@recipe("timm.layers.attention.AttentionRope")
+def attention_rope(
+    self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> QK:
+    if self.qkv is not None:
+        q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    else:
+        q, k = self.q_proj(x), self.k_proj(x)
+        q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
+        k = rearrange(k, "b n (h d) -> b h n d", d=q.shape[-1])
+    dtype = k.dtype
+    q, k = self.q_norm(q), self.k_norm(k)
+    if rope is not None:
+        q, k = rotate_patches(self, q, rope).to(dtype), rotate_patches(self, k, rope).to(dtype)
+    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
+    return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+@recipe("timm.models.eva.EvaAttention")
+def eva_attention(
+    self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> QK:
+    if self.qkv is not None:
+        q, k = project_with_biases(self, x)
+    else:
+        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.num_heads)
+        k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", h=self.num_heads)
+    dtype = k.dtype
+    q, k = self.q_norm(q), self.k_norm(k)
+    if rope is not None:
+        q, k = rotate_patches(self, q, rope).to(dtype), rotate_patches(self, k, rope).to(dtype)
+    return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+def project_with_biases(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries and keys of a packed projection whose biases are parameters of their own (`q_bias`, `k_bias`, `v_bias`)."""
+    pattern = "b n (parts h d) -> parts b h n d"
+    if self.q_bias is None:
+        return project(self.qkv, x, pattern, parts=2, of=3, h=self.num_heads)
+    bias = torch.cat((self.q_bias, self.k_bias))
+    if self.qkv_bias_separate:
+        qk = torch.cat(project(self.qkv, x, "b n (parts c) -> parts b n c", parts=2, of=3), dim=-1) + bias
+    else:
+        qk = F.linear(x, self.qkv.weight[: len(bias)], bias)
+    return torch.unbind(rearrange(qk, pattern, parts=2, h=self.num_heads))
+
+
+def rotate_patches(self: Any, q: Tensor, rope: Tensor) -> Tensor:
+    """Rotate (batch, heads, tokens, head_dim) behind the prefix tokens, which have no position.
+
+    Args:
+        rope: (tokens, 2 * d) or (heads, tokens, 2 * d) or with a leading batch axis: sines, then cosines.
+
+    Source: Su et al. 2021, "RoFormer", equation 34; `rotate_half` pairs feature i with i + d/2 instead of 2i with 2i + 1.
+    """
+    prefix, patches = q[:, :, : self.num_prefix_tokens], q[:, :, self.num_prefix_tokens :]
+    sin, cos = rope.chunk(2, dim=-1)
+    if getattr(self, "rotate_half", False):
+        first, second = patches.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    else:
+        turned = torch.stack((-patches[..., 1::2], patches[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((prefix, patches * cos + turned * sin), dim=2)

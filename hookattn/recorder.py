@@ -1,0 +1,318 @@
+"""AttentionRecorder: the only thing here that touches a model, and it does so between `with` and the end of the block."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .calls import Target, capture, target
+from .discovery import Layers, choose, nearest
+from .errors import LayerNotFoundError, ModelError, NoMapError, RecorderError, UnreadableError
+from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap, Picture
+from .tokens import Size, stem_of
+from .trace import CallSite, Origins, call_site
+
+Keep = Literal["inputs", "maps"]
+Passes = Literal["last", "all"]
+
+
+class Maps(Mapping[str, AttentionMap]):
+    """The maps of one forward in the order the modules ran: by name, by position (negative too) or by slice."""
+
+    def __init__(self, maps: Mapping[str, AttentionMap]) -> None:
+        self._maps = dict(maps)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return list(self._maps.values())[key]
+        if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise LayerNotFoundError(f"there is no map {key}: {len(self)} were recorded.")
+            return list(self._maps.values())[key]
+        if key not in self._maps:
+            raise LayerNotFoundError(f"no map was recorded of {key!r}. {nearest(str(key), self._maps)}")
+        return self._maps[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __repr__(self) -> str:
+        return "\n".join(["Maps:", *(f"  {m!r}" for m in self._maps.values())])
+
+
+class _Pass:
+    """What is gathered while one forward runs."""
+
+    def __init__(self) -> None:
+        self.maps: dict[str, AttentionMap] = {}
+        self.image_size: Size | None = None
+        self.closed = False
+
+
+class AttentionRecorder:
+    """Record the attention maps of a model, at the speed of its fused kernel.
+
+        with AttentionRecorder(model) as rec:
+            logits = model(images)
+        rec.maps["blocks.11.attn"][:, :, 0]
+
+    Forward-pre-hooks keep what each attention module was called with; maps are computed from that when they are sliced.
+    No forward is replaced and no flag is flipped; the hooks go when the block ends, the maps stay.
+
+    Args:
+        model: any `nn.Module`. timm's attention classes are known; others are found by the name of their class.
+        layers: which attention modules: names, globs ("blocks.*.attn"), names of modules that hold them ("blocks.3"),
+            positions (-1 is the last), a list of these, or a predicate of (name, module). None for all. A module that is
+            not known as attention is recorded if it is called by its name.
+        keep: "inputs" keeps what a module was called with (a reference, no copy) and computes maps when asked; "maps" computes
+            them while the model runs and lets the input go.
+        passes: "last" keeps the last forward only, "all" keeps each, as `rec.passes[i]`.
+        device, dtype: where maps go and as what; None for where and as what they are computed.
+        detach: True cuts maps off from the autograd graph; False leaves them in it.
+        called_from: walk the stack at each call, for `m.called_from`.
+
+    Raises:
+        ModelError: the model has no attention that could be recorded, or is a DataParallel, scripted or exported one.
+        LayerNotFoundError: `layers` names nothing.
+        UnreadableError: `layers` names a module that forms no map.
+        ValueError: `keep` or `passes` is none of the words above.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        *,
+        keep: Keep = "inputs",
+        passes: Passes = "last",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        called_from: bool = False,
+    ) -> None:
+        if keep not in ("inputs", "maps"):
+            raise ValueError(f'keep={keep!r} is not known: keep="inputs" or keep="maps".')
+        if passes not in ("last", "all"):
+            raise ValueError(f'passes={passes!r} is not known: passes="last" or passes="all".')
+        self.model = _recordable(model)
+        found = choose(self.model, layers)
+        self.skipped: dict[str, str] = found.skipped
+        self._targets = [target(name, module) for name, module in found.readable.items()]
+        self._keep, self._all_passes, self._detach = keep, passes == "all", detach
+        self._deliver = Delivery(dtype, None if device is None else torch.device(device))
+        self._origins = Origins(self.model) if called_from else None
+        self._hooks: ExitStack | None = None
+        self._passes: list[_Pass] = []
+        self._running = 0
+        self._method: FrameType | None = None
+
+    def __enter__(self) -> AttentionRecorder:
+        if self._hooks is not None:
+            raise RecorderError("this recorder is open already; make another one, or leave the block first.")
+        self._passes, self._running = [], 0
+        with ExitStack() as stack:
+            if any(_is_compiled(module) for module in self.model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._hook(stack)
+            self._hooks = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        hooks, self._hooks, self._method = self._hooks, None, None
+        if hooks is not None:
+            hooks.close()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the modules that are recorded."""
+        return [t.name for t in self._targets]
+
+    @property
+    def maps(self) -> Maps:
+        """The maps of the last forward, in the order the modules ran.
+
+        Raises:
+            NoMapError: no forward has run, or none that called an attention module.
+        """
+        return self.passes[-1]
+
+    @property
+    def passes(self) -> list[Maps]:
+        """The maps of each forward, the last one only unless the recorder was made with passes="all".
+
+        Raises:
+            NoMapError: no forward has run, or none that called an attention module.
+        """
+        filled = [Maps(p.maps) for p in self._passes if p.maps]
+        if not filled:
+            raise NoMapError(self._why_empty())
+        return filled
+
+    def verify(self, tolerance: float | None = None) -> float:
+        """Verify every map of the last forward, see `AttentionMap.verify`.
+
+        Returns:
+            The largest absolute difference of all.
+        """
+        return max(m.verify(tolerance) for m in self.maps.values())
+
+    def __repr__(self) -> str:
+        state = "open" if self._hooks is not None else "closed"
+        recorded = len(self._passes[-1].maps) if self._passes else 0
+        return (
+            f"AttentionRecorder({type(self.model).__name__}, {len(self._targets)} attention modules, {state}, "
+            f"{recorded} maps recorded)"
+        )
+
+    def _hook(self, stack: ExitStack) -> None:
+        """Put every hook on the stack that will take it off."""
+        for chosen in self._targets:
+            stack.enter_context(chosen.module.register_forward_pre_hook(self._recording(chosen), with_kwargs=True))
+        stem = stem_of(self.model)
+        if stem is not None:
+            stack.enter_context(stem.register_forward_pre_hook(self._see_image, with_kwargs=True))
+        stack.enter_context(self.model.register_forward_pre_hook(self._start, prepend=True))
+        stack.enter_context(self.model.register_forward_hook(self._stop, always_call=True))
+        if self._origins is not None:
+            for module in self.model.modules():
+                stack.enter_context(module.register_forward_hook(self._origins.note))
+
+    def _recording(self, chosen: Target) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """The hook of one attention module."""
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is not chosen.module or torch._C._current_graph_task_id() != -1:
+                return  # a copy of the model, or a checkpointed forward run again within backward
+            into = self._current(chosen.name)
+            name = _unused(chosen.name, into.maps)
+            into.maps[name] = self._map(chosen, name, args, kwargs, into)
+
+        return record
+
+    def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], into: _Pass) -> AttentionMap:
+        picture = Picture(self.model, into.image_size)
+        site = self._site(args, kwargs)
+        captured = CapturedMap(capture(chosen, args, kwargs, detach=self._detach), name, picture, self._deliver, site)
+        if self._keep == "inputs":
+            return captured
+        try:
+            return KeptMap(captured[...], name, picture, self._deliver, site)
+        except UnreadableError as reason:
+            return LostMap(reason, name, picture, self._deliver, site)
+
+    def _site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSite | None:
+        if self._origins is None:
+            return None
+        return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self._origins)
+
+    def _see_image(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of the patch embedding: the size of the picture."""
+        images = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
+        if images is not None and torch._C._current_graph_task_id() == -1:
+            height, width = images.shape[-2:]
+            self._current(None).image_size = (height, width)
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self.model and torch._C._current_graph_task_id() == -1:
+            if self._running == 0:
+                self._begin()
+            self._running += 1
+
+    def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is self.model and torch._C._current_graph_task_id() == -1:
+            self._running -= 1
+            if self._running == 0:
+                self._passes[-1].closed = True
+
+    def _begin(self) -> _Pass:
+        if not self._all_passes:
+            self._passes.clear()
+        self._passes.append(_Pass())
+        self._method = None
+        return self._passes[-1]
+
+    def _current(self, name: str | None) -> _Pass:
+        """The forward that is running: a call of the model, of one of its methods, or of its modules one by one."""
+        last = self._passes[-1] if self._passes else None
+        if last is not None and not last.closed and (self._running or self._in_method()):
+            return last
+        method = _outermost_method_of(self.model)
+        if method is None and last is not None and not last.closed and self._method is None and name not in last.maps:
+            return last
+        begun = self._begin()
+        self._method = method
+        return begun
+
+    def _in_method(self) -> bool:
+        """Whether the method of the model that the last forward was a call of is still running."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and self._method is not None:
+            if frame is self._method:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _why_empty(self) -> str:
+        if not self._passes:
+            return (
+                f"no forward of the {type(self.model).__name__} has run inside the block: call it between `with "
+                "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with."
+            )
+        return (
+            f"a forward ran, but it called none of {', '.join(self.layers[:4])}{', ...' * (len(self.layers) > 4)}. "
+            "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
+        )
+
+
+def _recordable(model: nn.Module) -> nn.Module:
+    """The module whose forward will run in Python, or an error that says why there is none."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}.")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    for name, module in model.named_modules():
+        where = f" (its module {name!r})" if name else ""
+        if isinstance(module, nn.DataParallel):
+            raise ModelError(
+                f"DataParallel{where} runs copies of the model in threads that share the hooks; record the model inside: "
+                "AttentionRecorder(model.module)."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model."
+            )
+        if isinstance(module, torch.fx.GraphModule):
+            raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
+    return model
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def _outermost_method_of(model: nn.Module) -> FrameType | None:
+    """The frame of the outermost call on the stack whose first argument is the model."""
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is model and frame.f_globals is not globals():
+            found = frame
+        frame = frame.f_back
+    return found
+
+
+def _unused(name: str, taken: Mapping[str, AttentionMap]) -> str:
+    """The name of a call: `name`, then `name#1`, `name#2`, ..."""
+    if name not in taken:
+        return name
+    return next(n for i in range(1, len(taken) + 1) if (n := f"{name}#{i}") not in taken)

@@ -1,0 +1,274 @@
+"""Run a module's own forward again, watching or replacing the map it forms.
+
+`replayed` is the recipe of every module that has none: it runs the forward and takes queries, keys, mask and scale from the
+`scaled_dot_product_attention` it reaches, or the scores from its softmax. `inject` is the same run with a given map in
+place of the one that would have been formed.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .calls import Call
+from .errors import UnreadableError
+from .functional import QK, Scores, Source, exactly
+
+_SDPA = F.scaled_dot_product_attention
+_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_INTERNAL = set(vars(nn.Module()))
+
+
+def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
+    """The map a module forms on these arguments, taken from a run of its own forward.
+
+    A module that forms several maps of one shape has their heads dealt out in turn: head h of map i is head
+    h * maps + i, as differential attention orders them when it is not fused.
+
+    Raises:
+        UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
+    """
+    with leaving_no_trace(module), _Watch(module) as watch:
+        module.forward(*args, **kwargs)
+    if not watch.sites:
+        raise UnreadableError(
+            f"{_who(module)} called neither scaled_dot_product_attention nor softmax: it forms no softmax map. If it has "
+            "a kernel of its own, describe the map with @hookattn.recipe."
+        )
+    return _interleaved([site.source() for site in watch.sites], module)
+
+
+def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
+    """Run a captured call's forward twice: as it is, and with `attention` in place of the map it forms.
+
+    Dropout of the map is off in both runs, since the map is the one before dropout; all other randomness is the same.
+
+    Args:
+        call: the captured call.
+        attention: (batch, heads, queries, keys).
+
+    Returns:
+        The module's own output and the output with the map put in.
+    """
+    module = call.target.module
+    with call.resumed():
+        with leaving_no_trace(module), _Watch(module) as watch:
+            own = module.forward(*call.args, **call.kwargs)
+        with leaving_no_trace(module), _Inject(module, watch, attention):
+            return own, module.forward(*call.args, **call.kwargs)
+
+
+@contextmanager
+def leaving_no_trace(module: nn.Module) -> Iterator[None]:
+    """Random streams, buffers, caches and attributes of a module are afterwards what they were before."""
+    inner = list(module.modules())
+    devices = {t.device for t in module.parameters() if t.device.type == "cuda"}
+    attributes = [_contents(m) for m in inner]
+    buffers = [dict(m._buffers) for m in inner]
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            for m in inner:
+                m._buffers.update({name: b.clone() for name, b in m._buffers.items() if b is not None})
+            yield
+        finally:
+            for m, own, kept in zip(inner, attributes, buffers):
+                _put_back(m, own)
+                m._buffers.clear()
+                m._buffers.update(kept)
+
+
+def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Attributes of a module's own, each with a shallow copy of what it holds if it is a dict, a list or a set."""
+    own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+    return {n: (v, copy.copy(v) if isinstance(v, (dict, list, set)) else None) for n, v in own.items()}
+
+
+def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    for name in [name for name in vars(module) if name not in _INTERNAL and name not in attributes]:
+        del vars(module)[name]
+    for name, (value, contents) in attributes.items():
+        vars(module)[name] = value
+        if isinstance(value, list):
+            value[:] = contents
+        elif contents is not None:
+            value.clear()
+            value.update(contents)
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """One place where a forward forms a map, as it was seen in a run."""
+
+    dtype: torch.dtype
+    source: Callable[[], Source]
+
+
+class _Mode(TorchFunctionMode):
+    """Hands SDPA and softmax calls to the two methods; sees inside PyTorch's own multi-head attention as well."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _SDPA:
+            return self.fused(**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs)
+        if func in _SOFTMAX:
+            return self.softmax(func, args, kwargs)
+        if func is F.multi_head_attention_forward:  # asked for no weights, it goes through SDPA
+            with self:
+                return _body(func)(*args, **{**kwargs, "need_weights": False})
+        return func(*args, **kwargs)
+
+    def fused(self, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+
+class _Watch(_Mode):
+    """Notes what every SDPA call and every softmax is made of, and lets them run without dropout of the map."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.fused_sites: list[_Site] = []
+        self.softmax_sites: list[_Site] = []
+
+    @property
+    def sites(self) -> list[_Site]:
+        """SDPA calls, or the softmaxes of a module that makes none."""
+        return self.fused_sites or self.softmax_sites
+
+    def fused(self, **kwargs: Any) -> Tensor:
+        out = _SDPA(**{**kwargs, "dropout_p": 0.0})
+        self.fused_sites.append(_Site(out.dtype, partial(_as_qk, self.module, **kwargs)))
+        return out
+
+    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        out: Tensor = func(*args, **kwargs)
+        self.softmax_sites.append(_Site(out.dtype, partial(_as_scores, self.module, *_input_and_dim(*args, **kwargs))))
+        return out
+
+
+class _Inject(_Mode):
+    """Puts a map where the sites of a watched run formed theirs."""
+
+    def __init__(self, module: nn.Module, watch: _Watch, attention: Tensor) -> None:
+        super().__init__(module)
+        self.into_fused = bool(watch.fused_sites)
+        maps = (attention[:, i :: len(watch.sites)] for i in range(len(watch.sites)))
+        self.left = iter([(site.dtype, part) for site, part in zip(watch.sites, maps)])
+
+    def fused(self, **kwargs: Any) -> Tensor:
+        dtype, attention = next(self.left)
+        value = _with_heads(self.module, kwargs["value"])
+        value = value.repeat_interleave(attention.shape[1] // value.shape[1], dim=1)
+        with exactly(value.device):
+            out = (attention @ value.to(attention.dtype)).to(dtype)
+        return out.reshape(*kwargs["query"].shape[:-1], out.shape[-1])
+
+    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        out: Tensor = func(*args, **kwargs)
+        if self.into_fused:
+            return out
+        dtype, attention = next(self.left)
+        return attention.to(dtype).reshape(out.shape)
+
+
+def _as_qk(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> QK:
+    """The arguments of a `scaled_dot_product_attention` as queries and keys."""
+    q, k = _with_heads(module, query), _with_heads(module, key)
+    if attn_mask is not None and attn_mask.dim() == query.dim() == 3:
+        attn_mask = attn_mask.unsqueeze(1)
+    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    return QK(
+        q,
+        k.repeat_interleave(q.shape[1] // k.shape[1], dim=1),
+        scale=scale,
+        bias=attn_mask if additive else None,
+        mask=None if additive else attn_mask,
+        is_causal=is_causal,
+    )
+
+
+def _as_scores(module: nn.Module, scores: Tensor, dim: int) -> Scores:
+    """The input of a softmax as scores."""
+    if dim not in (-1, scores.dim() - 1):
+        raise UnreadableError(
+            f"{_who(module)} takes its softmax over axis {dim} of {tuple(scores.shape)}, not over keys; describe its map "
+            "with @hookattn.recipe."
+        )
+    return Scores(_with_heads(module, scores))
+
+
+def _with_heads(module: nn.Module, tensor: Tensor) -> Tensor:
+    """(batch, heads, ...) of what a module has computed; (batch, ...) has one head."""
+    if tensor.dim() == 4:
+        return tensor
+    if tensor.dim() == 3 and getattr(module, "num_heads", 1) == 1:
+        return tensor.unsqueeze(1)
+    raise UnreadableError(
+        f"{_who(module)} computes its map on {tensor.dim()} axes, {tuple(tensor.shape)}, which are not (batch, head, ...); "
+        "describe its map with @hookattn.recipe."
+    )
+
+
+def _input_and_dim(input: Tensor, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:
+    return input, dim
+
+
+def _interleaved(maps: Sequence[Source], module: nn.Module) -> Source:
+    """Several maps of one shape as one, heads in turn."""
+    if len(maps) == 1:
+        return maps[0]
+    if len({(type(m), m.shape, getattr(m, "is_causal", None)) for m in maps}) > 1:
+        raise UnreadableError(
+            f"{_who(module)} forms {len(maps)} maps of shapes {', '.join(str(m.shape) for m in maps)}; name the attention "
+            "modules inside it with layers=, or describe one map with @hookattn.recipe."
+        )
+    whole = [m.narrow() for m in maps]  # biases and masks are expanded to the heads
+
+    def turn(name: str) -> Any:
+        values = [getattr(m, name) for m in whole]
+        return torch.stack(values, dim=2).flatten(1, 2) if isinstance(values[0], Tensor) else values[0]
+
+    return replace(whole[0], **{field.name: turn(field.name) for field in fields(whole[0])})
+
+
+def _who(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+@lru_cache
+def _body(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python function of `torch.nn.functional` without the lines that hand it to a mode as one opaque call."""
+    assert isinstance(func, types.FunctionType)
+    scope = {**func.__globals__, "has_torch_function": lambda _: False}
+    body = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body

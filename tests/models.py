@@ -1,0 +1,66 @@
+"""Tiny timm models with every parameter randomised: fresh biases, tables and norms are zero or one and hide a dropped term."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+# name of a test: (timm model, arguments, input size); one for each variant of each recipe
+TINY: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "vit_qk_norm": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3, "qk_norm": True}, 64),
+    "vit_registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 3}, 56),
+    "vit_scale_norm": ("beit3_base_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "rope_axial": ("vit_small_patch16_rope_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "rope_mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "rope_half": ("vit_small_patch16_dinov3", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "rope_gqa": (
+        "vit_base_patch16_sapiens2",
+        {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 6, "num_kv_heads": 2},
+        64,
+    ),
+    "eva_split": ("eva02_base_patch16_clip_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "eva_fused": ("eva_giant_patch14_224", {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 3}, 56),
+    "eva_no_rope": ("eva02_enormous_patch14_clip_224", {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 3}, 56),
+    "beit": ("beit_base_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "beit_shared": (
+        "beit_base_patch16_224",
+        {
+            "img_size": 64,
+            "depth": 2,
+            "embed_dim": 48,
+            "num_heads": 3,
+            "use_rel_pos_bias": False,
+            "use_shared_rel_pos_bias": True,
+        },
+        64,
+    ),
+    "relpos": ("vit_relpos_small_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "relpos_shared": ("vit_srelpos_small_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "parallel": ("vit_pwee_patch16_reg1_gap_256", {"img_size": 64, "depth": 2}, 64),
+    "parallel_qk_norm": ("vit_base_patch16_xp_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "parallel_things": ("vit_small_patch16_18x2_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "differential": ("vit_dwee_patch16_reg1_gap_256", {"img_size": 64, "depth": 2}, 64),
+    "differential_parallel": ("vit_dpwee_patch16_reg1_gap_256", {"img_size": 64, "depth": 2}, 64),
+}
+
+
+def randomise(module: nn.Module, spread: float = 0.5) -> nn.Module:
+    """Add noise to every parameter, and to the constant buffers that a forward reads as biases."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name.endswith("k_bias") or isinstance(tensor, nn.Parameter):
+                scale = spread if tensor.dim() <= 1 or "table" in name else 0.05
+                tensor.add_(torch.randn_like(tensor.float()).to(tensor.dtype) * scale)
+    return module
+
+
+def tiny(name: str, batch: int = 2, **overrides: Any) -> tuple[nn.Module, torch.Tensor]:
+    """A randomised model in eval mode, and images for it."""
+    architecture, arguments, size = TINY[name]
+    model = timm.create_model(architecture, **{**arguments, **overrides})
+    return randomise(model).eval(), torch.randn(batch, 3, size, size)
