@@ -21,11 +21,38 @@ Rooms, an import may only point down:
 
 from __future__ import annotations
 
-from . import errors
+from .errors import (
+    HookattnError,
+    LayerNotFoundError,
+    MissingExtraError,
+    ModelError,
+    NoMapError,
+    RecorderError,
+    StaleMapError,
+    TokenError,
+    UnfaithfulMapError,
+    UnreadableError,
+)
 from .functional import QK
 from .maps import AttentionMap
 from .recipes import project, recipe
 from .recorder import AttentionRecorder
 
-__all__ = ["QK", "AttentionMap", "AttentionRecorder", "errors", "project", "recipe"]
+__all__ = [
+    "QK",
+    "AttentionMap",
+    "AttentionRecorder",
+    "HookattnError",
+    "LayerNotFoundError",
+    "MissingExtraError",
+    "ModelError",
+    "NoMapError",
+    "RecorderError",
+    "StaleMapError",
+    "TokenError",
+    "UnfaithfulMapError",
+    "UnreadableError",
+    "project",
+    "recipe",
+]
 __version__ = "0.1.0"

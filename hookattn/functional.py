@@ -56,15 +56,16 @@ class QK:
         def narrowed(value: Tensor) -> Tensor:
             return _pick(value.expand(*self.shape[:3], value.shape[-1]), batch, heads, rows)
 
+        q, k = _pick(self.q, batch, heads, rows), _pick(self.k, batch, heads, ALL)
         mask = None if self.mask is None else narrowed(self.mask)
         if self.is_causal:
-            order = torch.arange(max(self.shape[2:]), device=self.q.device)
-            causal = order[: self.shape[3]] <= order[: self.shape[2]][rows, None]
+            place = torch.arange(max(self.shape[2:]), device=q.device)
+            causal = (place[: self.shape[3]] <= place[: self.shape[2]][rows, None]).expand(*q.shape[:2], -1, -1)
             mask = causal if mask is None else mask & causal
         return replace(
             self,
-            q=_pick(self.q, batch, heads, rows),
-            k=_pick(self.k, batch, heads, ALL),
+            q=q,
+            k=k,
             scale=narrowed(self.scale) if isinstance(self.scale, Tensor) else self.scale,
             bias=None if self.bias is None else narrowed(self.bias),
             mask=mask,

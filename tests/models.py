@@ -40,6 +40,11 @@ TINY: dict[str, tuple[str, dict[str, Any], int]] = {
         64,
     ),
     "relpos": ("vit_relpos_small_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
+    "relpos_qk_norm": (
+        "vit_relpos_small_patch16_224",
+        {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3, "qk_norm": True},
+        64,
+    ),
     "relpos_shared": ("vit_srelpos_small_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
     "parallel": ("vit_pwee_patch16_reg1_gap_256", {"img_size": 64, "depth": 2}, 64),
     "parallel_qk_norm": ("vit_base_patch16_xp_224", {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}, 64),
@@ -54,7 +59,7 @@ def randomise(module: nn.Module, spread: float = 0.5) -> nn.Module:
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if name.endswith("k_bias") or isinstance(tensor, nn.Parameter):
-                scale = spread if tensor.dim() <= 1 or "table" in name else 0.05
+                scale = spread if tensor.dim() <= 1 or "table" in name else 0.15
                 tensor.add_(torch.randn_like(tensor.float()).to(tensor.dtype) * scale)
     return module
 

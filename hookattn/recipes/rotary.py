@@ -28,7 +28,7 @@ def attention_rope(
     dtype = k.dtype
     q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
-        q, k = rotate_patches(self, q, rope).to(dtype), rotate_patches(self, k, rope).to(dtype)
+        q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
     k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
     return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
 
@@ -45,7 +45,7 @@ def eva_attention(
     dtype = k.dtype
     q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
-        q, k = rotate_patches(self, q, rope).to(dtype), rotate_patches(self, k, rope).to(dtype)
+        q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
     return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
 
 

@@ -1,0 +1,66 @@
+"""What the package must agree with, written naively from the definitions, importing nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+def attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T * scale + bias) in float64, one row at a time, over the keys the mask leaves open."""
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    bias = torch.zeros(batch, heads, queries, keys) if bias is None else bias.expand(batch, heads, queries, keys)
+    open_keys = torch.ones(batch, heads, queries, keys, dtype=torch.bool) if mask is None else mask.expand_as(bias)
+    out = torch.zeros(batch, heads, queries, keys, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(queries):
+                score = (k[b, h].double() @ q[b, h, i].double()) * scale + bias[b, h, i].double()
+                weight = torch.where(open_keys[b, h, i], (score - score.max()).exp(), 0.0)
+                out[b, h, i] = weight / weight.sum() if weight.sum() > 0 else 0.0
+    return out
+
+
+def rollout(maps: list[Tensor], residual: float = 0.5) -> Tensor:
+    """Abnar and Zuidema 2020, equations 1 and 2, image by image in float64; maps are (batch, heads, tokens, tokens)."""
+    images = []
+    for b in range(len(maps[0])):
+        joint = torch.eye(maps[0].shape[-1], dtype=torch.float64)
+        for attention in maps:
+            mean = attention[b].double().mean(0)
+            joint = ((1 - residual) * mean + residual * torch.eye(len(mean), dtype=torch.float64)) @ joint
+        images.append(joint)
+    return torch.stack(images)
+
+
+class _Softmaxes(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "softmax":
+            self.outputs.append(out)
+        return out
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Run a model on its own unfused path and collect what each softmax puts out, in order."""
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    softmaxes = _Softmaxes()
+    try:
+        with softmaxes:
+            yield softmaxes.outputs
+    finally:
+        for module in fused:
+            module.fused_attn = True
