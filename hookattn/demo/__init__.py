@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .model import build, load, to_input
+from .model import attention_on, build, load, to_input
 from .scenes import SHAPES, Scene, draw
 
-__all__ = ["SHAPES", "Scene", "build", "draw", "load", "to_input"]
+__all__ = ["SHAPES", "Scene", "attention_on", "build", "draw", "load", "to_input"]

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ..maps import AttentionMap
 from .scenes import SHAPES, SIZE
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
@@ -67,3 +69,11 @@ def load() -> VisionTransformer:
 def to_input(images: npt.NDArray[np.uint8]) -> torch.Tensor:
     """Turn (batch, height, width, 3) uint8 pixels into what the model takes: (batch, 3, height, width) in -1 .. 1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def attention_on(m: AttentionMap, mask: npt.NDArray[np.bool_]) -> float:
+    """Share of the class token's attention, mean of heads, that falls on the pixels of a mask (height, width)."""
+    cover = torch.from_numpy(mask).float()[None, None]
+    attention = m.image("cls")
+    per_patch = F.adaptive_avg_pool2d(cover, m.tokens.grid_size)[0]  # share of each patch that the mask covers
+    return float((attention * per_patch).sum())
