@@ -85,7 +85,7 @@ def record(
         asked = _query(query)
         with console.status(f"loading {model}"):
             vit = _load(model, checkpoint, img_size)
-        config = timm.data.resolve_model_data_config(vit)
+        config = timm.data.resolve_data_config(_sized(img_size), model=vit)
         x = timm.data.create_transform(**config, is_training=False)(_open(photo)).unsqueeze(0)
         with console.status("running"), AttentionRecorder(vit, _layers(layers)) as rec, torch.no_grad():
             vit(x)
@@ -144,8 +144,8 @@ def _inspect(name: str, batch: int, img_size: int | None) -> Inspection:
         try:
             with torch.device(device):
                 model = _create(name, img_size, pretrained=False)
-                height, width = _input_size(model, img_size)
-                return inspect(model, torch.zeros(batch, 3, height, width))
+                size = timm.data.resolve_data_config(_sized(img_size), model=model)["input_size"]
+                return inspect(model, torch.zeros(batch, *size))
         except HookattnError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -153,9 +153,8 @@ def _inspect(name: str, batch: int, img_size: int | None) -> Inspection:
     raise HookattnError(f"{name} does not run: {failed}")
 
 
-def _input_size(model: nn.Module, img_size: int | None) -> tuple[int, int]:
-    size = timm.data.resolve_model_data_config(model)["input_size"]
-    return (img_size, img_size) if img_size else (size[-2], size[-1])
+def _sized(img_size: int | None) -> dict[str, int]:
+    return {} if img_size is None else {"img_size": img_size}
 
 
 def _load(name: str, checkpoint: Path | None, img_size: int | None) -> nn.Module:
@@ -190,8 +189,7 @@ def _create(name: str, img_size: int | None, **options: Any) -> nn.Module:
         near = timm.list_models(f"*{name.split('.')[0]}*")[:6]
         near = near or difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.4)
         raise HookattnError(f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
-    sized = {} if img_size is None else {"img_size": img_size}
-    model: nn.Module = timm.create_model(name, **sized, **options)
+    model: nn.Module = timm.create_model(name, **_sized(img_size), **options)
     return model.eval()
 
 
