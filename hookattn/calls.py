@@ -81,6 +81,12 @@ class Call(NamedTuple):
             StaleMapError: an argument or a parameter has changed since the call.
         """
         self.check_fresh()
+        with self.in_its_modes():
+            yield
+
+    @contextmanager
+    def in_its_modes(self) -> Iterator[None]:
+        """The modes of the call, whatever has become of its arguments."""
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.modes.grad))
             if self.modes.autocast is not None:

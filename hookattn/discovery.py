@@ -109,6 +109,8 @@ def choose(model: nn.Module, layers: Layers) -> Found:
             raise LayerNotFoundError(f"layers= accepts none of {_listed(found.readable)}.")
     else:
         wanted = [layers] if isinstance(layers, (str, int)) else list(layers)
+        if not wanted:
+            raise LayerNotFoundError(f"layers={layers!r} names nothing. There is: {_listed(found.readable)}.")
         chosen = [name for layer in wanted for name in _named(model, found, layer)]
     modules = {**found.readable, **dict(model.named_modules())}
     in_order = [name for name in modules if name in set(chosen)]

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .calls import Call
-from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
+from .errors import HookattnError, RecorderError, TokenError, UnfaithfulMapError, UnreadableError
 from .functional import ALL, Pick, Source
 from .recipes import find_recipe
 from .replay import inject, replayed
@@ -83,19 +83,21 @@ class AttentionMap:
         self.name, self._picture, self._deliver, self._site = name, picture, delivery, site
 
     def __getitem__(self, index: Any) -> Tensor:
-        picks, rest = split_index(index, self.shape)
-        return self._deliver(self._block(*picks)[rest])
+        return self._deliver(self._read(index))
 
-    def _block(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Tensor:
-        """(batch, heads, rows, keys) of the map, as computed."""
+    def _read(self, index: Any) -> Tensor:
+        """An index of the map, as computed."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"AttentionMap({self.name!r}, shape={self.shape}, dtype={dtype}, device={self.device})"
+        try:
+            dtype = str(self.dtype).removeprefix("torch.")
+            return f"AttentionMap({self.name!r}, shape={self.shape}, dtype={dtype}, device={self.device})"
+        except HookattnError as error:
+            return f"AttentionMap({self.name!r}, {type(error).__name__})"
 
     @property
     def call(self) -> Call:
@@ -131,7 +133,7 @@ class AttentionMap:
             RecorderError: the input was let go (`keep="maps"`).
             StaleMapError: an input or a parameter has changed since the forward.
         """
-        own, injected = inject(self.call, self._block())
+        own, injected = inject(self.call, self._read(...))
         worst = 0.0
         for expected, got in zip(_floats(own), _floats(injected)):
             difference = _largest_difference(expected, got)
@@ -184,7 +186,7 @@ class AttentionMap:
         batch, keys = self.shape[0], self.shape[-1]
         step = max(1, _CHUNK // max(1, batch * len(range(self.shape[1])[heads]) * keys))
         chunks = (slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
-        total = sum(self._block(ALL, heads, chunk).sum(2) for chunk in chunks)
+        total = sum(self._read((ALL, heads, chunk)).sum(2) for chunk in chunks)
         assert isinstance(total, Tensor)
         return total / len(rows)
 
@@ -202,7 +204,7 @@ class CapturedMap(AttentionMap):
 
     @cached_property
     def _form(self) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
-        source = source_of(self._call) if find_recipe(self._call.target.module) is None else _shapes_alone(self._call)
+        source = _form_of(self._call)
         device = self._deliver.device or self._call.x.device
         return source.shape, self._deliver.dtype or source.dtype, device
 
@@ -218,9 +220,11 @@ class CapturedMap(AttentionMap):
     def device(self) -> torch.device:  # type: ignore[override]
         return self._form[2]
 
-    def _block(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Tensor:
+    def _read(self, index: Any) -> Tensor:
         with self._call.resumed():
-            return source_of(self._call).narrow(batch, heads, rows).probabilities()
+            source = source_of(self._call)
+            picks, rest = split_index(index, source.shape)
+            return source.narrow(*picks).probabilities()[rest]
 
 
 class KeptMap(AttentionMap):
@@ -235,43 +239,56 @@ class KeptMap(AttentionMap):
         self.shape = batch, heads, queries, keys
         self.dtype, self.device = attention.dtype, attention.device
 
-    def _block(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Tensor:
-        return self._attention[batch][:, heads][:, :, rows]
+    def _read(self, index: Any) -> Tensor:
+        picks, rest = split_index(index, self.shape)
+        return self._attention[picks][rest]
 
 
 class LostMap(AttentionMap):
     """A map that should have been computed while the model ran, and why it could not be."""
 
-    def __init__(
-        self, reason: UnreadableError, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None
-    ) -> None:
+    def __init__(self, reason: str, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None) -> None:
         super().__init__(name, picture, delivery, site)
         self._reason = reason
 
+    def _read(self, index: Any) -> Tensor:
+        raise UnreadableError(self._reason)
+
     @property
     def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]  # there is none
-        raise self._reason
+        raise UnreadableError(self._reason)
 
-    def __repr__(self) -> str:
-        return f"AttentionMap({self.name!r}, unreadable: {self._reason})"
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        raise UnreadableError(self._reason)
 
 
 def source_of(call: Call) -> Source:
-    """Queries and keys of a call, by recipe or by replay."""
+    """Queries and keys of a call, by recipe or by replay; its modes are the caller's business."""
     module = call.target.module
-    with call.resumed():
-        recipe = find_recipe(module)
-        try:
-            return replayed(module, *call.args, **call.kwargs) if recipe is None else recipe(module, *call.args, **call.kwargs)
-        except UnreadableError as error:
-            raise UnreadableError(f"{call.target.name!r}: {error}") from None
+    recipe = find_recipe(module)
+    try:
+        if recipe is None:
+            return replayed(module, *call.args, **call.kwargs)
+        return recipe(module, *call.args, **call.kwargs)
+    except UnreadableError as error:
+        raise UnreadableError(f"{call.target.name!r}: {error}") from None
 
 
-def _shapes_alone(call: Call) -> Source:
-    """The same, computed on tensors without values."""
+def _form_of(call: Call) -> Source:
+    """The same for its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
+    call.check_fresh()
+    if find_recipe(call.target.module) is None:
+        with call.in_its_modes():
+            return source_of(call)
+    modes = call.modes
+    uncached = modes.autocast and (*modes.autocast[:3], False)  # what autocast has cached is no tensor of this mode
+    bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
-        return source_of(call._replace(args=args, kwargs=kwargs))
+        bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
+        shapes = call._replace(args=bare[0], kwargs=bare[1], modes=modes._replace(grad=False, autocast=uncached))
+        with shapes.in_its_modes():
+            return source_of(shapes)
 
 
 def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:

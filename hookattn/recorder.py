@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Literal
 
 import torch
@@ -114,14 +116,15 @@ class AttentionRecorder:
         self._hooks: ExitStack | None = None
         self._passes: list[_Pass] = []
         self._running = 0
-        self._method: FrameType | None = None
+        self._methods = _code_of_methods(self.model)
+        self._method: weakref.ref[_Token] | None = None
 
     def __enter__(self) -> AttentionRecorder:
         if self._hooks is not None:
             raise RecorderError("this recorder is open already; make another one, or leave the block first.")
         self._passes, self._running = [], 0
         with ExitStack() as stack:
-            if any(_is_compiled(module) for module in self.model.modules()):
+            if "torch._dynamo" in sys.modules:  # code that was compiled before the hooks went on would go around them
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._hook(stack)
             self._hooks = stack.pop_all()
@@ -208,7 +211,7 @@ class AttentionRecorder:
         try:
             return KeptMap(captured[...], name, picture, self._deliver, site)
         except UnreadableError as reason:
-            return LostMap(reason, name, picture, self._deliver, site)
+            return LostMap(str(reason), name, picture, self._deliver, site)
 
     def _site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSite | None:
         if self._origins is None:
@@ -246,21 +249,25 @@ class AttentionRecorder:
         last = self._passes[-1] if self._passes else None
         if last is not None and not last.closed and (self._running or self._in_method()):
             return last
-        method = _outermost_method_of(self.model)
-        if method is None and last is not None and not last.closed and self._method is None and name not in last.maps:
+        frame = self._outermost_method()
+        if frame is None and last is not None and not last.closed and self._method is None and name not in last.maps:
             return last
         begun = self._begin()
-        self._method = method
+        self._method = None if frame is None else _mark(frame)
         return begun
 
     def _in_method(self) -> bool:
-        """Whether the method of the model that the last forward was a call of is still running."""
+        """Whether the method that the last forward is a call of has not returned yet."""
+        return self._method is not None and self._method() is not None
+
+    def _outermost_method(self) -> FrameType | None:
+        """The frame of the outermost method of the model's class on the stack."""
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and self._method is not None:
-            if frame is self._method:
-                return True
+        found = None
+        while frame is not None:
+            found = frame if frame.f_code in self._methods else found
             frame = frame.f_back
-        return False
+        return found
 
     def _why_empty(self) -> str:
         if not self._passes:
@@ -295,20 +302,26 @@ def _recordable(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+class _Token:
+    """Left on a frame, it lives as long as the call does."""
+
+    def __call__(self, *_: Any) -> None:
+        """What a debugger that is switched on later makes of it: nothing."""
 
 
-def _outermost_method_of(model: nn.Module) -> FrameType | None:
-    """The frame of the outermost call on the stack whose first argument is the model."""
-    frame: FrameType | None = sys._getframe(1)
-    found = None
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is model and frame.f_globals is not globals():
-            found = frame
-        frame = frame.f_back
-    return found
+def _mark(frame: FrameType) -> weakref.ref[_Token] | None:
+    """A weak reference that dies when the frame returns; a reference to the frame itself would keep its variables alive."""
+    if frame.f_trace is not None:  # a debugger has put its own there
+        return None
+    token = _Token()
+    frame.f_trace = token
+    return weakref.ref(token)
+
+
+def _code_of_methods(model: nn.Module) -> set[CodeType]:
+    """Code of all that the model's class defines below `nn.Module`, decorators looked through."""
+    own = (value for cls in type(model).__mro__ if cls not in nn.Module.__mro__ for value in vars(cls).values())
+    return {inspect.unwrap(value).__code__ for value in own if isinstance(value, FunctionType)}
 
 
 def _unused(name: str, taken: Mapping[str, AttentionMap]) -> str:
