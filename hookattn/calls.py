@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +16,12 @@ from torch.utils import _pytree as pytree
 from .errors import StaleMapError
 
 _SAMPLES = 4096
+_reading: ContextVar[bool] = ContextVar("reading", default=False)
+
+
+def is_reading() -> bool:
+    """Whether a map is being read, so that what runs now is no forward of the model."""
+    return _reading.get()
 
 
 class Target(NamedTuple):
@@ -24,22 +31,32 @@ class Target(NamedTuple):
         name: its name in the model.
         module: the module.
         inner: the module and all below it.
-        state: its parameters and buffers by name, running statistics left out: a forward in train mode moves them without
-            reading them.
+        state: its parameters and buffers by name, all but the statistics.
+        statistics: running statistics by name, each with its norm: a norm reads them unless it is in train mode, where it
+            moves them.
     """
 
     name: str
     module: nn.Module
     inner: tuple[nn.Module, ...]
     state: tuple[tuple[str, Tensor], ...]
+    statistics: tuple[tuple[str, Tensor, nn.Module], ...]
+
+    def read_now(self) -> tuple[tuple[str, Tensor], ...]:
+        """What a call reads of the state and the statistics."""
+        if not self.statistics:
+            return self.state
+        return (*self.state, *((name, tensor) for name, tensor, norm in self.statistics if not norm.training))
 
 
 def target(name: str, module: nn.Module) -> Target:
     """Look up once what every call of the module will need."""
-    statistics = {id(b) for m in module.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+    norms = [(f"{prefix}.", m) if prefix else ("", m) for prefix, m in module.named_modules() if isinstance(m, _NormBase)]
+    statistics = tuple((prefix + name, b, norm) for prefix, norm in norms for name, b in norm.named_buffers(recurse=False))
+    apart = {name for name, _, _ in statistics}
     named = [*module.named_parameters(), *module.named_buffers()]
-    state = tuple((name, tensor) for name, tensor in named if id(tensor) not in statistics)
-    return Target(name, module, tuple(module.modules()), state)
+    state = tuple((n, tensor) for n, tensor in named if n not in apart)
+    return Target(name, module, tuple(module.modules()), state, statistics)
 
 
 class Modes(NamedTuple):
@@ -58,7 +75,8 @@ class Call(NamedTuple):
         args, kwargs: what `forward` received. Tensors are the module's own, cut off from the graph unless asked otherwise.
         modes: grad mode, autocast and training flags of the call.
         tensors: the tensors among the arguments.
-        stamps: what tells a change of an argument, then of each tensor of `target.state`.
+        state: the parameters and buffers the call reads, by name.
+        stamps: what tells a change of an argument, then of each tensor of the state.
     """
 
     target: Target
@@ -66,6 +84,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     modes: Modes
     tensors: tuple[Tensor, ...]
+    state: tuple[tuple[str, Tensor], ...]
     stamps: tuple[Any, ...]
 
     @property
@@ -88,6 +107,7 @@ class Call(NamedTuple):
     def in_its_modes(self) -> Iterator[None]:
         """The modes of the call, whatever has become of its arguments."""
         with ExitStack() as stack:
+            stack.callback(_reading.reset, _reading.set(True))
             stack.enter_context(torch.set_grad_enabled(self.modes.grad))
             if self.modes.autocast is not None:
                 device, enabled, dtype, cached = self.modes.autocast
@@ -97,14 +117,14 @@ class Call(NamedTuple):
 
     def check_fresh(self) -> None:
         """Raise StaleMapError if the map of this call can no longer be computed."""
-        now = (*map(_stamp_of_argument, self.tensors), *map(_stamp, (t for _, t in self.target.state)))
+        now = (*map(_stamp_of_argument, self.tensors), *map(_stamp, (t for _, t in self.state)))
         if now != self.stamps:
             names = [*(f"argument {i}" if i else "x" for i in range(len(self.tensors)))]
-            names += [f"{name!r}" for name, _ in self.target.state]
+            names += [f"{name!r}" for name, _ in self.state]
             changed = [name for name, a, b in zip(names, self.stamps, now) if a != b]
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
         present = {id(t) for t in (*self.target.module.parameters(), *self.target.module.buffers())}
-        replaced = [name for name, tensor in self.target.state if id(tensor) not in present]
+        replaced = [name for name, tensor in self.state if id(tensor) not in present]
         if replaced:
             self._raise_stale(f"{', '.join(map(repr, replaced[:4]))} was replaced after the hooks went on")
 
@@ -123,8 +143,9 @@ def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, de
     grad = torch.is_grad_enabled() and not detach
     autocast = _autocast(tensors[0].device.type) if tensors else None
     modes = Modes(grad, autocast, tuple([m.training for m in target.inner]))
-    stamps = (*[_stamp_of_argument(t) for t in tensors], *[_stamp(t) for _, t in target.state])
-    return Call(target, args, kwargs, modes, tensors, stamps)
+    state = target.read_now()
+    stamps = (*[_stamp_of_argument(t) for t in tensors], *[_stamp(t) for _, t in state])
+    return Call(target, args, kwargs, modes, tensors, state, stamps)
 
 
 def _detached(value: Any) -> Any:

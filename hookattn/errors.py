@@ -3,7 +3,7 @@
     HookattnError
     ├── ModelError            the model cannot be recorded: no attention, DataParallel, scripted (a TypeError)
     ├── RecorderError         the recorder is used in the wrong order: entered twice, asked for what it was not told to keep
-    ├── LayerNotFoundError    `layers=` or `rec.maps[...]` names nothing (a LookupError)
+    ├── LayerNotFoundError    `layers=` or `rec.maps[...]` names nothing (a KeyError)
     ├── NoMapError            there is no map yet: no forward, or a forward that reached no hook (a LookupError)
     ├── UnreadableError       this module forms no map that can be read; the reason is told
     ├── StaleMapError         what the map would be computed from has changed since the forward
@@ -29,8 +29,10 @@ class RecorderError(HookattnError, RuntimeError):
     """The recorder is used in the wrong order, or asked for what it was not told to keep."""
 
 
-class LayerNotFoundError(HookattnError, LookupError):
+class LayerNotFoundError(HookattnError, KeyError):
     """No attention module answers to this name, pattern or index."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
 
 
 class NoMapError(HookattnError, LookupError):

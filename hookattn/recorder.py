@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .calls import Target, capture, target
+from .calls import Target, capture, is_reading, target
 from .discovery import Layers, choose, nearest
 from .errors import LayerNotFoundError, ModelError, NoMapError, RecorderError, UnreadableError
 from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap, Picture
@@ -57,7 +58,6 @@ class _Pass:
 
     def __init__(self) -> None:
         self.maps: dict[str, AttentionMap] = {}
-        self.image_size: Size | None = None
         self.closed = False
 
 
@@ -109,13 +109,14 @@ class AttentionRecorder:
         self.model = _recordable(model)
         found = choose(self.model, layers)
         self.skipped: dict[str, str] = found.skipped
-        self._targets = [target(name, module) for name, module in found.readable.items()]
+        self._chosen = found.readable
         self._keep, self._all_passes, self._detach = keep, passes == "all", detach
         self._deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._origins = Origins(self.model) if called_from else None
         self._hooks: ExitStack | None = None
         self._passes: list[_Pass] = []
         self._running = 0
+        self._image_size: Size | None = None
         self._methods = _code_of_methods(self.model)
         self._method: weakref.ref[_Token] | None = None
 
@@ -124,8 +125,7 @@ class AttentionRecorder:
             raise RecorderError("this recorder is open already; make another one, or leave the block first.")
         self._passes, self._running = [], 0
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # code that was compiled before the hooks went on would go around them
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_EAGER)
             self._hook(stack)
             self._hooks = stack.pop_all()
         return self
@@ -138,7 +138,7 @@ class AttentionRecorder:
     @property
     def layers(self) -> list[str]:
         """Names of the modules that are recorded."""
-        return [t.name for t in self._targets]
+        return list(self._chosen)
 
     @property
     def maps(self) -> Maps:
@@ -147,7 +147,9 @@ class AttentionRecorder:
         Raises:
             NoMapError: no forward has run, or none that called an attention module.
         """
-        return self.passes[-1]
+        if not self._passes or not self._passes[-1].maps:
+            raise NoMapError(self._why_empty())
+        return Maps(self._passes[-1].maps)
 
     @property
     def passes(self) -> list[Maps]:
@@ -173,37 +175,42 @@ class AttentionRecorder:
         state = "open" if self._hooks is not None else "closed"
         recorded = len(self._passes[-1].maps) if self._passes else 0
         return (
-            f"AttentionRecorder({type(self.model).__name__}, {len(self._targets)} attention modules, {state}, "
+            f"AttentionRecorder({type(self.model).__name__}, {len(self._chosen)} attention modules, {state}, "
             f"{recorded} maps recorded)"
         )
 
     def _hook(self, stack: ExitStack) -> None:
         """Put every hook on the stack that will take it off."""
-        for chosen in self._targets:
-            stack.enter_context(chosen.module.register_forward_pre_hook(self._recording(chosen), with_kwargs=True))
+        for name, module in self._chosen.items():
+            hook = self._recording(target(name, module))
+            stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         stem = stem_of(self.model)
         if stem is not None:
-            stack.enter_context(stem.register_forward_pre_hook(self._see_image, with_kwargs=True))
-        stack.enter_context(self.model.register_forward_pre_hook(self._start, prepend=True))
-        stack.enter_context(self.model.register_forward_hook(self._stop, always_call=True))
-        if self._origins is not None:
+            stack.enter_context(stem.register_forward_pre_hook(lambda _, *given: self._see_image(*given), with_kwargs=True))
+        # functions, not methods: a copy of the model that is made inside the block would copy the recorder along
+        stack.enter_context(self.model.register_forward_pre_hook(lambda m, _: self._start(m), prepend=True))
+        stack.enter_context(self.model.register_forward_hook(lambda m, *_: self._stop(m), always_call=True))
+        if (origins := self._origins) is not None:
             for module in self.model.modules():
-                stack.enter_context(module.register_forward_hook(self._origins.note))
+                stack.enter_context(module.register_forward_hook(lambda *made: origins.note(*made)))
 
     def _recording(self, chosen: Target) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """The hook of one attention module."""
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not chosen.module or torch._C._current_graph_task_id() != -1:
-                return  # a copy of the model, or a checkpointed forward run again within backward
-            into = self._current(chosen.name)
-            name = _unused(chosen.name, into.maps)
-            into.maps[name] = self._map(chosen, name, args, kwargs, into)
+            if module is not chosen.module:
+                return  # a copy of the model
+            if _is_a_forward():
+                into = self._current(chosen.name)
+                name = _unused(chosen.name, into.maps)
+                into.maps[name] = self._map(chosen, name, args, kwargs)
+            elif self._keep == "maps" and not self._detach and not is_reading():
+                self._map(chosen, chosen.name, args, kwargs)  # a checkpoint run again must save the very tensors it saved
 
         return record
 
-    def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], into: _Pass) -> AttentionMap:
-        picture = Picture(self.model, into.image_size)
+    def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionMap:
+        picture = Picture(self.model, self._image_size)
         site = self._site(args, kwargs)
         captured = CapturedMap(capture(chosen, args, kwargs, detach=self._detach), name, picture, self._deliver, site)
         if self._keep == "inputs":
@@ -218,21 +225,22 @@ class AttentionRecorder:
             return None
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self._origins)
 
-    def _see_image(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook of the patch embedding: the size of the picture."""
+    def _see_image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of the patch embedding: the size of the picture that the next maps are of."""
         images = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
-        if images is not None and torch._C._current_graph_task_id() == -1:
+        if images is not None and _is_a_forward():
             height, width = images.shape[-2:]
-            self._current(None).image_size = (height, width)
+            self._image_size = (height, width)
 
-    def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is self.model and torch._C._current_graph_task_id() == -1:
+    def _start(self, module: nn.Module) -> None:
+        if module is self.model and _is_a_forward():
             if self._running == 0:
                 self._begin()
+                self._image_size = None
             self._running += 1
 
-    def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if module is self.model and torch._C._current_graph_task_id() == -1:
+    def _stop(self, module: nn.Module) -> None:
+        if module is self.model and _is_a_forward():
             self._running -= 1
             if self._running == 0:
                 self._passes[-1].closed = True
@@ -244,13 +252,14 @@ class AttentionRecorder:
         self._method = None
         return self._passes[-1]
 
-    def _current(self, name: str | None) -> _Pass:
+    def _current(self, name: str) -> _Pass:
         """The forward that is running: a call of the model, of one of its methods, or of its modules one by one."""
         last = self._passes[-1] if self._passes else None
         if last is not None and not last.closed and (self._running or self._in_method()):
             return last
         frame = self._outermost_method()
-        if frame is None and last is not None and not last.closed and self._method is None and name not in last.maps:
+        by_hand = frame is None and last is not None and not last.closed and self._method is None
+        if by_hand and last is not None and name not in last.maps:
             return last
         begun = self._begin()
         self._method = None if frame is None else _mark(frame)
@@ -300,6 +309,33 @@ def _recordable(model: nn.Module) -> nn.Module:
         if isinstance(module, torch.fx.GraphModule):
             raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
     return model
+
+
+class _Eager:
+    """Runs compiled code eagerly as long as any recorder is open: what was compiled before has no hooks in it."""
+
+    def __init__(self) -> None:
+        self.lock, self.open, self.stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.open == 0 and "torch._dynamo" in sys.modules:  # else nothing has been compiled
+                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self.open += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.open -= 1
+            if self.open == 0:
+                self.stance.close()
+
+
+_EAGER = _Eager()
+
+
+def _is_a_forward() -> bool:
+    """Whether a module that is called now belongs to a forward: not to a checkpoint run again in backward, not to a replay."""
+    return torch._C._current_graph_task_id() == -1 and not is_reading()
 
 
 class _Token:

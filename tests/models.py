@@ -54,6 +54,9 @@ TINY: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
+TINY = {name: (model, *rest) for name, (model, *rest) in TINY.items() if timm.is_model(model)}  # older timm has fewer
+
+
 def randomise(module: nn.Module, spread: float = 0.5) -> nn.Module:
     """Add noise to every parameter, and to the constant buffers that a forward reads as biases."""
     with torch.no_grad():

@@ -102,6 +102,7 @@ def test_the_exception_tree_is_drawn_whole() -> None:
     classes = {name for name, value in errors.items() if isinstance(value, type) and issubclass(value, hookattn.HookattnError)}
     assert classes == set(re.findall(r"\w+Error\b", hookattn.errors.__doc__ or "")) - {
         "TypeError",
+        "KeyError",
         "LookupError",
         "ValueError",
         "ImportError",
@@ -125,10 +126,14 @@ def readme_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_the_readme_prints_what_its_comments_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": "readme"}
     blocks = readme_blocks()
     assert len(blocks) >= 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
+        for line in capsys.readouterr().out.splitlines():
+            assert line.rpartition("site-packages/")[2].strip() in re.sub(r"#[#\s]*", "", block)
