@@ -111,6 +111,7 @@ class Call(NamedTuple):
             stack.enter_context(torch.set_grad_enabled(self.modes.grad))
             if self.modes.autocast is not None:
                 device, enabled, dtype, cached = self.modes.autocast
+                cached = cached and self.modes.grad  # a parameter that is cast without grad must not be met by a forward with
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
             stack.enter_context(_training(self.target.inner, self.modes.training))
             yield

@@ -281,12 +281,10 @@ def _form_of(call: Call) -> Source:
     if find_recipe(call.target.module) is None:
         with call.in_its_modes():
             return source_of(call)
-    modes = call.modes
-    uncached = modes.autocast and (*modes.autocast[:3], False)  # what autocast has cached is no tensor of this mode
     bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
-        shapes = call._replace(args=bare[0], kwargs=bare[1], modes=modes._replace(grad=False, autocast=uncached))
+        shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
         with shapes.in_its_modes():
             return source_of(shapes)
 
@@ -298,17 +296,20 @@ def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, P
         IndexError: too many indices, or one out of range.
     """
     items = list(index) if isinstance(index, tuple) else [index]
-    if not all(isinstance(i, slice) or i is Ellipsis or _is_integer(i) for i in items):
+    if not all(_is_simple(i) for i in items) or sum(_is_list(i) for i in items) > 1:
         return (ALL, ALL, ALL), index
-    if sum(i is not Ellipsis for i in items) > 4 or sum(i is Ellipsis for i in items) > 1:
+    dots = [place for place, item in enumerate(items) if item is Ellipsis]
+    if len(items) - len(dots) > 4 or len(dots) > 1:
         raise IndexError(f"a map has 4 axes (batch, head, query, key), which {index!r} does not fit")
-    at = items.index(Ellipsis) if Ellipsis in items else len(items)
-    items[at : at + 1] = [ALL] * (4 - sum(i is not Ellipsis for i in items))
+    at = dots[0] if dots else len(items)
+    items[at : at + 1] = [ALL] * (4 - len(items) + len(dots))
     picks: list[Pick] = []
     rest: list[Any] = []
     for item, length, axis in zip(items, shape, ("batch", "head", "query", "key")):
         if isinstance(item, slice):
             picks, rest = [*picks, item], [*rest, ALL]
+        elif _is_list(item):
+            picks, rest = [*picks, torch.as_tensor(item)], [*rest, ALL]
         elif -length <= item < length:
             picks, rest = [*picks, slice(item % length, item % length + 1)], [*rest, 0]
         else:
@@ -317,8 +318,14 @@ def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, P
     return (picks[0], picks[1], picks[2]), tuple(rest)
 
 
-def _is_integer(item: Any) -> bool:
-    return hasattr(item, "__index__") and not isinstance(item, (bool, Tensor, list)) and getattr(item, "ndim", 0) == 0
+def _is_simple(item: Any) -> bool:
+    """Whether an item of an index picks along one axis and leaves the others alone."""
+    integer = hasattr(item, "__index__") and not isinstance(item, (bool, Tensor)) and getattr(item, "ndim", 0) == 0
+    return isinstance(item, slice) or item is Ellipsis or integer or _is_list(item)
+
+
+def _is_list(item: Any) -> bool:
+    return isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
 
 
 def _pick_heads(heads: str | int | None, count: int) -> slice:

@@ -58,6 +58,7 @@ class _Pass:
 
     def __init__(self) -> None:
         self.maps: dict[str, AttentionMap] = {}
+        self.image_size: Size | None = None
         self.closed = False
 
 
@@ -118,7 +119,7 @@ class AttentionRecorder:
         self._running = 0
         self._image_size: Size | None = None
         self._methods = _code_of_methods(self.model)
-        self._method: weakref.ref[_Token] | None = None
+        self._method: Callable[[], object] | None = None
 
     def __enter__(self) -> AttentionRecorder:
         if self._hooks is not None:
@@ -186,7 +187,9 @@ class AttentionRecorder:
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         stem = stem_of(self.model)
         if stem is not None:
-            stack.enter_context(stem.register_forward_pre_hook(lambda _, *given: self._see_image(*given), with_kwargs=True))
+            stack.enter_context(
+                stem.register_forward_pre_hook(lambda m, *given: self._see_image(m is stem, *given), with_kwargs=True)
+            )
         # functions, not methods: a copy of the model that is made inside the block would copy the recorder along
         stack.enter_context(self.model.register_forward_pre_hook(lambda m, _: self._start(m), prepend=True))
         stack.enter_context(self.model.register_forward_hook(lambda m, *_: self._stop(m), always_call=True))
@@ -202,6 +205,7 @@ class AttentionRecorder:
                 return  # a copy of the model
             if _is_a_forward():
                 into = self._current(chosen.name)
+                into.image_size, self._image_size = self._image_size or into.image_size, None
                 name = _unused(chosen.name, into.maps)
                 into.maps[name] = self._map(chosen, name, args, kwargs)
             elif self._keep == "maps" and not self._detach and not is_reading():
@@ -210,7 +214,7 @@ class AttentionRecorder:
         return record
 
     def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionMap:
-        picture = Picture(self.model, self._image_size)
+        picture = Picture(self.model, self._passes[-1].image_size if self._passes else None)
         site = self._site(args, kwargs)
         captured = CapturedMap(capture(chosen, args, kwargs, detach=self._detach), name, picture, self._deliver, site)
         if self._keep == "inputs":
@@ -225,10 +229,10 @@ class AttentionRecorder:
             return None
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self._origins)
 
-    def _see_image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see_image(self, ours: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of the patch embedding: the size of the picture that the next maps are of."""
         images = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
-        if images is not None and _is_a_forward():
+        if ours and images is not None and _is_a_forward():
             height, width = images.shape[-2:]
             self._image_size = (height, width)
 
@@ -266,8 +270,14 @@ class AttentionRecorder:
         return begun
 
     def _in_method(self) -> bool:
-        """Whether the method that the last forward is a call of has not returned yet."""
-        return self._method is not None and self._method() is not None
+        """Whether the method that the last forward is a call of is still on the stack."""
+        mark = self._method and self._method()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and mark is not None:
+            if mark is frame or mark is frame.f_trace:
+                return True
+            frame = frame.f_back
+        return False
 
     def _outermost_method(self) -> FrameType | None:
         """The frame of the outermost method of the model's class on the stack."""
@@ -345,18 +355,19 @@ class _Token:
         """What a debugger that is switched on later makes of it: nothing."""
 
 
-def _mark(frame: FrameType) -> weakref.ref[_Token] | None:
+def _mark(frame: FrameType) -> Callable[[], object]:
     """A weak reference that dies when the frame returns; a reference to the frame itself would keep its variables alive."""
     if frame.f_trace is not None:  # a debugger has put its own there
-        return None
+        return lambda: frame
     token = _Token()
     frame.f_trace = token
     return weakref.ref(token)
 
 
 def _code_of_methods(model: nn.Module) -> set[CodeType]:
-    """Code of all that the model's class defines below `nn.Module`, decorators looked through."""
-    own = (value for cls in type(model).__mro__ if cls not in nn.Module.__mro__ for value in vars(cls).values())
+    """Code of all that the model's classes define, PyTorch's own left out, decorators looked through."""
+    theirs = [cls for cls in type(model).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
+    own = (value for cls in theirs for value in vars(cls).values())
     return {inspect.unwrap(value).__code__ for value in own if isinstance(value, FunctionType)}
 
 

@@ -18,8 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _PASSED_THROUGH = {nn_module.__file__, container.__file__}
 
 
-Origin = tuple[str, Union["Origin", None]]
-"""A module's name, and the same of the first tensor it was given."""
+Origin = tuple[str, Union[str, None]]
+"""Name of the module that made a tensor, and of the one that made what it was given."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class Origins:
         given = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
         for tensor in pytree.tree_leaves(output):
             if isinstance(tensor, Tensor) and not any(tensor is t for t in given):
-                origin = (self.names.get(module, type(module).__name__), self._made_by.get(given[0]) if given else None)
-                self._made_by.setdefault(tensor, origin)
+                before = self._made_by.get(given[0]) if given else None
+                name = self.names.get(module, type(module).__name__)
+                self._made_by.setdefault(tensor, (name, before and before[0]))
 
     def describe(self, x: Tensor) -> str:
         """What made a tensor, in words."""
@@ -83,4 +84,4 @@ class Origins:
         name, before = origin
         if before is None:
             return f"what {name} put out"
-        return f"what {name} made of the output of {before[0]}"
+        return f"what {name} made of the output of {before}"

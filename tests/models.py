@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from packaging.version import Version
 from torch import nn
 
 # name of a test: (timm model, arguments, input size); one for each variant of each recipe
@@ -55,6 +56,9 @@ TINY: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 TINY = {name: (model, *rest) for name, (model, *rest) in TINY.items() if timm.is_model(model)}  # older timm has fewer
+
+# before 1.0.31, timm's own forward fails on mixed rope in other dtypes
+ANY_DTYPE = [name for name in TINY if name != "rope_mixed" or Version(timm.__version__) >= Version("1.0.31")]
 
 
 def randomise(module: nn.Module, spread: float = 0.5) -> nn.Module:

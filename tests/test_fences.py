@@ -136,4 +136,6 @@ def test_the_code_of_the_readme_prints_what_its_comments_say(
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
         for line in capsys.readouterr().out.splitlines():
-            assert line.rpartition("site-packages/")[2].strip() in re.sub(r"#[#\s]*", "", block)
+            said = re.sub(r"#[#\s]*", "", block)
+            place = re.search(r"timm/models/vision_transformer\.py:", line)  # the line number is timm's own affair
+            assert (place.group() if place else line.strip()) in said

@@ -324,7 +324,7 @@ def test_a_map_is_stale_when_the_module_itself_writes_into_x() -> None:
 
 def test_a_map_is_stale_when_another_argument_has_changed() -> None:
     model, _ = tiny("vit")
-    attn: Any = model.blocks[0].attn  # type: ignore[index,union-attr]
+    attn: Any = model.blocks[0].attn
     x, mask = torch.randn(2, 5, 48), torch.zeros(5, 5)
     with AttentionRecorder(model) as rec, torch.no_grad():
         attn(x, attn_mask=mask)
@@ -345,7 +345,7 @@ def test_a_map_stays_readable_when_only_other_modules_change() -> None:
                 parameter.add_(1)
     assert same(read(rec), expected)
     with torch.no_grad():
-        model.blocks[0].attn.proj.bias.add_(1)  # type: ignore[index,union-attr,operator]
+        model.blocks[0].attn.proj.bias.add_(1)
     assert torch.equal(rec.maps[1][...], expected["blocks.1.attn"])
 
 

@@ -97,7 +97,7 @@ def test_dropping_model_and_recorder_frees_the_model(options: dict[str, Any]) ->
     model, x = tiny("vit")
     with AttentionRecorder(model, **options) as rec:
         model(x)
-        model.forward_features(x)  # type: ignore[operator]
+        model.forward_features(x)
         read_everything(rec)
     parts = [weakref.ref(part) for part in [*model.modules(), *model.parameters()]]
     del model, rec
@@ -120,7 +120,7 @@ def test_nothing_of_the_autograd_graph_is_kept_alive(options: dict[str, Any], ca
             output = getattr(model, call)(x)
         assert any(reference() is not None for reference in saved)
         del output
-    assert [reference() for reference in saved if reference() is not None] == []
+        assert [reference() for reference in saved if reference() is not None] == []
     assert all(m[...].sum() > 0 for m in rec.maps.values())
 
 
@@ -169,7 +169,7 @@ def test_a_map_that_could_not_be_computed_keeps_nothing() -> None:
     y = torch.randn(1, 17, 48)
     reference = weakref.ref(y)
     with AttentionRecorder(model, "blocks.0.mlp", keep="maps") as rec, torch.no_grad():
-        model.blocks[0].mlp(y)  # type: ignore[index,union-attr,operator]
+        model.blocks[0].mlp(y)
     del y
     assert reference() is None
     m = rec.maps[0]

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import linecache
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from models import TINY, tiny
 from timm.layers import Attention, Attention2d
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder, LayerNotFoundError, NoMapError, RecorderError
+from hookattn import AttentionRecorder, LayerNotFoundError, NoMapError, RecorderError, TokenError
 from hookattn.maps import AttentionMap
 
 NAMES = ["blocks.0.attn", "blocks.1.attn"]
@@ -72,7 +73,7 @@ def same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 class Raises(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *_: Any) -> Tensor:
         raise ArithmeticError("midway")
 
 
@@ -175,16 +176,45 @@ def test_nothing_is_left_when_the_body_raises(error: type[BaseException]) -> Non
 def test_a_forward_that_raises_midway_leaves_nothing_and_the_next_one_counts_afresh(call: str, keep: Any) -> None:
     model, x = tiny("vit", depth=3)
     expected = maps_of(model, x)
-    whole = model.blocks[1].mlp  # type: ignore[index,union-attr]
+    whole = model.blocks[1].mlp
     with untouched(model), torch.no_grad(), AttentionRecorder(model, keep=keep, passes="all") as rec:
-        model.blocks[1].mlp = Raises()  # type: ignore[index,union-attr]
+        model.blocks[1].mlp = Raises()
         with pytest.raises(ArithmeticError, match="midway"):
             getattr(model, call)(x)
-        model.blocks[1].mlp = whole  # type: ignore[index,union-attr]
+        model.blocks[1].mlp = whole
         getattr(model, call)(x)
     broken, complete = rec.passes
     assert list(broken) == NAMES
     assert same({name: m[...] for name, m in complete.items()}, expected)
+
+
+@pytest.mark.parametrize("call", ["__call__", "forward_features"])
+def test_a_forward_that_raised_is_over_though_its_error_is_kept(call: str) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model, passes="all") as rec, torch.no_grad():
+        with pytest.raises(ArithmeticError) as kept, model.norm.register_forward_pre_hook(Raises.forward):
+            getattr(model, call)(x)
+        getattr(model, call)(-x)
+    assert kept.traceback  # it holds the frames of the forward
+    assert [list(maps) for maps in rec.passes] == [NAMES, NAMES]
+
+
+@pytest.mark.parametrize("call", ["__call__", "forward_features"])
+def test_a_debugger_changes_nothing(call: str) -> None:
+    model, x = tiny("vit")
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        return trace
+
+    before = sys.gettrace()
+    with AttentionRecorder(model, passes="all") as rec, torch.no_grad():
+        sys.settrace(trace)
+        try:
+            getattr(model, call)(x)
+            getattr(model, call)(-x)
+        finally:
+            sys.settrace(before)
+    assert [list(maps) for maps in rec.passes] == [NAMES, NAMES]
 
 
 def test_hooks_that_could_not_all_be_put_on_are_taken_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +358,7 @@ def test_passes_last_keeps_one_forward_and_passes_all_keeps_each() -> None:
     model, x = tiny("vit")
     first, second = maps_of(model, x), maps_of(model, 2 * x)
     for passes in ("last", "all"):
-        with AttentionRecorder(model, passes=passes) as rec, torch.no_grad():  # type: ignore[arg-type]
+        with AttentionRecorder(model, passes=passes) as rec, torch.no_grad():
             model(x)
             model(2 * x)
         kept = [{name: m[...] for name, m in maps.items()} for maps in rec.passes]
@@ -384,7 +414,7 @@ def test_calls_methods_and_loops_by_hand_can_follow_each_other_in_any_order() ->
             CALLS[call](x, model)
     assert len(rec.passes) == len(called) == 18
     for maps, (_, x) in zip(rec.passes, called):
-        assert torch.equal(maps[0].x, model.blocks[0].norm1(model._pos_embed(model.patch_embed(x))))  # type: ignore
+        assert torch.equal(maps[0].x, model.blocks[0].norm1(model._pos_embed(model.patch_embed(x))))
 
 
 def test_a_function_of_the_users_that_takes_the_model_first_is_no_forward() -> None:
@@ -427,8 +457,8 @@ def test_a_model_inside_the_recorded_one_can_be_called_alone() -> None:
     with AttentionRecorder(outer, passes="all") as rec, torch.no_grad():
         outer(x)
         model(x)
-        model.forward_features(x)  # type: ignore[operator]
-        model.forward_features(x)  # type: ignore[operator]
+        model.forward_features(x)
+        model.forward_features(x)
     names = [f"0.{name}" for name in NAMES]
     assert [list(maps) for maps in rec.passes] == [names] * 4
 
@@ -464,6 +494,36 @@ def test_the_size_of_the_image_is_that_of_its_own_forward(call: str) -> None:
     assert grids == [[(4, 2)] * 2, [(2, 4)] * 2, [(3, 3)] * 2]
 
 
+def test_each_map_knows_the_size_of_its_own_image() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, _ = tiny("vit", dynamic_img_size=True)
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return self.trunk(first) + self.trunk(second)
+
+        def compare(self, first: Tensor, second: Tensor) -> Tensor:
+            return self.forward(first, second)
+
+    model = Pair()
+    with AttentionRecorder(model, "trunk.blocks.0", passes="all") as rec, torch.no_grad():
+        model(torch.randn(1, 3, 64, 32), torch.randn(1, 3, 32, 64))
+        model.compare(torch.randn(1, 3, 48, 48), torch.randn(1, 3, 16, 64))
+    grids = [[m.tokens.grid_size for m in maps.values()] for maps in rec.passes]
+    assert grids == [[(4, 2), (2, 4)], [(3, 3), (1, 4)]]
+
+
+@pytest.mark.parametrize("call", ["model(x)", "forward_features", "by hand"])
+def test_a_call_that_saw_no_image_is_not_one_of_the_last_image(call: str) -> None:
+    model: Any = tiny("vit", dynamic_img_size=True)[0]
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        CALLS[call](torch.randn(1, 3, 64, 32), model)
+        model.blocks[0].attn(torch.randn(1, 9, 48))
+    with pytest.raises(TokenError, match="9 tokens are no grid of patches over an image of unknown size"):
+        rec.maps[0].tokens  # noqa: B018
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"detach": False}, {"keep": "maps", "detach": False}], ids=str)
 def test_gradient_checkpointing_records_each_forward_once(
@@ -473,7 +533,7 @@ def test_gradient_checkpointing_records_each_forward_once(
     model, x = tiny("vit")
     expected = maps_of(model, x)
     model.train()
-    model.set_grad_checkpointing()  # type: ignore[operator]
+    model.set_grad_checkpointing()
     gradients = []
     for recorded in (False, True):
         model.zero_grad()
@@ -485,7 +545,7 @@ def test_gradient_checkpointing_records_each_forward_once(
                 model(x).square().sum().backward()
             gradients.append([p.grad for p in model.parameters()])
             model.zero_grad()
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
     assert [list(maps) for maps in rec.passes] == [NAMES]
     assert same({name: m.detach() for name, m in read_all(rec).items()}, expected)
 
@@ -525,7 +585,7 @@ def test_keep_maps_lets_the_input_go_and_keep_inputs_holds_it(keep: Any) -> None
     gc.disable()
     try:
         with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():
-            with model.blocks[0].attn.register_forward_pre_hook(watch):  # type: ignore[index,union-attr]
+            with model.blocks[0].attn.register_forward_pre_hook(watch):
                 model(x)
             inside = seen[0]() is not None
         after = seen[0]() is not None
@@ -654,7 +714,7 @@ def test_a_recorder_can_be_used_again_and_begins_anew() -> None:
 def test_what_is_changed_on_the_model_before_the_block_is_not_stale_in_it() -> None:
     model, x = tiny("vit")
     rec = AttentionRecorder(model)
-    attn: Any = model.blocks[0].attn  # type: ignore[index,union-attr]
+    attn: Any = model.blocks[0].attn
     attn.qkv.weight.data.mul_(2)
     attn.qkv = nn.Linear(48, 144)
     with rec, torch.no_grad():

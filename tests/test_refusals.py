@@ -127,7 +127,7 @@ def test_unknown_words_are_refused_with_those_that_are_known(options: dict[str, 
 
 def test_options_are_given_by_name() -> None:
     with pytest.raises(TypeError):
-        AttentionRecorder(tiny("vit")[0], None, "maps")  # type: ignore[misc]
+        AttentionRecorder(tiny("vit")[0], None, "maps")
 
 
 # The order of things

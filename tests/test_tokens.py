@@ -86,7 +86,7 @@ def test_the_grid_of_padded_images_counts_the_padded_patches() -> None:
 def test_where_no_image_was_seen_the_grid_is_that_of_the_model() -> None:
     model, _ = tiny("vit", img_size=(32, 64))
     with AttentionRecorder(model) as rec, torch.no_grad():
-        model.blocks[0].attn(torch.randn(1, 9, 48))  # type: ignore[index,union-attr,operator]
+        model.blocks[0].attn(torch.randn(1, 9, 48))
     assert rec.maps[0].tokens.grid_size == (2, 4)
 
 
