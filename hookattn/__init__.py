@@ -10,7 +10,7 @@ Rooms, an import may only point down:
     demo  plot            the demo's model and scenes; matplotlib
     analysis  testing     pure functions of maps; the conformance test of a recipe
     recorder              the only file that touches a model
-    discovery             which modules of a model are attention
+    discovery  forwards   which modules are attention; what counts as one forward
     maps                  AttentionMap, read when sliced
     tokens  trace         prefix tokens and grids; who calls an attention module with what
     replay  recipes/      how queries and keys come out of a call

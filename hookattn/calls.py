@@ -118,7 +118,7 @@ class Call(NamedTuple):
 
     def check_fresh(self) -> None:
         """Raise StaleMapError if the map of this call can no longer be computed."""
-        now = (*map(_stamp_of_argument, self.tensors), *map(_stamp, (t for _, t in self.state)))
+        now = (*map(_stamp_of_argument, self.tensors), *_stamps([t for _, t in self.state]))
         if now != self.stamps:
             names = [*(f"argument {i}" if i else "x" for i in range(len(self.tensors)))]
             names += [f"{name!r}" for name, _ in self.state]
@@ -145,7 +145,7 @@ def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, de
     autocast = _autocast(tensors[0].device.type) if tensors else None
     modes = Modes(grad, autocast, tuple([m.training for m in target.inner]))
     state = target.read_now()
-    stamps = (*[_stamp_of_argument(t) for t in tensors], *[_stamp(t) for _, t in state])
+    stamps = (*[_stamp_of_argument(t) for t in tensors], *_stamps([t for _, t in state]))
     return Call(target, args, kwargs, modes, tensors, state, stamps)
 
 
@@ -169,10 +169,17 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes when a tensor is written to, moved or resized. An inference tensor tells of moves alone."""
-    version = -1 if tensor.is_inference() else tensor._version
-    return version, _address(tensor), tensor.dtype
+def _stamps(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """What changes when a tensor is written to or moved."""
+    try:
+        return [(t._version, t.data_ptr()) for t in tensors]
+    except RuntimeError:  # an inference tensor counts no versions, a fake or wrapped one has no address
+        return [_stamp(t) for t in tensors]
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """The same of one tensor of any kind; an inference tensor tells of moves alone."""
+    return -1 if tensor.is_inference() else tensor._version, _address(tensor)
 
 
 def _stamp_of_argument(tensor: Tensor) -> tuple[Any, ...]:

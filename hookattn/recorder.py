@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from types import CodeType, FrameType, FunctionType, TracebackType
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -18,6 +16,7 @@ from torch.utils import _pytree as pytree
 from .calls import Target, capture, is_reading, target
 from .discovery import Layers, choose, nearest
 from .errors import LayerNotFoundError, ModelError, NoMapError, RecorderError, UnreadableError
+from .forwards import Forwards, is_a_forward
 from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap, Picture
 from .tokens import Size, stem_of
 from .trace import CallSite, Origins, call_site
@@ -51,15 +50,6 @@ class Maps(Mapping[str, AttentionMap]):
 
     def __repr__(self) -> str:
         return "\n".join(["Maps:", *(f"  {m!r}" for m in self._maps.values())])
-
-
-class _Pass:
-    """What is gathered while one forward runs."""
-
-    def __init__(self) -> None:
-        self.maps: dict[str, AttentionMap] = {}
-        self.image_size: Size | None = None
-        self.closed = False
 
 
 class AttentionRecorder:
@@ -111,20 +101,16 @@ class AttentionRecorder:
         found = choose(self.model, layers)
         self.skipped: dict[str, str] = found.skipped
         self._chosen = found.readable
-        self._keep, self._all_passes, self._detach = keep, passes == "all", detach
+        self._keep, self._detach, self._all_passes = keep, detach, passes == "all"
         self._deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._origins = Origins(self.model) if called_from else None
         self._hooks: ExitStack | None = None
-        self._passes: list[_Pass] = []
-        self._running = 0
-        self._image_size: Size | None = None
-        self._methods = _code_of_methods(self.model)
-        self._method: Callable[[], object] | None = None
+        self._forwards = Forwards(self.model, keep_all=passes == "all")
 
     def __enter__(self) -> AttentionRecorder:
         if self._hooks is not None:
             raise RecorderError("this recorder is open already; make another one, or leave the block first.")
-        self._passes, self._running = [], 0
+        self._forwards = Forwards(self.model, keep_all=self._all_passes)
         with ExitStack() as stack:
             stack.enter_context(_EAGER)
             self._hook(stack)
@@ -132,7 +118,8 @@ class AttentionRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        hooks, self._hooks, self._method = self._hooks, None, None
+        hooks, self._hooks = self._hooks, None
+        self._forwards.leave()
         if hooks is not None:
             hooks.close()
 
@@ -148,9 +135,9 @@ class AttentionRecorder:
         Raises:
             NoMapError: no forward has run, or none that called an attention module.
         """
-        if not self._passes or not self._passes[-1].maps:
+        if not self._forwards.all or not self._forwards.all[-1].maps:
             raise NoMapError(self._why_empty())
-        return Maps(self._passes[-1].maps)
+        return Maps(self._forwards.all[-1].maps)
 
     @property
     def passes(self) -> list[Maps]:
@@ -159,7 +146,7 @@ class AttentionRecorder:
         Raises:
             NoMapError: no forward has run, or none that called an attention module.
         """
-        filled = [Maps(p.maps) for p in self._passes if p.maps]
+        filled = [Maps(forward.maps) for forward in self._forwards.all if forward.maps]
         if not filled:
             raise NoMapError(self._why_empty())
         return filled
@@ -174,7 +161,7 @@ class AttentionRecorder:
 
     def __repr__(self) -> str:
         state = "open" if self._hooks is not None else "closed"
-        recorded = len(self._passes[-1].maps) if self._passes else 0
+        recorded = len(self._forwards.all[-1].maps) if self._forwards.all else 0
         return (
             f"AttentionRecorder({type(self.model).__name__}, {len(self._chosen)} attention modules, {state}, "
             f"{recorded} maps recorded)"
@@ -203,18 +190,19 @@ class AttentionRecorder:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is not chosen.module:
                 return  # a copy of the model
-            if _is_a_forward():
-                into = self._current(chosen.name)
-                into.image_size, self._image_size = self._image_size or into.image_size, None
-                name = _unused(chosen.name, into.maps)
-                into.maps[name] = self._map(chosen, name, args, kwargs)
+            if is_a_forward():
+                forward = self._forwards.current(chosen.name)
+                name = _unused(chosen.name, forward.maps)
+                forward.maps[name] = self._map(chosen, name, args, kwargs, forward.image_size)
             elif self._keep == "maps" and not self._detach and not is_reading():
-                self._map(chosen, chosen.name, args, kwargs)  # a checkpoint run again must save the very tensors it saved
+                self._map(chosen, chosen.name, args, kwargs, None)  # a checkpoint run again must save what it saved before
 
         return record
 
-    def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionMap:
-        picture = Picture(self.model, self._passes[-1].image_size if self._passes else None)
+    def _map(
+        self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], image_size: Size | None
+    ) -> AttentionMap:
+        picture = Picture(self.model, image_size)
         site = self._site(args, kwargs)
         captured = CapturedMap(capture(chosen, args, kwargs, detach=self._detach), name, picture, self._deliver, site)
         if self._keep == "inputs":
@@ -232,64 +220,19 @@ class AttentionRecorder:
     def _see_image(self, ours: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of the patch embedding: the size of the picture that the next maps are of."""
         images = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
-        if ours and images is not None and _is_a_forward():
-            height, width = images.shape[-2:]
-            self._image_size = (height, width)
+        if ours and images is not None and is_a_forward():
+            self._forwards.see_image(*images.shape[-2:])
 
     def _start(self, module: nn.Module) -> None:
-        if module is self.model and _is_a_forward():
-            if self._running == 0:
-                self._begin()
-                self._image_size = None
-            self._running += 1
+        if module is self.model and is_a_forward():
+            self._forwards.start()
 
     def _stop(self, module: nn.Module) -> None:
-        if module is self.model and _is_a_forward():
-            self._running -= 1
-            if self._running == 0:
-                self._passes[-1].closed = True
-
-    def _begin(self) -> _Pass:
-        if not self._all_passes:
-            self._passes.clear()
-        self._passes.append(_Pass())
-        self._method = None
-        return self._passes[-1]
-
-    def _current(self, name: str) -> _Pass:
-        """The forward that is running: a call of the model, of one of its methods, or of its modules one by one."""
-        last = self._passes[-1] if self._passes else None
-        if last is not None and not last.closed and (self._running or self._in_method()):
-            return last
-        frame = self._outermost_method()
-        by_hand = frame is None and last is not None and not last.closed and self._method is None
-        if by_hand and last is not None and name not in last.maps:
-            return last
-        begun = self._begin()
-        self._method = None if frame is None else _mark(frame)
-        return begun
-
-    def _in_method(self) -> bool:
-        """Whether the method that the last forward is a call of is still on the stack."""
-        mark = self._method and self._method()
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and mark is not None:
-            if mark is frame or mark is frame.f_trace:
-                return True
-            frame = frame.f_back
-        return False
-
-    def _outermost_method(self) -> FrameType | None:
-        """The frame of the outermost method of the model's class on the stack."""
-        frame: FrameType | None = sys._getframe(1)
-        found = None
-        while frame is not None:
-            found = frame if frame.f_code in self._methods else found
-            frame = frame.f_back
-        return found
+        if module is self.model and is_a_forward():
+            self._forwards.stop()
 
     def _why_empty(self) -> str:
-        if not self._passes:
+        if not self._forwards.all:
             return (
                 f"no forward of the {type(self.model).__name__} has run inside the block: call it between `with "
                 "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with."
@@ -341,34 +284,6 @@ class _Eager:
 
 
 _EAGER = _Eager()
-
-
-def _is_a_forward() -> bool:
-    """Whether a module that is called now belongs to a forward: not to a checkpoint run again in backward, not to a replay."""
-    return torch._C._current_graph_task_id() == -1 and not is_reading()
-
-
-class _Token:
-    """Left on a frame, it lives as long as the call does."""
-
-    def __call__(self, *_: Any) -> None:
-        """What a debugger that is switched on later makes of it: nothing."""
-
-
-def _mark(frame: FrameType) -> Callable[[], object]:
-    """A weak reference that dies when the frame returns; a reference to the frame itself would keep its variables alive."""
-    if frame.f_trace is not None:  # a debugger has put its own there
-        return lambda: frame
-    token = _Token()
-    frame.f_trace = token
-    return weakref.ref(token)
-
-
-def _code_of_methods(model: nn.Module) -> set[CodeType]:
-    """Code of all that the model's classes define, PyTorch's own left out, decorators looked through."""
-    theirs = [cls for cls in type(model).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
-    own = (value for cls in theirs for value in vars(cls).values())
-    return {inspect.unwrap(value).__code__ for value in own if isinstance(value, FunctionType)}
 
 
 def _unused(name: str, taken: Mapping[str, AttentionMap]) -> str:

@@ -24,7 +24,7 @@ ROOMS = [
     {"recipes", "replay"},
     {"tokens", "trace"},
     {"maps"},
-    {"discovery"},
+    {"discovery", "forwards"},
     {"recorder"},
     {"analysis", "testing", "inspection"},
     {"plot", "demo"},

@@ -1,0 +1,146 @@
+"""What counts as one forward: a call of the model, of one of its methods, or of its modules one by one."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calls import is_reading
+from .maps import AttentionMap
+from .tokens import Size
+
+
+class Forward:
+    """What is gathered while one forward runs.
+
+    Attributes:
+        maps: by name, in the order the modules ran.
+        image_size: (height, width) of the picture, None as long as none was seen.
+        closed: whether it was a call of the model that has returned.
+    """
+
+    def __init__(self) -> None:
+        self.maps: dict[str, AttentionMap] = {}
+        self.image_size: Size | None = None
+        self.closed = False
+
+
+class Forwards:
+    """The forwards of a model, told apart while they run.
+
+    A call of the model is announced by its hooks, `start` and `stop`. A call of one of its methods (`forward_features`)
+    announces nothing: it is recognised by its frame on the stack. Where there is neither, somebody calls module after
+    module by hand, and a new forward begins when one is called again.
+
+    Args:
+        model: whose forwards they are.
+        keep_all: whether the ones before the last are kept.
+    """
+
+    def __init__(self, model: nn.Module, *, keep_all: bool) -> None:
+        self.all: list[Forward] = []
+        self._model, self._keep_all = model, keep_all
+        self._methods = _code_of_methods(model)
+        self._method: Callable[[], object] | None = None
+        self._running = 0
+        self._image_size: Size | None = None
+
+    def see_image(self, height: int, width: int) -> None:
+        """Note the size of the picture that the maps to come are of."""
+        self._image_size = (height, width)
+
+    def start(self) -> None:
+        """A call of the model begins."""
+        if self._running == 0:
+            self._begin()
+            self._image_size = None
+        self._running += 1
+
+    def stop(self) -> None:
+        """A call of the model has ended, whether it returned or raised."""
+        self._running -= 1
+        if self._running == 0:
+            self.all[-1].closed = True
+
+    def current(self, name: str) -> Forward:
+        """The forward that a call of the module `name` belongs to; a new one where it belongs to none before."""
+        forward = self._running_forward(name)
+        forward.image_size, self._image_size = self._image_size or forward.image_size, None
+        return forward
+
+    def leave(self) -> None:
+        """Let go of the frame that was recognised."""
+        self._method = None
+
+    def _begin(self) -> Forward:
+        if not self._keep_all:
+            self.all.clear()
+        self.all.append(Forward())
+        self._method = None
+        return self.all[-1]
+
+    def _running_forward(self, name: str) -> Forward:
+        last = self.all[-1] if self.all else None
+        if last is not None and not last.closed and (self._running or self._in_method()):
+            return last
+        frame = self._outermost_method()
+        by_hand = frame is None and self._method is None
+        if by_hand and last is not None and not last.closed and name not in last.maps:
+            return last
+        begun = self._begin()
+        self._method = None if frame is None else _mark(frame)
+        return begun
+
+    def _in_method(self) -> bool:
+        """Whether the method that the last forward is a call of is still on the stack."""
+        mark = self._method and self._method()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and mark is not None:
+            if mark is frame or mark is frame.f_trace:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _outermost_method(self) -> FrameType | None:
+        """The frame of the outermost method of the model's class on the stack."""
+        frame: FrameType | None = sys._getframe(1)
+        found = None
+        while frame is not None:
+            found = frame if frame.f_code in self._methods else found
+            frame = frame.f_back
+        return found
+
+
+def is_a_forward() -> bool:
+    """Whether a module that is called now belongs to a forward: not to a checkpoint run again in backward, not to a replay."""
+    return torch._C._current_graph_task_id() == -1 and not is_reading()
+
+
+class _Token:
+    """Left on a frame, it lives as long as the call does."""
+
+    def __call__(self, *_: Any) -> None:
+        """What a debugger that is switched on later makes of it: nothing."""
+
+
+def _mark(frame: FrameType) -> Callable[[], object]:
+    """A weak reference that dies when the frame returns; a reference to the frame itself would keep its variables alive."""
+    if frame.f_trace is not None:  # a debugger has put its own there
+        return lambda: frame
+    token = _Token()
+    frame.f_trace = token
+    return weakref.ref(token)
+
+
+def _code_of_methods(model: nn.Module) -> set[CodeType]:
+    """Code of all that the model's classes define, PyTorch's own left out, decorators looked through."""
+    theirs = [cls for cls in type(model).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
+    own = (value for cls in theirs for value in vars(cls).values())
+    return {inspect.unwrap(value).__code__ for value in own if isinstance(value, FunctionType)}
