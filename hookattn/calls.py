@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from .errors import StaleMapError
+from .errors import StaleMapError, UnreadableError
 
-_SAMPLES = 4096
+_SAMPLES, _FEW = 4096, 16
+_PLAIN = (int, float, bool, str)
+_PARTS = ("_modules", "_parameters", "_buffers")
+_HARMLESS = ("training", "fused_attn", "call_super_init")
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 
@@ -34,6 +38,10 @@ class Target(NamedTuple):
         state: its parameters and buffers by name, all but the statistics.
         statistics: running statistics by name, each with its norm: a norm reads them unless it is in train mode, where it
             moves them.
+        slots: where each tensor of the state and the statistics hangs: a dict of a module, the key, the tensor.
+        samples: a few values of each parameter, as views, in groups of one dtype and device.
+        hooks: dicts of the hooks of all modules below this one.
+        structure: what `structure_of` gave when all this was looked up.
     """
 
     name: str
@@ -41,6 +49,10 @@ class Target(NamedTuple):
     inner: tuple[nn.Module, ...]
     state: tuple[tuple[str, Tensor], ...]
     statistics: tuple[tuple[str, Tensor, nn.Module], ...]
+    slots: tuple[tuple[dict[str, Any], str, Tensor], ...]
+    samples: tuple[tuple[Tensor, ...], ...]
+    hooks: tuple[dict[int, Any], ...]
+    structure: list[Any]
 
     def read_now(self) -> tuple[tuple[str, Tensor], ...]:
         """What a call reads of the state and the statistics."""
@@ -48,15 +60,52 @@ class Target(NamedTuple):
             return self.state
         return (*self.state, *((name, tensor) for name, tensor, norm in self.statistics if not norm.training))
 
+    def up_to_date(self) -> Target:
+        """The same, looked up again if tensors of the module were replaced since, as `torch.func.functional_call` does."""
+        for holder, key, tensor in self.slots:
+            if holder.get(key) is not tensor:
+                return target(self.name, self.module)
+        return self
+
 
 def target(name: str, module: nn.Module) -> Target:
     """Look up once what every call of the module will need."""
+    inner = tuple(module.modules())
     norms = [(f"{prefix}.", m) if prefix else ("", m) for prefix, m in module.named_modules() if isinstance(m, _NormBase)]
     statistics = tuple((prefix + name, b, norm) for prefix, norm in norms for name, b in norm.named_buffers(recurse=False))
     apart = {name for name, _, _ in statistics}
     named = [*module.named_parameters(), *module.named_buffers()]
     state = tuple((n, tensor) for n, tensor in named if n not in apart)
-    return Target(name, module, tuple(module.modules()), state, statistics)
+    samples: dict[Any, list[Tensor]] = {}
+    for parameter in module.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_contiguous() and parameter.device.type != "meta":
+            few = parameter.detach().view(-1)[:: max(1, parameter.numel() // _FEW)]
+            samples.setdefault((parameter.dtype, parameter.device), []).append(few)
+    holders: list[dict[str, Any]] = [holder for m in inner for holder in (m._parameters, m._buffers)]
+    slots = tuple((holder, key, tensor) for holder in holders for key, tensor in holder.items() if tensor is not None)
+    hooks = tuple(hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks))
+    groups = tuple(map(tuple, samples.values()))
+    return Target(name, module, inner, state, statistics, slots, groups, hooks, structure_of(inner))
+
+
+def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
+    """What changes when a part of a module is replaced or wrapped, or an attribute is set to another number."""
+    found: list[Any] = []
+    for module in modules:
+        attributes = vars(module)
+        found += [value for name, value in attributes.items() if type(value) in _PLAIN and name not in _HARMLESS]
+        found += [id(part) for name in _PARTS for part in attributes[name].values()]
+        found.append(id(attributes.get("forward")))
+    return found
+
+
+def _hooks_of_others(target: Target) -> list[int]:
+    """Hooks below the module, which change what is read; those of a recorder do not."""
+    return [id(hook) for hooks in target.hooks if hooks for hook in hooks.values() if not _is_ours(hook)]
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("hookattn.")
 
 
 class Modes(NamedTuple):
@@ -65,6 +114,7 @@ class Modes(NamedTuple):
     grad: bool
     autocast: tuple[str, bool, torch.dtype, bool] | None
     training: tuple[bool, ...]
+    random: tuple[Tensor, Tensor | None] | None
 
 
 class Call(NamedTuple):
@@ -89,7 +139,17 @@ class Call(NamedTuple):
 
     @property
     def x(self) -> Tensor:
-        """The first tensor the module was called with."""
+        """The first argument of the module's `forward`.
+
+        Raises:
+            UnreadableError: it is no tensor.
+        """
+        first = next(iter(inspect.signature(self.target.module.forward).parameters), "")
+        x = self.args[0] if self.args else self.kwargs.get(first)
+        if isinstance(x, Tensor):
+            return x
+        if not self.tensors:
+            raise UnreadableError(f"{self.target.name!r} was called without a tensor; what it was called with is m.call.")
         return self.tensors[0]
 
     @contextmanager
@@ -116,18 +176,28 @@ class Call(NamedTuple):
             stack.enter_context(_training(self.target.inner, self.modes.training))
             yield
 
+    def restore_random_streams(self) -> None:
+        """Set the random streams to where they were when the call began, if it was in train mode."""
+        if self.modes.random is not None:
+            cpu, cuda = self.modes.random
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.x.device)
+
     def check_fresh(self) -> None:
         """Raise StaleMapError if the map of this call can no longer be computed."""
-        now = (*map(_stamp_of_argument, self.tensors), *_stamps([t for _, t in self.state]))
+        now = _stamps_of(self.target, self.tensors, self.state)
         if now != self.stamps:
-            names = [*(f"argument {i}" if i else "x" for i in range(len(self.tensors)))]
-            names += [f"{name!r}" for name, _ in self.state]
+            names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
+            names += [*(repr(name) for name, _ in self.state), "values of parameters", "hooks inside the module"]
             changed = [name for name, a, b in zip(names, self.stamps, now) if a != b]
+            changed = [name for name in changed if name != "values of parameters"] or changed
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
         present = {id(t) for t in (*self.target.module.parameters(), *self.target.module.buffers())}
-        replaced = [name for name, tensor in self.state if id(tensor) not in present]
-        if replaced:
-            self._raise_stale(f"{', '.join(map(repr, replaced[:4]))} was replaced after the hooks went on")
+        replaced = [repr(name) for name, tensor in self.state if id(tensor) not in present]
+        if replaced or structure_of(self.target.inner) != self.target.structure:
+            what = ", ".join(replaced[:4]) or "a layer, a forward or a number inside the module"
+            self._raise_stale(f"{what} was replaced after the forward")
 
     def _raise_stale(self, what: str) -> None:
         raise StaleMapError(
@@ -143,10 +213,22 @@ def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, de
     tensors = tuple(_tensors((*args, *kwargs.values())))
     grad = torch.is_grad_enabled() and not detach
     autocast = _autocast(tensors[0].device.type) if tensors else None
-    modes = Modes(grad, autocast, tuple([m.training for m in target.inner]))
+    training = tuple([m.training for m in target.inner])
+    random = _random_streams(tensors[0].device) if tensors and any(training) else None
+    target = target.up_to_date()
     state = target.read_now()
-    stamps = (*[_stamp_of_argument(t) for t in tensors], *_stamps([t for _, t in state]))
-    return Call(target, args, kwargs, modes, tensors, state, stamps)
+    modes = Modes(grad, autocast, training, random)
+    return Call(target, args, kwargs, modes, tensors, state, _stamps_of(target, tensors, state))
+
+
+def _random_streams(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _stamps_of(target: Target, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...]) -> tuple[Any, ...]:
+    """One stamp for each argument and each tensor of the state, one for some values, one for hooks."""
+    arguments, read = [_stamp_of_argument(t) for t in tensors], _stamps([t for _, t in state])
+    return (*arguments, *read, _few_values(target), _hooks_of_others(target))
 
 
 def _detached(value: Any) -> Any:
@@ -184,20 +266,27 @@ def _stamp(tensor: Tensor) -> tuple[int, int]:
 
 def _stamp_of_argument(tensor: Tensor) -> tuple[Any, ...]:
     """As `_stamp`; inference tensors count no versions, so up to 4096 of their values are kept and compared instead."""
-    if not tensor.is_inference() or tensor.device.type == "meta":
+    if not tensor.is_inference() or tensor.device.type == "meta" or tensor.is_nested:
         return _stamp(tensor)
     values = tensor.reshape(-1)
     return (_Values(values[:: max(1, values.numel() // _SAMPLES)].clone()), *_stamp(tensor))
 
 
-class _Values:
-    """Values of a tensor that compare equal when all are, NaN with NaN."""
+def _few_values(target: Target) -> _Values:
+    """Some values of every parameter: a fused optimizer changes them without counting a version."""
+    return _Values(*[torch.cat(group) for group in target.samples])
 
-    def __init__(self, values: Tensor) -> None:
+
+class _Values:
+    """Values of tensors that compare equal when all are, NaN with NaN."""
+
+    def __init__(self, *values: Tensor) -> None:
         self.values = values
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Values) and torch.equal(self.values.nan_to_num(), other.values.nan_to_num())
+        return isinstance(other, _Values) and all(
+            torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(self.values, other.values)
+        )
 
     __hash__ = object.__hash__
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Union
 from torch import nn
 
 from .errors import LayerNotFoundError, ModelError, UnreadableError
-from .recipes import find_recipe, names_of
+from .recipes import is_known, names_of
 
 Layer = Union[str, int]
 Layers = Union[None, Layer, Sequence[Layer], Callable[[str, nn.Module], bool]]
@@ -78,13 +78,13 @@ def find_attention(model: nn.Module) -> Found:
     skipped = {name: reason for name, module in named.items() if (reason := unreadable(module))}
     likely = {name: m for name, m in named.items() if name not in skipped and _is_attention(m)}
     inner = [*likely.values(), *(named[name] for name in skipped)]
-    readable = {name: m for name, m in likely.items() if find_recipe(m) or not _holds_another(m, inner)}
+    readable = {name: m for name, m in likely.items() if is_known(m) or not _holds_another(m, inner)}
     return Found(readable, skipped)
 
 
 def unreadable(module: nn.Module) -> str | None:
     """Why a module that is known to have no readable map has none; None for all others."""
-    if find_recipe(module) is not None:
+    if is_known(module):
         return None
     reason = next((_UNREADABLE[name] for name in names_of(module) if name in _UNREADABLE), None)
     return reason and f"{type(module).__name__}: {reason}"
@@ -146,7 +146,7 @@ def _named(model: nn.Module, found: Found, layer: Layer) -> list[str]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return find_recipe(module) is not None or _LOOKS_LIKE_ATTENTION.search(type(module).__name__) is not None
+    return is_known(module) or _LOOKS_LIKE_ATTENTION.search(type(module).__name__) is not None
 
 
 def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:

@@ -14,7 +14,6 @@ from torch import nn
 
 from .calls import is_reading
 from .maps import AttentionMap
-from .tokens import Size
 
 
 class Forward:
@@ -22,13 +21,13 @@ class Forward:
 
     Attributes:
         maps: by name, in the order the modules ran.
-        image_size: (height, width) of the picture, None as long as none was seen.
+        images: (batch, height, width) of the pictures, None as long as none was seen.
         closed: whether it was a call of the model that has returned.
     """
 
     def __init__(self) -> None:
         self.maps: dict[str, AttentionMap] = {}
-        self.image_size: Size | None = None
+        self.images: tuple[int, int, int] | None = None
         self.closed = False
 
 
@@ -46,25 +45,27 @@ class Forwards:
 
     def __init__(self, model: nn.Module, *, keep_all: bool) -> None:
         self.all: list[Forward] = []
-        self._model, self._keep_all = model, keep_all
+        self._keep_all = keep_all
         self._methods = _code_of_methods(model)
         self._method: Callable[[], object] | None = None
         self._running = 0
-        self._image_size: Size | None = None
+        self._images: tuple[int, int, int] | None = None
 
-    def see_image(self, height: int, width: int) -> None:
-        """Note the size of the picture that the maps to come are of."""
-        self._image_size = (height, width)
+    def see_images(self, batch: int, height: int, width: int) -> None:
+        """Note the size of the pictures that the maps to come are of."""
+        self._images = (batch, height, width)
 
     def start(self) -> None:
         """A call of the model begins."""
         if self._running == 0:
             self._begin()
-            self._image_size = None
+            self._images = None
         self._running += 1
 
     def stop(self) -> None:
         """A call of the model has ended, whether it returned or raised."""
+        if self._running == 0:  # a hook before ours raised, and this forward was never announced
+            return
         self._running -= 1
         if self._running == 0:
             self.all[-1].closed = True
@@ -72,7 +73,7 @@ class Forwards:
     def current(self, name: str) -> Forward:
         """The forward that a call of the module `name` belongs to; a new one where it belongs to none before."""
         forward = self._running_forward(name)
-        forward.image_size, self._image_size = self._image_size or forward.image_size, None
+        forward.images, self._images = self._images or forward.images, None
         return forward
 
     def leave(self) -> None:

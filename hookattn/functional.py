@@ -54,7 +54,7 @@ class QK:
         """The same for some images, heads and queries; each axis is picked on its own."""
 
         def narrowed(value: Tensor) -> Tensor:
-            return _pick(value.expand(*self.shape[:3], value.shape[-1]), batch, heads, rows)
+            return _pick(value.expand(*self.shape[:3], value.shape[-1] if value.dim() else 1), batch, heads, rows)
 
         q, k = _pick(self.q, batch, heads, rows), _pick(self.k, batch, heads, ALL)
         mask = None if self.mask is None else narrowed(self.mask)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UnreadableError
+from .errors import HookattnError
 from .maps import AttentionMap
 from .recipes import find_recipe
 from .recorder import AttentionRecorder
@@ -70,7 +70,7 @@ def _entry(m: AttentionMap) -> Entry:
     shape, reason = None, ""
     try:
         shape = m.shape
-    except UnreadableError as error:
+    except HookattnError as error:
         reason = str(error)
     return Entry(
         m.name,

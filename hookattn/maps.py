@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .calls import Call
-from .errors import HookattnError, RecorderError, TokenError, UnfaithfulMapError, UnreadableError
+from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
 from .functional import ALL, Pick, Source
 from .recipes import find_recipe
-from .replay import inject, replayed
+from .replay import inject, leaving_no_trace, replayed
 from .tokens import Query, Size, Tokens, tokens_of
 from .trace import CallSite
 
@@ -33,11 +33,11 @@ class Picture:
 
     Attributes:
         model: the recorded model.
-        size: (height, width) in pixels of the images, None if none were seen.
+        images: (batch, height, width) of the images, None if none were seen.
     """
 
     model: nn.Module
-    size: Size | None = None
+    images: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class AttentionMap:
         try:
             dtype = str(self.dtype).removeprefix("torch.")
             return f"AttentionMap({self.name!r}, shape={self.shape}, dtype={dtype}, device={self.device})"
-        except HookattnError as error:
+        except Exception as error:  # a repr never raises
             return f"AttentionMap({self.name!r}, {type(error).__name__})"
 
     @property
@@ -153,7 +153,13 @@ class AttentionMap:
         Raises:
             TokenError: the keys are no prefix tokens and grid of patches over the image.
         """
-        return tokens_of(self._picture.model, self._picture.size, self.shape[-1])
+        images = self._picture.images
+        if images is not None and images[0] != self.shape[0]:
+            raise TokenError(
+                f"{self.name!r} sees {images[0]} images as {self.shape[0]} pieces (windows, or some such), and the tokens of a "
+                "piece are no grid over its image; slice the map itself, m[...]."
+            )
+        return tokens_of(self._picture.model, images and images[1:], self.shape[-1])
 
     def image(self, query: Query = "cls", heads: str | int | None = "mean", size: Size | int | None = None) -> Tensor:
         """What a query attends to, as a picture: its row over the patch tokens, laid out on the patch grid.
@@ -226,6 +232,11 @@ class CapturedMap(AttentionMap):
             picks, rest = split_index(index, source.shape)
             return source.narrow(*picks).probabilities()[rest]
 
+    def at_once(self) -> Tensor:
+        """The whole map while the call is about to run, when nothing can have changed yet."""
+        with self._call.in_its_modes():
+            return self._deliver(source_of(self._call).narrow().probabilities())
+
 
 class KeptMap(AttentionMap):
     """A map that was computed while the model ran; the input was let go."""
@@ -266,19 +277,29 @@ class LostMap(AttentionMap):
 def source_of(call: Call) -> Source:
     """Queries and keys of a call, by recipe or by replay; its modes are the caller's business."""
     module = call.target.module
-    recipe = find_recipe(module)
     try:
-        if recipe is None:
-            return replayed(module, *call.args, **call.kwargs)
-        return recipe(module, *call.args, **call.kwargs)
+        if not any(call.modes.training):
+            return _read(call)
+        with leaving_no_trace(module):  # dropout and power iterations within the projections
+            call.restore_random_streams()
+            return _read(call)
     except UnreadableError as error:
         raise UnreadableError(f"{call.target.name!r}: {error}") from None
+
+
+def _read(call: Call) -> Source:
+    module = call.target.module
+    if any(t.is_nested for t in call.tensors):
+        raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
+    recipe = find_recipe(module)
+    return replayed(module, *call.args, **call.kwargs) if recipe is None else recipe(module, *call.args, **call.kwargs)
 
 
 def _form_of(call: Call) -> Source:
     """The same for its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
     call.check_fresh()
-    if find_recipe(call.target.module) is None:
+    hooked = any(call.target.hooks)  # hooks of others, which expect values
+    if find_recipe(call.target.module) is None or hooked or any(call.modes.training):
         with call.in_its_modes():
             return source_of(call)
     bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -16,9 +17,9 @@ from torch.utils import _pytree as pytree
 from .calls import Target, capture, is_reading, target
 from .discovery import Layers, choose, nearest
 from .errors import LayerNotFoundError, ModelError, NoMapError, RecorderError, UnreadableError
-from .forwards import Forwards, is_a_forward
+from .forwards import Forward, Forwards, is_a_forward
 from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap, Picture
-from .tokens import Size, stem_of
+from .tokens import stem_of
 from .trace import CallSite, Origins, call_site
 
 Keep = Literal["inputs", "maps"]
@@ -193,22 +194,37 @@ class AttentionRecorder:
             if is_a_forward():
                 forward = self._forwards.current(chosen.name)
                 name = _unused(chosen.name, forward.maps)
-                forward.maps[name] = self._map(chosen, name, args, kwargs, forward.image_size)
+                forward.maps[name] = self._map(chosen, name, args, kwargs, forward.images)
+                if _came_later(module, me()):
+                    self._look_again(chosen, name, args, kwargs, forward)
             elif self._keep == "maps" and not self._detach and not is_reading():
                 self._map(chosen, chosen.name, args, kwargs, None)  # a checkpoint run again must save what it saved before
 
+        me = weakref.ref(record)  # a closure that held itself would be a cycle
         return record
 
+    def _look_again(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> None:
+        """Take what `forward` really received, once it has run, if a hook that came after ours changed it."""
+        seen = [*args, *kwargs.values()]
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            handle.remove()
+            final = [*args, *kwargs.values()]
+            if len(final) != len(seen) or any(a is not b for a, b in zip(final, seen)):
+                forward.maps[name] = self._map(chosen, name, args, kwargs, forward.images)
+
+        handle = chosen.module.register_forward_hook(after, with_kwargs=True, always_call=True)
+
     def _map(
-        self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], image_size: Size | None
+        self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], images: tuple[int, int, int] | None
     ) -> AttentionMap:
-        picture = Picture(self.model, image_size)
+        picture = Picture(self.model, images)
         site = self._site(args, kwargs)
         captured = CapturedMap(capture(chosen, args, kwargs, detach=self._detach), name, picture, self._deliver, site)
         if self._keep == "inputs":
             return captured
         try:
-            return KeptMap(captured[...], name, picture, self._deliver, site)
+            return KeptMap(captured.at_once(), name, picture, self._deliver, site)
         except UnreadableError as reason:
             return LostMap(str(reason), name, picture, self._deliver, site)
 
@@ -221,7 +237,7 @@ class AttentionRecorder:
         """Hook of the patch embedding: the size of the picture that the next maps are of."""
         images = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
         if ours and images is not None and is_a_forward():
-            self._forwards.see_image(*images.shape[-2:])
+            self._forwards.see_images(len(images), *images.shape[-2:])
 
     def _start(self, module: nn.Module) -> None:
         if module is self.model and is_a_forward():
@@ -284,6 +300,16 @@ class _Eager:
 
 
 _EAGER = _Eager()
+
+
+def _came_later(module: nn.Module, ours: object) -> bool:
+    """Whether somebody put a forward-pre-hook on after ours, which may change x once we have seen it."""
+    for hook in reversed(module._forward_pre_hooks.values()):
+        if hook is ours:
+            return False
+        if not str(getattr(hook, "__module__", "")).startswith("hookattn."):
+            return True
+    return False
 
 
 def _unused(name: str, taken: Mapping[str, AttentionMap]) -> str:

@@ -39,7 +39,8 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     Raises:
         UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
     """
-    with leaving_no_trace(module), _Watch(module) as watch:
+    x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    with leaving_no_trace(module), _Watch(module, None if x is None else len(x)) as watch:
         module.forward(*args, **kwargs)
     if not watch.sites:
         raise UnreadableError(
@@ -64,8 +65,10 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
     module = call.target.module
     with call.resumed():
         with leaving_no_trace(module), _Watch(module) as watch:
+            call.restore_random_streams()
             own = module.forward(*call.args, **call.kwargs)
         with leaving_no_trace(module), _Inject(module, watch, attention):
+            call.restore_random_streams()
             return own, module.forward(*call.args, **call.kwargs)
 
 
@@ -144,8 +147,9 @@ class _Mode(TorchFunctionMode):
 class _Watch(_Mode):
     """Notes what every SDPA call and every softmax is made of, and lets them run without dropout of the map."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, batch: int | None = None) -> None:
         super().__init__(module)
+        self.batch = batch
         self.fused_sites: list[_Site] = []
         self.softmax_sites: list[_Site] = []
 
@@ -156,12 +160,14 @@ class _Watch(_Mode):
 
     def fused(self, **kwargs: Any) -> Tensor:
         out = _SDPA(**{**kwargs, "dropout_p": 0.0})
-        self.fused_sites.append(_Site(out.dtype, partial(_as_qk, self.module, **kwargs)))
+        self.fused_sites.append(_Site(out.dtype, partial(_as_qk, self.module, self.batch, **kwargs)))
         return out
 
     def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         out: Tensor = func(*args, **kwargs)
-        self.softmax_sites.append(_Site(out.dtype, partial(_as_scores, self.module, *_input_and_dim(*args, **kwargs))))
+        self.softmax_sites.append(
+            _Site(out.dtype, partial(_as_scores, self.module, self.batch, *_input_and_dim(*args, **kwargs)))
+        )
         return out
 
 
@@ -192,6 +198,7 @@ class _Inject(_Mode):
 
 def _as_qk(
     module: nn.Module,
+    batch: int | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -202,7 +209,7 @@ def _as_qk(
     enable_gqa: bool = False,
 ) -> QK:
     """The arguments of a `scaled_dot_product_attention` as queries and keys."""
-    q, k = _with_heads(module, query), _with_heads(module, key)
+    q, k = _with_heads(module, query, batch), _with_heads(module, key, batch)
     if attn_mask is not None and attn_mask.dim() == query.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
@@ -216,21 +223,23 @@ def _as_qk(
     )
 
 
-def _as_scores(module: nn.Module, scores: Tensor, dim: int) -> Scores:
+def _as_scores(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Scores:
     """The input of a softmax as scores."""
     if dim not in (-1, scores.dim() - 1):
         raise UnreadableError(
             f"{_who(module)} takes its softmax over axis {dim} of {tuple(scores.shape)}, not over keys; describe its map "
             "with @hookattn.recipe."
         )
-    return Scores(_with_heads(module, scores))
+    return Scores(_with_heads(module, scores, batch))
 
 
-def _with_heads(module: nn.Module, tensor: Tensor) -> Tensor:
+def _with_heads(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Tensor:
     """(batch, heads, ...) of what a module has computed; (batch, ...) has one head."""
-    if tensor.dim() == 4:
+    told = (getattr(module, name, None) for name in ("num_heads", "heads", "num_attention_heads"))
+    heads = next((n for n in told if isinstance(n, int)), None)
+    if tensor.dim() == 4 and (heads is None or tensor.shape[1] % heads == 0 or heads % max(1, tensor.shape[1]) == 0):
         return tensor
-    if tensor.dim() == 3 and getattr(module, "num_heads", 1) == 1:
+    if tensor.dim() == 3 and heads in (None, 1) and batch in (None, tensor.shape[0]):
         return tensor.unsqueeze(1)
     raise UnreadableError(
         f"{_who(module)} computes its map on {tensor.dim()} axes, {tuple(tensor.shape)}, which are not (batch, head, ...); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Union
 
 from torch import nn
@@ -50,7 +51,7 @@ class Tokens:
             if not (-rows <= row < rows and -columns <= column < columns):
                 raise TokenError(f"there is no patch {query}. {self.choices()}")
             return self.num_prefix_tokens + row % rows * columns + column % columns
-        if isinstance(query, int) and not isinstance(query, bool):
+        if isinstance(query, Integral) and not isinstance(query, bool):
             if not -len(self) <= query < len(self):
                 raise TokenError(f"there is no token {query}. {self.choices()}")
             return query % len(self)
@@ -124,9 +125,10 @@ def _grid_size(trunk: Any, image_size: Size | None, patches: int) -> Size | None
 
 
 def _factors(patches: int, image_size: Size) -> Size | None:
-    """Rows and columns that make patches square over the image, to within a tenth."""
+    """Rows and columns of patches that cover the image without a rest and are square to within a tenth."""
     height, width = image_size
-    grids = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
+    pairs = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
+    grids = [(rows, columns) for rows, columns in pairs if height % rows == 0 and width % columns == 0]
     stretched = {grid: abs(math.log(height / grid[0] * grid[1] / width)) for grid in grids}
     best = min(grids, key=stretched.__getitem__, default=None)
     return best if best is not None and stretched[best] < math.log(1.1) else None

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from . import multihead, plain, relative, rotary
 from .projections import project
-from .registry import find_recipe, names_of, recipe, registered
+from .registry import find_recipe, is_known, names_of, recipe, registered
 
-__all__ = ["find_recipe", "multihead", "names_of", "plain", "project", "recipe", "registered", "relative", "rotary"]
+__all__ = ["find_recipe", "is_known", "multihead", "names_of", "plain", "project", "recipe", "registered", "relative", "rotary"]

@@ -53,8 +53,18 @@ def recipe(*classes: str | type) -> Callable[[R], R]:
 
 
 def find_recipe(module: nn.Module) -> Recipe | None:
-    """The recipe of a module's class, or of the nearest class it is derived from; None where replay has to do."""
-    return next((found for name in names_of(module) if (found := _RECIPES.get(name))), None)
+    """The recipe of the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
+    if "forward" in vars(module):
+        return None
+    for cls in type(module).__mro__:
+        if (found := _RECIPES.get(qualified_name(cls))) is not None or "forward" in vars(cls):
+            return found
+    return None
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module's class, or one it is derived from, has a recipe, be its forward another or not."""
+    return any(name in _RECIPES for name in names_of(module))
 
 
 def names_of(module: nn.Module) -> list[str]:
