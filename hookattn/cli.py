@@ -18,8 +18,9 @@ import timm
 import torch
 from torch import nn
 
-from .errors import HookattnError, MissingExtraError
+from .errors import HookattnError, MissingExtraError, TokenError
 from .inspection import Inspection, inspect
+from .maps import AttentionMap
 from .recorder import AttentionRecorder
 from .tokens import Query
 
@@ -75,14 +76,15 @@ def record(
         Union[str, None], typer.Option(help="Names, globs or positions, comma separated: blocks.1*.attn,-1")
     ] = None,
     query: Annotated[
-        str, typer.Option(help="cls, mean, a row and a column of a patch as 3,7, or the number of a token.")
-    ] = "cls",
+        Union[str, None],
+        typer.Option(help="cls, mean, row and column of a patch as 3,7, or the number of a token; cls where there is one."),
+    ] = None,
     img_size: Annotated[Union[int, None], typer.Option(help="Resize to this many pixels instead of the model's own.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the picture goes.")] = Path("attention.png"),
 ) -> None:
     """Record any timm model on any photo and draw what a token attends to."""
     with _answered():
-        asked = _query(query)
+        asked = None if query is None else _query(query)
         with console.status(f"loading {model}"):
             vit = _load(model, checkpoint, img_size)
         config = timm.data.resolve_data_config(_sized(img_size), model=vit)
@@ -215,12 +217,25 @@ def _layers(text: str | None) -> list[str | int] | None:
     return [int(part) if part.lstrip("-").isdigit() else part for part in (p.strip() for p in text.split(","))]
 
 
-def _save(image: np.typing.ArrayLike, rec: AttentionRecorder, query: Query, out: Path, title: str) -> None:
+def _save(image: np.typing.ArrayLike, rec: AttentionRecorder, query: Query | None, out: Path, title: str) -> None:
     from .plot import overview
 
+    drawn = [m for m in rec.maps.values() if _has_a_grid(m)] or rec.maps[-1:]
+    left_out = [m.name for m in rec.maps.values() if m not in drawn]
+    if left_out:
+        console.print(f"left out of the picture, no grid of patches over the whole image: {', '.join(left_out)}", markup=False)
+    if query is None:
+        query = "cls" if all(m.tokens.prefix[:1] == ("cls",) for m in drawn) else "mean"
     out.parent.mkdir(parents=True, exist_ok=True)
-    overview(image, rec.maps[:], query, title=title).savefig(out)
+    overview(image, drawn, query, title=title).savefig(out)
     console.print(f"\nwrote {out}")
+
+
+def _has_a_grid(m: AttentionMap) -> bool:
+    try:
+        return bool(m.tokens)
+    except TokenError:
+        return False
 
 
 def _shapes(rec: AttentionRecorder) -> str:

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from typer.testing import CliRunner, Result
 
 from hookattn import demo
@@ -146,3 +146,19 @@ def test_a_scene_is_the_same_whenever_it_is_drawn() -> None:
     assert np.array_equal(first.mask, again.mask)
     assert not np.array_equal(first.image, other.image)
     assert 0.01 < first.mask.mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("model", "answer"),
+    [
+        ("test_vit3", "10 maps of test_vit3, 1 x 3 x 101 x 101, 1 x 3 x 1 x 101"),  # an attention pool at the end
+        ("test_maxvit", "left out of the picture, no grid of patches over the whole image: stages.0.blocks.0.attn_block"),
+    ],
+)
+def test_record_draws_what_there_is_to_draw(tmp_path: Path, photo: Path, model: str, answer: str) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_model(timm.create_model(model, num_classes=0), str(weights))
+    result = run("record", photo, "-m", model, "-c", weights, "-o", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    assert answer in result.output
+    assert is_a_picture(tmp_path / "out.png")
