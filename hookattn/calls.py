@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from .errors import StaleMapError, UnreadableError
 
 _SAMPLES, _FEW = 4096, 16
+_COMPARED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (int, float, bool, str)
 _PARTS = ("_modules", "_parameters", "_buffers")
 _HARMLESS = ("training", "fused_attn", "call_super_init")
@@ -78,7 +79,8 @@ def target(name: str, module: nn.Module) -> Target:
     state = tuple((n, tensor) for n, tensor in named if n not in apart)
     samples: dict[Any, list[Tensor]] = {}
     for parameter in module.parameters():
-        if type(parameter) is nn.Parameter and parameter.is_contiguous() and parameter.device.type != "meta":
+        plain = type(parameter) is nn.Parameter and parameter.dtype in _COMPARED and parameter.device.type != "meta"
+        if plain and parameter.is_contiguous():
             few = parameter.detach().view(-1)[:: max(1, parameter.numel() // _FEW)]
             samples.setdefault((parameter.dtype, parameter.device), []).append(few)
     holders: list[dict[str, Any]] = [holder for m in inner for holder in (m._parameters, m._buffers)]
@@ -126,7 +128,8 @@ class Call(NamedTuple):
         modes: grad mode, autocast and training flags of the call.
         tensors: the tensors among the arguments.
         state: the parameters and buffers the call reads, by name.
-        stamps: what tells a change of an argument, then of each tensor of the state.
+        stamps: what tells a change: one for each argument, one for each tensor of the state, one for some values of
+            parameters, one for hooks.
     """
 
     target: Target
