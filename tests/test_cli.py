@@ -152,7 +152,10 @@ def test_a_scene_is_the_same_whenever_it_is_drawn() -> None:
     ("model", "answer"),
     [
         ("test_vit3", "10 maps of test_vit3, 1 x 3 x 101 x 101, 1 x 3 x 1 x 101"),  # an attention pool at the end
-        ("test_maxvit", "left out of the picture, no grid of patches over the whole image: stages.0.blocks.0.attn_block"),
+        (
+            "maxvit_rmlp_pico_rw_256",
+            "left out of the picture, no grid of patches over the whole image: stages.0.blocks.0.attn_block",
+        ),
     ],
 )
 def test_record_draws_what_there_is_to_draw(tmp_path: Path, photo: Path, model: str, answer: str) -> None:

@@ -162,7 +162,7 @@ def test_dropout_inside_a_projection_is_the_dropout_of_the_call(keep: Any, name:
 
 
 def test_a_window_is_not_drawn_as_the_whole_image() -> None:
-    model = timm.create_model("test_maxvit", img_size=64).eval()
+    model = timm.create_model("maxvit_rmlp_pico_rw_256", img_size=64).eval()
     m = attention_after(model, torch.randn(2, 3, 64, 64))
     assert m.shape[0] > 2
     with pytest.raises(TokenError, match=r"sees 2 images as \d+ pieces"):
