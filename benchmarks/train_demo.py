@@ -2,7 +2,7 @@
 
 usage: python benchmarks/train_demo.py [--steps 3200] [--scenes 40000] [--out hookattn/demo/weights.safetensors]
 
-About 35 minutes on 2 CPU cores. Held-out scenes (seeds below `FIRST_SEED`) are never trained on; what the weights reach on
+An hour on 2 busy CPU cores. Held-out scenes (seeds below `FIRST_SEED`) are never trained on; what the weights reach on
 them is printed by `benchmarks/demo_quality.py`. A class loss on every patch, faded out over the first 70 % of the steps,
 teaches the patch tokens what the class token then has to look for: without it the model stays at chance for long.
 """

@@ -103,10 +103,11 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
 
 def _hooks_of_others(target: Target) -> list[int]:
     """Hooks below the module, which change what is read; those of a recorder do not."""
-    return [id(hook) for hooks in target.hooks if hooks for hook in hooks.values() if not _is_ours(hook)]
+    return [id(hook) for hooks in target.hooks if hooks for hook in hooks.values() if not is_ours(hook)]
 
 
-def _is_ours(hook: Any) -> bool:
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is a recorder's."""
     return str(getattr(hook, "__module__", "")).startswith("hookattn.")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .calls import Target, capture, is_reading, target
+from .calls import Target, capture, is_ours, is_reading, target
 from .discovery import Layers, choose, nearest
 from .errors import LayerNotFoundError, ModelError, NoMapError, RecorderError, UnreadableError
 from .forwards import Forward, Forwards, is_a_forward
@@ -307,7 +307,7 @@ def _came_later(module: nn.Module, ours: object) -> bool:
     for hook in reversed(module._forward_pre_hooks.values()):
         if hook is ours:
             return False
-        if not str(getattr(hook, "__module__", "")).startswith("hookattn."):
+        if not is_ours(hook):
             return True
     return False
 
