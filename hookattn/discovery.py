@@ -11,53 +11,12 @@ from typing import NamedTuple, Union
 from torch import nn
 
 from .errors import LayerNotFoundError, ModelError, UnreadableError
-from .recipes import is_known, names_of
+from .recipes import is_known, unreadable
 
 Layer = Union[str, int]
 Layers = Union[None, Layer, Sequence[Layer], Callable[[str, nn.Module], bool]]
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA|SHMA|SHSA|GPSA)")
-_PAIRLESS = "its softmax runs over positions alone; no pair of a query and a key has a weight"
-_CHANNELS = "it attends from channels to channels, not from tokens to tokens"
-_GATE = "it is a gate: its weights choose channels, places or branches, not keys for a query"
-_LINEAR = "it is linear attention: there is no softmax and no map"
-_FOLDED = "its map has windows or heads folded into other axes than (batch, head, query, key)"
-
-_UNREADABLE = {
-    "timm.models.coat.FactorAttnConvRelPosEnc": _PAIRLESS,
-    "timm.models.efficientvim.HSMSSD": _PAIRLESS,
-    "timm.models.mobilevit.LinearSelfAttention": _PAIRLESS,
-    "timm.models.mobilevit.MobileVitV2Block": _PAIRLESS,
-    "timm.layers.global_context.GlobalContext": _PAIRLESS,
-    "timm.layers.lambda_layer.LambdaLayer": _PAIRLESS,
-    "timm.models.xcit.XCA": _CHANNELS,
-    "timm.models.davit.ChannelAttention": _CHANNELS,
-    "timm.models.davit.ChannelAttentionV2": _CHANNELS,
-    "timm.models.edgenext.CrossCovarianceAttn": _CHANNELS,
-    "timm.layers.split_attn.SplitAttn": _GATE,
-    "timm.layers.split_attn.RadixSoftmax": _GATE,
-    "timm.layers.selective_kernel.SelectiveKernelAttn": _GATE,
-    "timm.layers.cbam.ChannelAttn": _GATE,
-    "timm.layers.cbam.LightChannelAttn": _GATE,
-    "timm.layers.cbam.SpatialAttn": _GATE,
-    "timm.layers.cbam.LightSpatialAttn": _GATE,
-    "timm.layers.gather_excite.GatherExcite": _GATE,
-    "timm.layers.non_local_attn.BilinearAttnTransform": "its rows are normalised sigmoids, not a softmax",
-    "timm.models.efficientvit_mit.LiteMLA": _LINEAR,
-    "timm.models.swiftformer.EfficientAdditiveAttention": _LINEAR,
-    "timm.models.focalnet.FocalModulation": _LINEAR,
-    "timm.models.csatv2.SpatialAttention": _GATE,
-    "timm.models.nextvit.ConvAttention": "it is a convolution in heads: there is no softmax and no map",
-    "timm.models.csatv2.SpatialTransformerBlock": "its softmax runs over the batch and is always 1 / batch",
-    "timm.models.volo.OutlookAttention": _FOLDED,
-    "timm.models.efficientvit_msra.CascadedGroupAttention": _FOLDED,
-    "timm.models.nest.Attention": _FOLDED,
-    "timm.models.hiera.MaskUnitAttention": _FOLDED,
-    "timm.models.twins.LocallyGroupedAttn": _FOLDED,
-    "timm.layers.halo_attn.HaloAttn": _FOLDED,
-    "timm.layers.bottleneck_attn.BottleneckAttn": _FOLDED,
-    "timm.models.vision_transformer_sam.Attention": _FOLDED,
-}
 
 
 class Found(NamedTuple):
@@ -80,14 +39,6 @@ def find_attention(model: nn.Module) -> Found:
     inner = [*likely.values(), *(named[name] for name in skipped)]
     readable = {name: m for name, m in likely.items() if is_known(m) or not _holds_another(m, inner)}
     return Found(readable, skipped)
-
-
-def unreadable(module: nn.Module) -> str | None:
-    """Why a module that is known to have no readable map has none; None for all others."""
-    if is_known(module):
-        return None
-    reason = next((_UNREADABLE[name] for name in names_of(module) if name in _UNREADABLE), None)
-    return reason and f"{type(module).__name__}: {reason}"
 
 
 def choose(model: nn.Module, layers: Layers) -> Found:

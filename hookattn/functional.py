@@ -27,23 +27,30 @@ class QK:
         q: (batch, heads, queries, head_dim), normalised and rotated, not yet scaled.
         k: (batch, heads, keys, head_dim), likewise.
         scale: a number, or a tensor that broadcasts to (batch, heads, queries, 1); None stands for head_dim ** -0.5.
-        bias: float tensor that broadcasts to (batch, heads, queries, keys), added to the scaled scores.
+        bias: float tensor that broadcasts to (batch, heads, queries, keys), or several, added to the scaled scores.
         mask: bool tensor that broadcasts likewise, True where a query may attend.
         is_causal: query i attends to keys 0 .. i.
+        mix: (heads, heads of q) if scores are mixed over the heads of q and k, before biases and the softmax.
     """
 
     q: Tensor
     k: Tensor
     scale: float | Tensor | None = None
-    bias: Tensor | None = None
+    bias: Tensor | tuple[Tensor, ...] | None = None
     mask: Tensor | None = None
     is_causal: bool = False
+    mix: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, heads, queries, keys)."""
         batch, heads, queries, _ = self.q.shape
-        return batch, heads, queries, self.k.shape[-2]
+        return batch, heads if self.mix is None else len(self.mix), queries, self.k.shape[-2]
+
+    @property
+    def biases(self) -> tuple[Tensor, ...]:
+        """All that is added to the scores."""
+        return () if self.bias is None else (self.bias,) if isinstance(self.bias, Tensor) else self.bias
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,23 +60,28 @@ class QK:
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> QK:
         """The same for some images, heads and queries; each axis is picked on its own."""
 
-        def narrowed(value: Tensor) -> Tensor:
-            return _pick(value.expand(*self.shape[:3], value.shape[-1] if value.dim() else 1), batch, heads, rows)
+        def narrowed(value: Tensor, like: Pick = heads, count: int = self.shape[1]) -> Tensor:
+            shape = (self.shape[0], count, self.shape[2], value.shape[-1] if value.dim() else 1)
+            return _pick(value.expand(shape), batch, like, rows)
 
-        q, k = _pick(self.q, batch, heads, rows), _pick(self.k, batch, heads, ALL)
+        mixed = heads if self.mix is None else ALL
+        q, k = _pick(self.q, batch, mixed, rows), _pick(self.k, batch, mixed, ALL)
         mask = None if self.mask is None else narrowed(self.mask)
         if self.is_causal:
             place = torch.arange(max(self.shape[2:]), device=q.device)
-            causal = (place[: self.shape[3]] <= place[: self.shape[2]][rows, None]).expand(*q.shape[:2], -1, -1)
+            causal = (place[: self.shape[3]] <= place[: self.shape[2]][rows, None]).expand(len(q), self.shape[1], -1, -1)[
+                :, heads
+            ]
             mask = causal if mask is None else mask & causal
         return replace(
             self,
             q=q,
             k=k,
-            scale=narrowed(self.scale) if isinstance(self.scale, Tensor) else self.scale,
-            bias=None if self.bias is None else narrowed(self.bias),
+            scale=narrowed(self.scale, mixed, self.q.shape[1]) if isinstance(self.scale, Tensor) else self.scale,
+            bias=tuple([narrowed(bias) for bias in self.biases]),
             mask=mask,
             is_causal=False,
+            mix=None if self.mix is None else self.mix[heads],
         )
 
     def probabilities(self) -> Tensor:
@@ -84,11 +96,13 @@ class QK:
         with exactly(self.q.device):
             scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
             scores = (self.q.to(self.dtype) * scale) @ self.k.to(self.dtype).transpose(-2, -1)
-            if self.bias is not None:
-                scores = scores + self.bias.to(self.dtype)
+            if self.mix is not None:
+                scores = torch.einsum("g h, b h q k -> b g q k", self.mix.to(self.dtype), scores)
+            for bias in self.biases:
+                scores = scores + bias.to(self.dtype)
             if self.mask is not None:
                 scores = scores.masked_fill(~self.mask, float("-inf"))
-            if self.bias is None and self.mask is None:
+            if not self.biases and self.mask is None:
                 return scores.softmax(-1)
             closed = (scores == float("-inf")).all(-1, keepdim=True)
             return scores.softmax(-1).masked_fill(closed, 0.0)

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .calls import Call
 from .errors import UnreadableError
 from .functional import QK, Scores, Source, exactly
+from .recipes import find_form
 
 _SDPA = F.scaled_dot_product_attention
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
@@ -182,18 +184,20 @@ class _Inject(_Mode):
 
     def fused(self, **kwargs: Any) -> Tensor:
         dtype, attention = next(self.left)
-        value = _with_heads(self.module, kwargs["value"])
-        value = value.repeat_interleave(attention.shape[1] // value.shape[1], dim=1)
+        value, shape = kwargs["value"], (*kwargs["query"].shape[:-1], kwargs["key"].shape[-2])
+        attention = _folded(self.module, attention, shape)
+        if attention.dim() == 4:
+            value = value.repeat_interleave(attention.shape[1] // value.shape[1], dim=1)
         with exactly(value.device):
-            out = (attention @ value.to(attention.dtype)).to(dtype)
-        return out.reshape(*kwargs["query"].shape[:-1], out.shape[-1])
+            out: Tensor = (attention @ value.to(attention.dtype)).to(dtype)
+            return out
 
     def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         out: Tensor = func(*args, **kwargs)
         if self.into_fused:
             return out
         dtype, attention = next(self.left)
-        return attention.to(dtype).reshape(out.shape)
+        return _folded(self.module, attention, tuple(out.shape)).to(dtype)
 
 
 def _as_qk(
@@ -209,8 +213,10 @@ def _as_qk(
     enable_gqa: bool = False,
 ) -> QK:
     """The arguments of a `scaled_dot_product_attention` as queries and keys."""
-    q, k = _with_heads(module, query, batch), _with_heads(module, key, batch)
-    if attn_mask is not None and attn_mask.dim() == query.dim() == 3:
+    q, k = _unfolded(module, query, batch), _unfolded(module, key, batch)
+    if attn_mask is not None and find_form(module) is not None:
+        attn_mask = _unfolded(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
+    elif attn_mask is not None and attn_mask.dim() == query.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
     return QK(
@@ -230,13 +236,16 @@ def _as_scores(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -
             f"{_who(module)} takes its softmax over axis {dim} of {tuple(scores.shape)}, not over keys; describe its map "
             "with @hookattn.recipe."
         )
-    return Scores(_with_heads(module, scores, batch))
+    return Scores(_unfolded(module, scores, batch))
 
 
-def _with_heads(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Tensor:
-    """(batch, heads, ...) of what a module has computed; (batch, ...) has one head."""
-    told = (getattr(module, name, None) for name in ("num_heads", "heads", "num_attention_heads"))
-    heads = next((n for n in told if isinstance(n, int)), None)
+def _unfolded(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Tensor:
+    """(images * windows, heads, ...) of what a module has computed, by its form; (batch, ...) has one head."""
+    heads = _heads(module)
+    form = _form(module, tensor.dim())
+    if form is not None:
+        sizes = {"h": heads} if heads is not None and "(b h)" in form else {}
+        return rearrange(tensor, f"{form} -> {_canonical(form)}", **sizes)
     if tensor.dim() == 4 and (heads is None or tensor.shape[1] % heads == 0 or heads % max(1, tensor.shape[1]) == 0):
         return tensor
     if tensor.dim() == 3 and heads in (None, 1) and batch in (None, tensor.shape[0]):
@@ -245,6 +254,33 @@ def _with_heads(module: nn.Module, tensor: Tensor, batch: int | None = None) -> 
         f"{_who(module)} computes its map on {tensor.dim()} axes, {tuple(tensor.shape)}, which are not (batch, head, ...); "
         "describe its map with @hookattn.recipe."
     )
+
+
+def _folded(module: nn.Module, attention: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A map (images * windows, heads, queries, keys) laid out as the module has it."""
+    form = _form(module, len(shape))
+    if form is None or attention.shape == shape:
+        return attention.reshape(shape)
+    axes = form.replace("(b h)", "bh").split()
+    sizes = {"w": shape[axes.index("w")]} if "w" in axes else {}
+    return rearrange(attention, f"{_canonical(form)} -> {form}", **sizes)
+
+
+def _form(module: nn.Module, rank: int) -> str | None:
+    """The filed form of a module's map, if it has so many axes."""
+    form = find_form(module)
+    return form if form is not None and len(form.replace("(b h)", "bh").split()) == rank else None
+
+
+def _canonical(form: str) -> str:
+    """The axes of a map as its reader has them, out of the same letters as a form."""
+    return f"{'(b w)' if 'w' in form else 'b'} {'h' if 'h' in form else '1'} q k"
+
+
+def _heads(module: nn.Module) -> int | None:
+    """How many heads a module says it has."""
+    told = (getattr(module, name, None) for name in ("num_heads", "heads", "num_attention_heads"))
+    return next((n for n in told if isinstance(n, int)), None)
 
 
 def _input_and_dim(input: Tensor, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:
@@ -264,6 +300,8 @@ def _interleaved(maps: Sequence[Source], module: nn.Module) -> Source:
 
     def turn(name: str) -> Any:
         values = [getattr(m, name) for m in whole]
+        if name == "bias":
+            return tuple([torch.stack(biases, dim=2).flatten(1, 2) for biases in zip(*values)])
         return torch.stack(values, dim=2).flatten(1, 2) if isinstance(values[0], Tensor) else values[0]
 
     return replace(whole[0], **{field.name: turn(field.name) for field in fields(whole[0])})

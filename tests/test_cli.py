@@ -121,9 +121,9 @@ def test_inspect_says_who_calls_what_with_what() -> None:
 
 
 def test_inspect_lists_what_is_replayed_and_what_is_no_map() -> None:
-    result = run("inspect", "xcit_nano_12_p16_224")
-    assert "ClassAttn  replay" in result.output
-    assert "not a map: blocks.0.attn, XCA: it attends from channels to channels" in result.output
+    result = run("inspect", "lamhalobotnet50ts_256")
+    assert "stages.2.1.self_attn  HaloAttn" in result.output
+    assert "not a map: stages.1.1.self_attn, LambdaLayer: its softmax runs over positions alone" in result.output
 
 
 def test_inspect_says_why_there_is_nothing() -> None:

@@ -19,10 +19,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a room may import from those before it, and from itself
 ROOMS = [
     {"errors"},
-    {"functional"},
+    {"classes", "functional"},
     {"calls"},
-    {"recipes", "replay"},
-    {"tokens", "trace"},
+    {"recipes"},
+    {"replay", "tokens", "trace"},
+    {"layouts"},
     {"maps"},
     {"discovery", "forwards"},
     {"recorder"},

@@ -407,7 +407,7 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str, monkeypatch: pytest
                 mutate(self, patch)
                 return whole(self, *args, **kwargs)  # noqa: B023
 
-        monkeypatch.setitem(__import__("hookattn.recipes.registry", fromlist=["_"])._RECIPES, class_name, without)
+        monkeypatch.setitem(__import__("hookattn.recipes.registry", fromlist=["_"])._RECIPES._facts, class_name, without)
     assert (m[...] - expected).abs().max() > 1e-3
     assert (m[...] - replay_of(m)).abs().max() > 1e-3
     with pytest.raises(UnfaithfulMapError, match="is not the one its output came from"):
@@ -458,7 +458,7 @@ def test_a_user_files_a_recipe_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
     from hookattn import QK, project
     from hookattn.recipes import registry
 
-    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
+    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
     module = randomise(TheirAttention(32, 4)).eval()
     x = torch.randn(2, 6, 32)
     with pytest.raises(Exception, match=r"has no recipe; file one with @hookattn.recipe\("):
@@ -479,7 +479,7 @@ def test_check_recipe_catches_a_wrong_recipe(wrong: str, monkeypatch: pytest.Mon
     from hookattn import QK
     from hookattn.recipes import registry
 
-    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
+    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
 
     @recipe(TheirAttention)
     def theirs(self: Any, x: Tensor) -> QK:

@@ -58,14 +58,20 @@ def test_a_model_whose_attention_forms_no_map_is_refused_with_the_reason() -> No
 
 
 def test_attention_that_forms_no_map_is_skipped_by_name_and_with_the_reason() -> None:
-    model = timm.create_model("xcit_nano_12_p16_224", img_size=64, depth=1).eval()
+    model = timm.create_model("lamhalobotnet50ts_256").eval()
+    pairless = "LambdaLayer: its softmax runs over positions alone; no pair of a query and a key has a weight"
     with untouched(model):
         with AttentionRecorder(model) as rec, torch.no_grad():
-            model(torch.randn(1, 3, 64, 64))
-        assert rec.skipped == {"blocks.0.attn": "XCA: it attends from channels to channels, not from tokens to tokens"}
-        assert list(rec.maps) == ["cls_attn_blocks.0.attn", "cls_attn_blocks.1.attn"]
-        with pytest.raises(UnreadableError, match=r"'blocks\.0\.attn' has no map.*XCA: .*channels"):
-            AttentionRecorder(model, layers=["blocks.0.attn"])
+            model(torch.randn(1, 3, 256, 256))
+        assert rec.skipped == {"stages.1.1.self_attn": pairless, "stages.1.3.self_attn": pairless}
+        assert list(rec.maps) == [
+            "stages.2.1.self_attn",
+            "stages.2.3.self_attn",
+            "stages.2.5.self_attn",
+            "stages.3.1.self_attn",
+        ]
+        with pytest.raises(UnreadableError, match=r"'stages\.1\.1\.self_attn' has no map.*LambdaLayer: .*positions"):
+            AttentionRecorder(model, layers=["stages.1.1.self_attn"])
 
 
 def test_data_parallel_is_refused_and_the_model_inside_named() -> None:

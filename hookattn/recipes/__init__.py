@@ -5,8 +5,23 @@ A recipe mirrors the `forward` of the class and stops where the scores would be 
 
 from __future__ import annotations
 
-from . import multihead, plain, relative, rotary
+from . import folded, multihead, plain, relative, rotary
 from .projections import project
-from .registry import find_recipe, is_known, names_of, recipe, registered
+from .registry import file_form, find_form, find_recipe, is_known, recipe, registered
+from .unreadable import unreadable
 
-__all__ = ["find_recipe", "is_known", "multihead", "names_of", "plain", "project", "recipe", "registered", "relative", "rotary"]
+__all__ = [
+    "file_form",
+    "find_form",
+    "find_recipe",
+    "folded",
+    "is_known",
+    "multihead",
+    "plain",
+    "project",
+    "recipe",
+    "registered",
+    "relative",
+    "rotary",
+    "unreadable",
+]

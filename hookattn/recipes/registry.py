@@ -1,4 +1,4 @@
-"""Which recipe reads which class: filed by qualified name, so that no class has to be imported to be known."""
+"""Which recipe reads which class, and how the axes of a class's own softmax are folded."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..functional import QK
+from ..classes import ByClass
+from ..functional import Source
 
-Recipe = Callable[..., QK]
+Recipe = Callable[..., Source]
 R = TypeVar("R", bound=Recipe)
 
-_RECIPES: dict[str, Recipe] = {}
+_RECIPES: ByClass[Recipe] = ByClass("recipe")
+_FORMS: ByClass[str] = ByClass("form")
 
 
-def qualified_name(cls: type) -> str:
-    """`package.module.Class`, the name a recipe is filed under."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def recipe(*classes: str | type) -> Callable[[R], R]:
+def recipe(*classes: str | type, form: str | None = None) -> Callable[[R], R]:
     """File the decorated function as the recipe of the classes, and of what is derived from them.
 
     A recipe has the signature of the `forward` it mirrors, with the module as `self`, and returns the `QK` of that call:
@@ -33,45 +30,51 @@ def recipe(*classes: str | type) -> Callable[[R], R]:
     Args:
         classes: qualified names, or classes where they are at hand. A class of another version of a library that does not
             exist here costs nothing.
+        form: see `file_form`, for a class that folds its map.
 
     Raises:
         ValueError: one of the classes has a recipe already.
     """
-    names = [cls if isinstance(cls, str) else qualified_name(cls) for cls in classes]
 
     def file(function: R) -> R:
-        for name in names:
-            if name in _RECIPES:
-                taken = _RECIPES[name]
-                raise ValueError(
-                    f"{name} has a recipe already, {taken.__module__}.{taken.__qualname__}; derive a class to read it otherwise"
-                )
-        _RECIPES.update(dict.fromkeys(names, function))
+        _RECIPES.file(function, *classes)
+        if form is not None:
+            file_form(form, *classes)
         return function
 
     return file
 
 
+def file_form(form: str, *classes: str | type) -> None:
+    """Tell how a class lays out the axes of the map it forms itself, where that is not (batch, head, query, key).
+
+    Args:
+        form: the axes in the notation of einops: b for images, w for windows, h for heads, q and k for queries and keys;
+            "b h w q k", "(b h) q k", "b q k" for a class that forms its map head by head. Windows count as images to whoever
+            reads the map: (images * windows, heads, queries, keys).
+        classes: qualified names, or classes.
+
+    Raises:
+        ValueError: one of the classes has a form already.
+    """
+    _FORMS.file(form, *classes)
+
+
 def find_recipe(module: nn.Module) -> Recipe | None:
     """The recipe of the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
-    if "forward" in vars(module):
-        return None
-    for cls in type(module).__mro__:
-        if (found := _RECIPES.get(qualified_name(cls))) is not None or "forward" in vars(cls):
-            return found
-    return None
+    return _RECIPES.of(module)
+
+
+def find_form(module: nn.Module) -> str | None:
+    """The form of the map that a module forms itself; None where none is filed."""
+    return _FORMS.of(module)
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a module's class, or one it is derived from, has a recipe, be its forward another or not."""
-    return any(name in _RECIPES for name in names_of(module))
-
-
-def names_of(module: nn.Module) -> list[str]:
-    """Qualified names of a module's class and of all it is derived from, nearest first."""
-    return [qualified_name(cls) for cls in type(module).__mro__]
+    """Whether a module's class, or one it is derived from, has a recipe or a form, be its forward another or not."""
+    return _RECIPES.inherited(module) is not None or _FORMS.inherited(module) is not None
 
 
 def registered() -> dict[str, Any]:
     """A copy of what is filed: qualified name to recipe."""
-    return dict(_RECIPES)
+    return _RECIPES.filed()
