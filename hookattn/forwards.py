@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .calls import is_reading
+from .layouts import Images
 from .maps import AttentionMap
 
 
@@ -21,13 +22,13 @@ class Forward:
 
     Attributes:
         maps: by name, in the order the modules ran.
-        images: (batch, height, width) of the pictures, None as long as none was seen.
+        images: the pictures that each part of the model looks at, those of the whole model under None.
         closed: whether it was a call of the model that has returned.
     """
 
     def __init__(self) -> None:
         self.maps: dict[str, AttentionMap] = {}
-        self.images: tuple[int, int, int] | None = None
+        self.images: dict[nn.Module | None, Images] = {}
         self.closed = False
 
 
@@ -49,17 +50,17 @@ class Forwards:
         self._methods = _code_of_methods(model)
         self._method: Callable[[], object] | None = None
         self._running = 0
-        self._images: tuple[int, int, int] | None = None
+        self._images: dict[nn.Module | None, Images] = {}
 
-    def see_images(self, batch: int, height: int, width: int) -> None:
-        """Note the size of the pictures that the maps to come are of."""
-        self._images = (batch, height, width)
+    def see_images(self, images: Mapping[nn.Module | None, Images]) -> None:
+        """Note the pictures that the maps to come are of, by the part of the model that looks at them."""
+        self._images.update(images)
 
     def start(self) -> None:
         """A call of the model begins."""
         if self._running == 0:
             self._begin()
-            self._images = None
+            self._images.clear()
         self._running += 1
 
     def stop(self) -> None:
@@ -73,7 +74,8 @@ class Forwards:
     def current(self, name: str) -> Forward:
         """The forward that a call of the module `name` belongs to; a new one where it belongs to none before."""
         forward = self._running_forward(name)
-        forward.images, self._images = self._images or forward.images, None
+        forward.images.update(self._images)
+        self._images.clear()
         return forward
 
     def leave(self) -> None:

@@ -10,34 +10,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
 from .functional import ALL, Pick, Source
+from .layouts import Setting, axes_of, tokens_of
 from .recipes import find_recipe
 from .replay import inject, leaving_no_trace, replayed
-from .tokens import Query, Size, Tokens, tokens_of
+from .tokens import Query, Size, Tokens
 from .trace import CallSite
 
 _CHUNK = 2**24
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """The input of the forward a map comes from.
-
-    Attributes:
-        model: the recorded model.
-        images: (batch, height, width) of the images, None if none were seen.
-    """
-
-    model: nn.Module
-    images: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +66,8 @@ class AttentionMap:
     dtype: torch.dtype
     device: torch.device
 
-    def __init__(self, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None) -> None:
-        self.name, self._picture, self._deliver, self._site = name, picture, delivery, site
+    def __init__(self, name: str, setting: Setting, delivery: Delivery, site: CallSite | None = None) -> None:
+        self.name, self._setting, self._deliver, self._site = name, setting, delivery, site
 
     def __getitem__(self, index: Any) -> Tensor:
         return self._deliver(self._read(index))
@@ -147,61 +134,99 @@ class AttentionMap:
         return worst
 
     @property
+    def axes(self) -> tuple[str, str, str, str]:
+        """What the four axes are.
+
+        ("batch", "head", "query", "key") where tokens attend to tokens; "batch * windows" comes first where attention sees
+        images in pieces, window w of image b at b * windows + w; the last two are "channel" where channels attend to channels.
+        """
+        return axes_of(self._setting, self.shape)
+
+    @property
     def tokens(self) -> Tokens:
-        """What the keys stand for: prefix tokens and the grid of patches.
+        """What the keys stand for: prefix tokens and patches of the image.
 
         Raises:
-            TokenError: the keys are no prefix tokens and grid of patches over the image.
+            TokenError: the keys are no prefix tokens and patches, or it is not known of which part of the image.
         """
-        images = self._picture.images
-        if images is not None and images[0] != self.shape[0]:
-            raise TokenError(
-                f"{self.name!r} sees {images[0]} images as {self.shape[0]} pieces (windows, or some such), and the tokens of a "
-                "piece are no grid over its image; slice the map itself, m[...]."
-            )
-        return tokens_of(self._picture.model, images and images[1:], self.shape[-1])
+        return tokens_of(self._setting, self.shape)[1]
+
+    @property
+    def query_tokens(self) -> Tokens:
+        """What the queries stand for; the same as `tokens` where all tokens ask and answer.
+
+        Raises:
+            TokenError: see `tokens`.
+        """
+        return tokens_of(self._setting, self.shape)[0]
 
     def image(self, query: Query = "cls", heads: str | int | None = "mean", size: Size | int | None = None) -> Tensor:
-        """What a query attends to, as a picture: its row over the patch tokens, laid out on the patch grid.
+        """What a query attends to, as a picture: its row over the patches, laid out on the grid that covers the image.
 
-        What the query gives to prefix tokens is left out and not made up for, so a picture sums to at most 1.
+        Windows, shifted or strided ones too, are put back where they lie on the image: a query attends to patches of its own
+        window, and the picture is zero elsewhere. What the query gives to prefix tokens and to padding is left out and not
+        made up for, so a picture sums to at most 1.
 
         Args:
-            query: "cls" or another prefix token by name, "mean" for the mean of all patch queries, (row, col) of a patch, or
-                the number of a token.
+            query: "cls" or another prefix token by name, "mean" for the mean of all patch queries, (row, col) of a patch on the
+                grid of the queries, (y, x) for the patch under a point, in fractions of the image (0.0 to 1.0), or the
+                number of a token.
             heads: "mean" over heads, one head by its number, or None for all of them.
-            size: (height, width) or one number for both, in pixels, to resize to (bilinear); None for the patch grid.
+            size: (height, width) or one number for both, in pixels, to resize to (bilinear); None for the grid of the keys.
+                Images that came as patches, each with a grid of its own, are resized one by one; without a size they lie in
+                the upper left corner of a common grid.
 
         Returns:
-            (batch, height, width), or (batch, heads, height, width) for heads=None.
+            (images, height, width), or (images, heads, height, width) for heads=None.
 
         Raises:
-            TokenError: there is no such query, or the keys are no grid of patches.
+            TokenError: there is no such query, or it is not known where the keys lie on the image.
         """
-        tokens = self.tokens
+        queries, keys = tokens_of(self._setting, self.shape)
         picked = _pick_heads(heads, self.shape[1])
-        rows = _rows_of(query, tokens, self.shape)
-        pixels = self._mean_of_rows(picked, rows)[..., tokens.num_prefix_tokens :]
-        pixels = rearrange(pixels, "b h (row col) -> b h row col", row=tokens.grid_size[0])
+        try:
+            selected = queries.select(query)
+        except TokenError as error:
+            if len(queries) == len(keys):
+                raise
+            raise TokenError(
+                f"{query!r} is not among the queries: this map has {len(queries)}, which are not the {len(keys)} tokens it "
+                f"looks at. {queries.choices()}"
+            ) from error
+        pixels = keys.lay_out(self._mean_of_rows(picked, selected))
         if size is not None:
-            pixels = F.interpolate(pixels, (size, size) if isinstance(size, int) else size, mode="bilinear")
+            height, width = (size, size) if isinstance(size, int) else size
+            pixels = torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in keys.image_by_image(pixels)])
         return self._deliver(pixels if heads is None else pixels.mean(1))
 
-    def _mean_of_rows(self, heads: slice, rows: range) -> Tensor:
-        """(batch, heads, keys): the mean of some rows, never more than a chunk of them at a time."""
-        batch, keys = self.shape[0], self.shape[-1]
-        step = max(1, _CHUNK // max(1, batch * len(range(self.shape[1])[heads]) * keys))
-        chunks = (slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
-        total = sum(self._read((ALL, heads, chunk)).sum(2) for chunk in chunks)
-        assert isinstance(total, Tensor)
-        return total / len(rows)
+    def _mean_of_rows(self, heads: slice, selected: Tensor) -> Tensor:
+        """(images, windows, heads, keys): the share of each window in the mean of the selected rows of an image.
+
+        Never more than a chunk of rows is computed at a time, and of windows no others than those that hold a selected row.
+        """
+        windows = selected.shape[1]
+        weight = selected / selected.sum((1, 2), keepdim=True).clamp(min=1)
+        asked, rows = (selected.any(0).any(axis).nonzero().flatten().tolist() or [0] for axis in (1, 0))
+        only = slice(asked[0], None, windows) if len(asked) == 1 else ALL
+        weight = weight[:, asked] if len(asked) == 1 else weight
+        images = self.shape[0] // windows
+        weight = weight.expand(images, -1, -1).flatten(0, 1)[:, None, :, None]
+        step = max(1, _CHUNK // max(1, len(weight) * len(range(self.shape[1])[heads]) * self.shape[3]))
+        total: Any = 0.0
+        for start in range(rows[0], rows[-1] + 1, step):
+            part = self._read((only, heads, slice(start, min(start + step, rows[-1] + 1))))
+            total = total + (part * weight[:, :, start : start + part.shape[2]].to(part)).sum(2)
+        found: Tensor = total.unflatten(0, (images, -1))
+        if found.shape[1] == windows:
+            return found
+        return F.pad(found, (0, 0, 0, 0, asked[0], windows - 1 - asked[0]))
 
 
 class CapturedMap(AttentionMap):
     """A map that is computed from a captured call each time it is sliced."""
 
-    def __init__(self, call: Call, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None) -> None:
-        super().__init__(name, picture, delivery, site)
+    def __init__(self, call: Call, name: str, setting: Setting, delivery: Delivery, site: CallSite | None = None) -> None:
+        super().__init__(name, setting, delivery, site)
         self._call = call
 
     @property
@@ -242,9 +267,9 @@ class KeptMap(AttentionMap):
     """A map that was computed while the model ran; the input was let go."""
 
     def __init__(
-        self, attention: Tensor, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None
+        self, attention: Tensor, name: str, setting: Setting, delivery: Delivery, site: CallSite | None = None
     ) -> None:
-        super().__init__(name, picture, delivery, site)
+        super().__init__(name, setting, delivery, site)
         self._attention = attention
         batch, heads, queries, keys = attention.shape
         self.shape = batch, heads, queries, keys
@@ -258,8 +283,8 @@ class KeptMap(AttentionMap):
 class LostMap(AttentionMap):
     """A map that should have been computed while the model ran, and why it could not be."""
 
-    def __init__(self, reason: str, name: str, picture: Picture, delivery: Delivery, site: CallSite | None = None) -> None:
-        super().__init__(name, picture, delivery, site)
+    def __init__(self, reason: str, name: str, setting: Setting, delivery: Delivery, site: CallSite | None = None) -> None:
+        super().__init__(name, setting, delivery, site)
         self._reason = reason
 
     def _read(self, index: Any) -> Tensor:
@@ -355,23 +380,6 @@ def _pick_heads(heads: str | int | None, count: int) -> slice:
     if isinstance(heads, int) and -count <= heads < count:
         return slice(heads % count, heads % count + 1)
     raise TokenError(f"heads={heads!r} is no choice: heads='mean', heads=None for all, or a number from 0 to {count - 1}.")
-
-
-def _rows_of(query: Query, tokens: Tokens, shape: tuple[int, int, int, int]) -> range:
-    """The rows a query stands for."""
-    queries, keys = shape[2:]
-    if query == "mean":
-        return range(tokens.num_prefix_tokens if queries == keys else 0, queries)
-    if queries == keys or (query == "cls" and queries == 1 and tokens.prefix[:1] == ("cls",)):
-        row = tokens.index(query)
-    elif isinstance(query, int) and -queries <= query < queries:
-        row = query % queries
-    else:
-        raise TokenError(
-            f"{query!r} is not among the queries: this map has {queries}, which are not the {keys} tokens it looks at. "
-            f"There is: query='mean', query=i with i from 0 to {queries - 1}."
-        )
-    return range(row, row + 1)
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

@@ -18,8 +18,8 @@ from .calls import Target, capture, is_ours, is_reading, target
 from .discovery import Layers, choose, nearest
 from .errors import LayerNotFoundError, ModelError, NoMapError, RecorderError, UnreadableError
 from .forwards import Forward, Forwards, is_a_forward
-from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap, Picture
-from .tokens import stem_of
+from .layouts import Images, Patches, Setting, block_of, sizes_of, stem_of, trunk_of
+from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
 from .trace import CallSite, Origins, call_site
 
 Keep = Literal["inputs", "maps"]
@@ -105,6 +105,9 @@ class AttentionRecorder:
         self._keep, self._detach, self._all_passes = keep, detach, passes == "all"
         self._deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._origins = Origins(self.model) if called_from else None
+        self._trunks = {name: trunk_of(self.model, name) for name in self._chosen}
+        self._blocks = {name: block_of(self.model, name) for name in self._chosen}
+        self._around: dict[nn.Module, Any] = {}
         self._hooks: ExitStack | None = None
         self._forwards = Forwards(self.model, keep_all=passes == "all")
 
@@ -173,13 +176,16 @@ class AttentionRecorder:
         for name, module in self._chosen.items():
             hook = self._recording(target(name, module))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        stem = stem_of(self.model)
-        if stem is not None:
-            stack.enter_context(
-                stem.register_forward_pre_hook(lambda m, *given: self._see_image(m is stem, *given), with_kwargs=True)
-            )
+        for module, trunks in self._stems().items():
+            see = self._seeing(module, trunks)
+            stack.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
+        for block in dict.fromkeys(self._blocks.values()):
+            if block is not None:
+                stack.enter_context(block.register_forward_pre_hook(self._noting_around(block), with_kwargs=True))
         # functions, not methods: a copy of the model that is made inside the block would copy the recorder along
-        stack.enter_context(self.model.register_forward_pre_hook(lambda m, _: self._start(m), prepend=True))
+        stack.enter_context(
+            self.model.register_forward_pre_hook(lambda m, *given: self._start(m, *given), prepend=True, with_kwargs=True)
+        )
         stack.enter_context(self.model.register_forward_hook(lambda m, *_: self._stop(m), always_call=True))
         if (origins := self._origins) is not None:
             for module in self.model.modules():
@@ -194,11 +200,11 @@ class AttentionRecorder:
             if is_a_forward():
                 forward = self._forwards.current(chosen.name)
                 name = _unused(chosen.name, forward.maps)
-                forward.maps[name] = self._map(chosen, name, args, kwargs, forward.images)
+                forward.maps[name] = self._map(chosen, name, args, kwargs, forward)
                 if _came_later(module, me()):
                     self._look_again(chosen, name, args, kwargs, forward)
             elif self._keep == "maps" and not self._detach and not is_reading():
-                self._map(chosen, chosen.name, args, kwargs, None)  # a checkpoint run again must save what it saved before
+                self._map(chosen, chosen.name, args, kwargs, Forward())  # a checkpoint run again must save what it saved before
 
         me = weakref.ref(record)  # a closure that held itself would be a cycle
         return record
@@ -211,37 +217,60 @@ class AttentionRecorder:
             handle.remove()
             final = [*args, *kwargs.values()]
             if len(final) != len(seen) or any(a is not b for a, b in zip(final, seen)):
-                forward.maps[name] = self._map(chosen, name, args, kwargs, forward.images)
+                forward.maps[name] = self._map(chosen, name, args, kwargs, forward)
 
         handle = chosen.module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
-    def _map(
-        self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], images: tuple[int, int, int] | None
-    ) -> AttentionMap:
-        picture = Picture(self.model, images)
+    def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> AttentionMap:
+        images = forward.images.get(self._trunks[chosen.name], forward.images.get(None))
+        around = None if (block := self._blocks[chosen.name]) is None else self._around.get(block)
+        setting = Setting(self.model, chosen.name, images, sizes_of(args, kwargs), around)
         site = self._site(args, kwargs)
-        captured = CapturedMap(capture(chosen, args, kwargs, detach=self._detach), name, picture, self._deliver, site)
+        captured = CapturedMap(capture(chosen, args, kwargs, detach=self._detach), name, setting, self._deliver, site)
         if self._keep == "inputs":
             return captured
         try:
-            return KeptMap(captured.at_once(), name, picture, self._deliver, site)
+            return KeptMap(captured.at_once(), name, setting, self._deliver, site)
         except UnreadableError as reason:
-            return LostMap(str(reason), name, picture, self._deliver, site)
+            return LostMap(str(reason), name, setting, self._deliver, site)
 
     def _site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSite | None:
         if self._origins is None:
             return None
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self._origins)
 
-    def _see_image(self, ours: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook of the patch embedding: the size of the picture that the next maps are of."""
-        images = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
-        if ours and images is not None and is_a_forward():
-            self._forwards.see_images(len(images), *images.shape[-2:])
+    def _stems(self) -> dict[nn.Module, list[nn.Module]]:
+        """The modules that images go into first, each with the parts of the model it cuts them for."""
+        stems: dict[nn.Module, list[nn.Module]] = {}
+        for trunk in dict.fromkeys(self._trunks.values()):
+            if (stem := stem_of(trunk)) is not None:
+                stems.setdefault(stem, []).append(trunk)
+        return stems
 
-    def _start(self, module: nn.Module) -> None:
+    def _seeing(self, stem: nn.Module, trunks: list[nn.Module]) -> Callable[..., None]:
+        """The hook of a stem: the pictures that the next maps of these trunks are of."""
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            images = _images_in(args, kwargs)
+            if module is stem and images is not None and is_a_forward():
+                self._forwards.see_images(dict.fromkeys(trunks, images))
+
+        return see
+
+    def _noting_around(self, block: nn.Module) -> Callable[..., None]:
+        """The hook of a block that cuts windows: what it cuts."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is block and not is_reading():
+                self._around[block] = sizes_of(args, kwargs)
+
+        return note
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.model and is_a_forward():
             self._forwards.start()
+            if (images := _images_in(args, kwargs)) is not None:
+                self._forwards.see_images({None: images})
 
     def _stop(self, module: nn.Module) -> None:
         if module is self.model and is_a_forward():
@@ -257,6 +286,17 @@ class AttentionRecorder:
             f"a forward ran, but it called none of {', '.join(self.layers[:4])}{', ...' * (len(self.layers) > 4)}. "
             "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
         )
+
+
+def _images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
+    """The images among what a model or its stem is called with: (batch, channels, height, width), or patches of them."""
+    named = {**kwargs, **(args[0] if args and isinstance(args[0], dict) else {})}
+    coordinates, valid = named.get("patch_coord"), named.get("patch_valid")
+    if isinstance(coordinates, Tensor):
+        everywhere = torch.ones(coordinates.shape[:2], dtype=torch.bool)
+        return Patches(coordinates, valid if isinstance(valid, Tensor) else everywhere)
+    images = next((a for a in (*args, *named.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
+    return None if images is None else (len(images), int(images.shape[-2]), int(images.shape[-1]))
 
 
 def _recordable(model: nn.Module) -> nn.Module:

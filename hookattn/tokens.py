@@ -1,134 +1,179 @@
-"""What the tokens of a map stand for: prefix tokens first, then the patches of the image, row by row."""
+"""What the tokens of a map stand for: prefix tokens first, then patches of the image, all of them or a window of them."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, Union
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Union
 
-from torch import nn
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
 
 from .errors import TokenError
 
 Size = tuple[int, int]
-Query = Union[str, int, tuple[int, int]]
+Query = Union[str, int, tuple[int, int], tuple[float, float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
-    """The tokens along the key axis of a map, and along its query axis where queries and keys are the same tokens.
+    """The tokens along one axis of a map.
 
     Attributes:
         prefix: names of the tokens before the patches: "cls", "dist", "reg0", "reg1", ...
-        grid_size: (rows, columns) of the patches that follow.
+        grid_size: (rows, columns) of the patches that cover the image.
+        places: (images or 1, windows, patches): which patch of the grid, counted row by row, each token stands for; -1 for
+            padding. None where one window holds all patches row by row.
     """
 
     prefix: tuple[str, ...]
     grid_size: Size
+    places: Tensor | None = None
 
     @property
     def num_prefix_tokens(self) -> int:
         """How many tokens stand before the first patch."""
         return len(self.prefix)
 
+    @property
+    def windows(self) -> int:
+        """Into how many pieces attention cuts an image; 1 where every token sees the whole of it."""
+        return 1 if self.places is None else self.places.shape[1]
+
     def __len__(self) -> int:
-        return len(self.prefix) + self.grid_size[0] * self.grid_size[1]
+        """Tokens along the axis, those of one window."""
+        return len(self.prefix) + self._patches.shape[-1]
 
     def index(self, query: Query) -> int:
-        """Where a token stands: by name ("cls", "reg0"), by (row, col) of its patch, negative from the end, or by number.
+        """The number of a token, prefix tokens first, then the patches of the image row by row.
+
+        Args:
+            query: a name ("cls", "reg0"), the (row, col) of a patch, negative from the end, a point of the image as fractions
+                (0.0 to 1.0) of its height and width, or a number.
 
         Raises:
             TokenError: there is no such token; the message names what there is.
         """
         rows, columns = self.grid_size
+        count = len(self.prefix) + rows * columns
         if isinstance(query, str):
             if query not in self.prefix:
                 raise TokenError(f"there is no {query!r} token. {self.choices()}")
             return self.prefix.index(query)
-        if isinstance(query, tuple) and len(query) == 2:
-            row, column = query
+        if isinstance(query, tuple) and len(query) == 2 and all(isinstance(i, Real) for i in query):
+            row, column = self._patch_at(*query)
             if not (-rows <= row < rows and -columns <= column < columns):
                 raise TokenError(f"there is no patch {query}. {self.choices()}")
             return self.num_prefix_tokens + row % rows * columns + column % columns
         if isinstance(query, Integral) and not isinstance(query, bool):
-            if not -len(self) <= query < len(self):
+            if not -count <= query < count:
                 raise TokenError(f"there is no token {query}. {self.choices()}")
-            return query % len(self)
+            return int(query) % count
         raise TokenError(f"{query!r} is no query. {self.choices()}")
+
+    def select(self, query: Query) -> Tensor:
+        """(images or 1, windows, tokens): True for the tokens a query stands for; "mean" stands for all patches.
+
+        Raises:
+            TokenError: there is no such token.
+        """
+        names = torch.arange(len(self.prefix)).expand(*self._patches.shape[:2], -1)
+        patches = torch.where(self._patches < 0, -1, self._patches + len(self.prefix))
+        tokens = torch.cat((names, patches), dim=-1)
+        if query == "mean":
+            return tokens >= (len(self.prefix) if patches.shape[-1] else 0)
+        selected = tokens == self.index(query)
+        if not bool(selected.flatten(1).any(1).all()):
+            raise TokenError(f"{query!r} is not among the tokens of every image. {self.choices()}")
+        return selected
+
+    def lay_out(self, rows: Tensor) -> Tensor:
+        """Put what (images, windows, heads, tokens) get onto the grid.
+
+        Returns:
+            (images, heads, rows, columns); a patch that stands in several windows gets the sum.
+        """
+        given = rearrange(rows[..., len(self.prefix) :], "b w h n -> b h (w n)")
+        if self.places is None:
+            return rearrange(given, "b h (r c) -> b h r c", r=self.grid_size[0])
+        area = self.grid_size[0] * self.grid_size[1]
+        places = torch.where(self.places < 0, area, self.places).to(given.device)
+        places = repeat(places, "i w n -> (i b) h (w n)", b=len(given) // len(places), h=given.shape[1])
+        laid = given.new_zeros(*given.shape[:2], area + 1).scatter_add(-1, places, given)
+        return rearrange(laid[..., :area], "b h (r c) -> b h r c", r=self.grid_size[0])
+
+    def image_by_image(self, pixels: Tensor) -> Iterator[Tensor]:
+        """Pictures on the grid in groups of one size: each cut to what its image covers, where images differ in that."""
+        if self.places is None or len(self.places) == 1:
+            yield pixels
+            return
+        for places, picture in zip(self.places, pixels):
+            covered = places[places >= 0]
+            rows, columns = int((covered // self.grid_size[1]).max()) + 1, int((covered % self.grid_size[1]).max()) + 1
+            yield picture[None, :, :rows, :columns]
 
     def choices(self) -> str:
         """A sentence that lists the queries there are."""
         rows, columns = self.grid_size
-        names = "".join(f"query={name!r}, " for name in self.prefix) or "no class token and no other prefix token; "
+        shown = [*self.prefix[:6], *("...",) * (len(self.prefix) > 6)]
+        names = "".join(f"query={name!r}, " for name in shown) or "no class token and no other prefix token; "
+        if not rows * columns:
+            return f"There is: query='mean', {names}query=i with i from 0 to {len(self.prefix) - 1}."
         return (
             f"There is: {names}query='mean' (of all patches), query=(row, col) with rows 0 to {rows - 1} and columns 0 to "
-            f"{columns - 1}, query=i with i from 0 to {len(self) - 1}."
+            f"{columns - 1}, query=(y, x) with fractions of the image, query=i with i from 0 to "
+            f"{len(self.prefix) + rows * columns - 1}."
         )
 
+    @cached_property
+    def _patches(self) -> Tensor:
+        if self.places is not None:
+            return self.places
+        return torch.arange(self.grid_size[0] * self.grid_size[1])[None, None]
 
-def tokens_of(model: nn.Module, image_size: Size | None, count: int) -> Tokens:
-    """Work out what `count` tokens of a model stand for when it looks at an image of `image_size`.
+    def _patch_at(self, y: float, x: float) -> Size:
+        """The patch (row, col) that is meant; fractions name the patch under a point of the image."""
+        if all(isinstance(i, Integral) for i in (y, x)):
+            return int(y), int(x)
+        if not (0 <= y <= 1 and 0 <= x <= 1):
+            raise TokenError(f"the point {(y, x)} is not in the image: fractions run from 0.0 to 1.0. {self.choices()}")
+        rows, columns = self.grid_size
+        return min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
+
+
+def whole(grid_size: Sequence[int], prefix: tuple[str, ...] = ()) -> Tokens:
+    """All patches of a grid, row by row, in one window."""
+    rows, columns = grid_size
+    return Tokens(prefix, (int(rows), int(columns)))
+
+
+def cut(
+    grid_size: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0),
+    *,
+    strided: bool = False,
+    pad_first: bool = False,
+) -> Tokens:
+    """A grid cut into windows that do not overlap, window after window row by row, as Swin does.
 
     Args:
-        model: any model; timm's `num_prefix_tokens`, `cls_token`, `dist_token`, `reg_token` and `patch_embed` are read where
-            it or a model inside it has them.
-        image_size: (height, width) in pixels of what reached the patch embedding, None if that is not known.
-        count: the length of the axis.
-
-    Raises:
-        TokenError: the count does not fit the image.
+        grid_size: (rows, columns) of patches.
+        window: (rows, columns) of one window; the grid is padded at its lower and right border to a multiple.
+        shift: (rows, columns) by which the grid is rolled up and left before it is cut.
+        strided: a window takes patches at equal distances from all over the grid, as MaxViT's grid attention does, and not
+            neighbours.
+        pad_first: pad before the roll, and not after.
     """
-    trunk = trunk_of(model)
-    prefix = _prefix_names(trunk)
-    for names in (prefix, ()):
-        grid = _grid_size(trunk, image_size, count - len(names))
-        if grid is not None:
-            return Tokens(names, grid)
-    seen = "an image of unknown size" if image_size is None else f"an image of {image_size[0]} x {image_size[1]} pixels"
-    raise TokenError(
-        f"{count} tokens are no grid of patches over {seen}, with or without {len(prefix)} prefix tokens "
-        f"({type(trunk).__name__}). Windows, pooled tokens and channels are no token grid; slice the map itself, m[...]."
-    )
-
-
-def trunk_of(model: nn.Module) -> nn.Module:
-    """The model that cuts the image into patches: the outermost one with a `patch_embed`, else the model itself."""
-    return next((m for m in model.modules() if isinstance(getattr(m, "patch_embed", None), nn.Module)), model)
-
-
-def stem_of(model: nn.Module) -> nn.Module | None:
-    """The module the image goes into first: `patch_embed`, else the first 2-d convolution."""
-    embed = getattr(trunk_of(model), "patch_embed", None)
-    return embed if embed is not None else next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-
-
-def _prefix_names(trunk: Any) -> tuple[str, ...]:
-    cls = next((t for n in ("cls_token", "class_token") if (t := getattr(trunk, n, None)) is not None), None)
-    registers = getattr(trunk, "reg_token", None)
-    names = ["cls"] * (cls is not None) + ["dist"] * (getattr(trunk, "dist_token", None) is not None)
-    names += [f"reg{i}" for i in range(0 if registers is None else registers.shape[-2])]
-    count = getattr(trunk, "num_prefix_tokens", len(names))
-    return tuple((names + [f"prefix{i}" for i in range(len(names), count)])[:count])
-
-
-def _grid_size(trunk: Any, image_size: Size | None, patches: int) -> Size | None:
-    """(rows, columns) of so many patches; None if they are no grid over the image."""
-    embed: Any = getattr(trunk, "patch_embed", None)
-    if image_size is None:
-        grid = getattr(embed, "grid_size", None)
-    elif hasattr(embed, "dynamic_feat_size"):
-        grid = embed.dynamic_feat_size(image_size)
-    else:
-        grid = _factors(patches, image_size)
-    return (int(grid[0]), int(grid[1])) if grid is not None and grid[0] * grid[1] == patches else None
-
-
-def _factors(patches: int, image_size: Size) -> Size | None:
-    """Rows and columns of patches that cover the image without a rest and are square to within a tenth."""
-    height, width = image_size
-    pairs = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
-    grids = [(rows, columns) for rows, columns in pairs if height % rows == 0 and width % columns == 0]
-    stretched = {grid: abs(math.log(height / grid[0] * grid[1] / width)) for grid in grids}
-    best = min(grids, key=stretched.__getitem__, default=None)
-    return best if best is not None and stretched[best] < math.log(1.1) else None
+    rows, columns = (int(n) for n in grid_size)
+    places = torch.arange(rows * columns).reshape(rows, columns)
+    if not pad_first:
+        places = places.roll((-shift[0], -shift[1]), (0, 1))
+    places = torch.nn.functional.pad(places, (0, -columns % window[1], 0, -rows % window[0]), value=-1)
+    if pad_first:
+        places = places.roll((-shift[0], -shift[1]), (0, 1))
+    pattern = "(p h) (q w) -> 1 (h w) (p q)" if strided else "(h p) (w q) -> 1 (h w) (p q)"
+    return Tokens((), (rows, columns), rearrange(places, pattern, p=window[0], q=window[1]))

@@ -225,12 +225,26 @@ def test_class_attention_has_the_class_token_as_its_only_query() -> None:
     torch.testing.assert_close(among_patches.image((1, 2)), among_patches[...][:, :, 6].mean(1).reshape(2, 4, 4))
 
 
-def test_windows_are_no_grid_of_patches_and_the_message_says_so() -> None:
-    model, x = small("swin_tiny_patch4_window7_224", 112, embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
+class _Halves(nn.Module):
+    """Attention of one's own that sees the left and the right half of the tokens apart, and nobody knows."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return self.attention(x.unflatten(1, (2, -1)).flatten(0, 1), **options).unflatten(0, (-1, 2)).flatten(1, 2)
+
+
+def test_windows_of_an_unknown_kind_lie_nowhere_and_the_message_says_so() -> None:
+    model, x = tiny("vit", class_token=False, global_pool="avg")
+    for block in model.blocks:
+        block.attn = _Halves(block.attn)
     m = record(model, x).maps[0]
-    assert m.shape == (32, 1, 49, 49)
+    assert m.shape == (4, 3, 8, 8)
+    assert m.axes == ("batch * windows", "head", "query", "key")
     for reading in (lambda: m.tokens, m.image, lambda: m.image(0)):
-        with pytest.raises(TokenError, match=r"sees 2 images as \d+ pieces \(windows"):
+        with pytest.raises(TokenError, match=r"sees 2 images as 4 pieces \(windows"):
             reading()
 
 

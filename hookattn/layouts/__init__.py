@@ -1,0 +1,27 @@
+"""Layouts: where the queries and keys of a class lie on the image, one file per mechanism.
+
+A partition tells how a block cuts its input into windows, a layout what an attention class makes of its own input. What has
+neither sees all tokens of the image: prefix tokens, then the grid of patches.
+"""
+
+from __future__ import annotations
+
+from . import windows
+from .registry import axes_of, block_of, channels, layout, partition, tokens_of
+from .setting import Images, Patches, Setting, sizes_of, stem_of, trunk_of
+
+__all__ = [
+    "Images",
+    "Patches",
+    "Setting",
+    "axes_of",
+    "block_of",
+    "channels",
+    "layout",
+    "partition",
+    "sizes_of",
+    "stem_of",
+    "tokens_of",
+    "trunk_of",
+    "windows",
+]

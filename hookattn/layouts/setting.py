@@ -1,0 +1,203 @@
+"""What surrounds a call as far as it tells where its tokens lie: the model that cuts the image, the block that cuts windows."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TokenError
+from ..tokens import Size, Tokens, whole
+
+_STEMS = ("patch_embed", "embeds", "patch_embeddings", "embeddings", "conv_proj", "to_patch_embedding", "conv1", "stem")
+_CLASS = ("cls_token", "class_token", "class_embedding")
+_DISTILLED = ("dist_token", "distillation_token")
+_REGISTERS = ("reg_token", "register_tokens")
+
+
+class Patches(NamedTuple):
+    """Images that came as patches, each with its own grid, padded to one length (NaFlex).
+
+    Attributes:
+        coordinates: (images, patches, 2), the row and column of each patch.
+        valid: (images, patches), False where there is only padding.
+    """
+
+    coordinates: Tensor
+    valid: Tensor
+
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module was called with, tensors by their sizes: positional, then by name."""
+
+Images = Union[tuple[int, int, int], Patches, None]
+"""(images, height, width), images that came as patches, or None where none were seen."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What surrounds a call of an attention module.
+
+    Attributes:
+        model: the recorded model.
+        name: name of the module in it.
+        images: the pictures the forward looked at.
+        given: what the module was called with.
+        around: the same of the block that cuts its input into windows, if there is such a block.
+    """
+
+    model: nn.Module
+    name: str
+    images: Images = None
+    given: Given = field(default_factory=lambda: ((), {}))
+    around: Given | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The attention module."""
+        return next(iter(self.path()))
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The part of the model that cuts the image into patches."""
+        return trunk_of(self.model, self.name)
+
+    def path(self) -> Iterator[nn.Module]:
+        """The module and all that hold it, outwards to the model."""
+        yield from reversed(list(path_to(self.model, self.name)))
+
+    def argument(self, name: str) -> Any:
+        """What the module was called with for one parameter of its forward, a tensor by its size."""
+        return argument(self.module, self.given, name)
+
+    def block_argument(self, block: nn.Module, name: str) -> Any:
+        """What the block around the module was called with for one parameter of its forward, a tensor by its size."""
+        assert self.around is not None  # a partition is asked only if the block was called
+        return argument(block, self.around, name)
+
+    def tokens(self, count: int, *, prefix: bool | None = None) -> Tokens:
+        """What so many tokens of the whole image stand for.
+
+        Args:
+            count: how many there are.
+            prefix: whether the model's prefix tokens are among them; None tries it with, then without them.
+
+        Raises:
+            TokenError: the count does not fit the image.
+        """
+        trunk = self.trunk
+        names = prefix_names(trunk)
+        if isinstance(self.images, Patches):
+            return _of_patches(self.images, names, count)
+        size = None if self.images is None else self.images[1:]
+        for each in {None: (names, ()), True: (names,), False: ((),)}[prefix]:
+            grid = grid_size(trunk, size, count - len(each), exactly=prefix is True)
+            if grid is not None:
+                return whole(grid, each)
+        seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
+        raise TokenError(
+            f"{count} tokens are no grid of patches over {seen}, with or without {len(names)} prefix tokens "
+            f"({type(trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
+            "itself, m[...]."
+        )
+
+
+def sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """What a module is called with, tensors by their sizes."""
+    return tuple([_size(a) for a in args]), {name: _size(a) for name, a in kwargs.items()}
+
+
+def argument(module: nn.Module, given: Given, name: str) -> Any:
+    """One argument of a forward by the name it has there."""
+    bound = inspect.signature(module.forward).bind(*given[0], **given[1])
+    bound.apply_defaults()
+    return bound.arguments[name]
+
+
+def path_to(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The model, and module after module down to the one of that name."""
+    yield model
+    named = dict(model.named_modules())
+    parts = name.split(".")
+    yield from (named[part] for i in range(len(parts)) if (part := ".".join(parts[: i + 1])) in named and part)
+
+
+def trunk_of(model: nn.Module, name: str = "") -> nn.Module:
+    """The part of a model that cuts the image into patches for the module of that name: the outermost with a stem."""
+    return next((m for m in path_to(model, name) if _stem_attribute(m) is not None), model)
+
+
+def stem_of(trunk: nn.Module) -> nn.Module | None:
+    """The module the image goes into first: `patch_embed`, else the first 2-d convolution."""
+    for name in _STEMS[:2]:
+        if isinstance(stem := getattr(trunk, name, None), nn.Module):
+            return stem
+    return next((m for m in trunk.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def prefix_names(trunk: nn.Module) -> tuple[str, ...]:
+    """Names of the tokens a model puts before its patches."""
+    holders = [trunk, *(m for name in _STEMS if isinstance(m := getattr(trunk, name, None), nn.Module))]
+
+    def first(names: tuple[str, ...]) -> Any:
+        return next((t for m in holders for n in names if isinstance(t := getattr(m, n, None), Tensor)), None)
+
+    registers = first(_REGISTERS)
+    names = ["cls"] * (first(_CLASS) is not None) + ["dist"] * (first(_DISTILLED) is not None)
+    names += [f"reg{i}" for i in range(0 if registers is None else registers.shape[-2])]
+    count = next((n for m in holders if isinstance(n := getattr(m, "num_prefix_tokens", None), int)), len(names))
+    return tuple((names + [f"prefix{i}" for i in range(len(names), count)])[:count])
+
+
+def grid_size(trunk: Any, image_size: Size | None, patches: int, *, exactly: bool = False) -> Size | None:
+    """(rows, columns) of so many patches; None if they are no grid over the image.
+
+    Args:
+        exactly: take the word of a patch embedding that tells its grid, where else a coarser one would do.
+    """
+    embed: Any = getattr(trunk, "patch_embed", None)
+    grid = None
+    if image_size is None:
+        grid = getattr(embed, "grid_size", None)
+    elif hasattr(embed, "dynamic_feat_size"):
+        grid = embed.dynamic_feat_size(image_size)
+    if grid is not None and grid[0] * grid[1] == patches:
+        return int(grid[0]), int(grid[1])
+    return None if image_size is None or (grid is not None and exactly) else _factors(patches, image_size)
+
+
+def _stem_attribute(module: nn.Module) -> str | None:
+    return next((name for name in _STEMS if isinstance(getattr(module, name, None), nn.Module)), None)
+
+
+def _of_patches(images: Patches, prefix: tuple[str, ...], count: int) -> Tokens:
+    """Tokens of images that came as patches, each laid in the upper left corner of a grid that holds them all."""
+    if images.valid.shape[1] + len(prefix) != count:
+        raise TokenError(
+            f"{count} tokens are not the {images.valid.shape[1]} patches that were given and {len(prefix)} prefix tokens; some "
+            "may have been dropped or merged. Slice the map itself, m[...]."
+        )
+    coordinates = images.coordinates.long().cpu()
+    valid = images.valid.bool().cpu()
+    rows, columns = (int(coordinates[..., i][valid].max()) + 1 for i in range(2))
+    places = torch.where(valid, coordinates[..., 0] * columns + coordinates[..., 1], -1)
+    return Tokens(prefix, (rows, columns), places[:, None])
+
+
+def _size(value: Any) -> Any:
+    return value.shape if isinstance(value, Tensor) else value if isinstance(value, (int, float, str, tuple, list)) else None
+
+
+def _factors(patches: int, image_size: Size) -> Size | None:
+    """Rows and columns of patches that cover the image without a rest and are square to within a tenth."""
+    height, width = image_size
+    pairs = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
+    grids = [(rows, columns) for rows, columns in pairs if height % rows == 0 and width % columns == 0]
+    stretched = {grid: abs(math.log(height / grid[0] * grid[1] / width)) for grid in grids}
+    best = min(grids, key=stretched.__getitem__, default=None)
+    return best if best is not None and stretched[best] < math.log(1.1) else None
