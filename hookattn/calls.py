@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -19,8 +19,9 @@ from .errors import StaleMapError, UnreadableError
 _SAMPLES, _FEW = 4096, 16
 _COMPARED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (int, float, bool, str)
-_PARTS = ("_modules", "_parameters", "_buffers")
+_INTERNAL = set(vars(nn.Module()))
 _HARMLESS = ("training", "fused_attn", "call_super_init")
+_NOTHING = object()
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 
@@ -41,6 +42,7 @@ class Target(NamedTuple):
             moves them.
         slots: where each tensor of the state and the statistics hangs: a dict of a module, the key, the tensor.
         samples: a few values of each parameter, as views, in groups of one dtype and device.
+        caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name.
         hooks: dicts of the hooks of all modules below this one.
         structure: what `structure_of` gave when all this was looked up.
     """
@@ -52,6 +54,7 @@ class Target(NamedTuple):
     statistics: tuple[tuple[str, Tensor, nn.Module], ...]
     slots: tuple[tuple[dict[str, Any], str, Tensor], ...]
     samples: tuple[tuple[Tensor, ...], ...]
+    caches: tuple[tuple[dict[str, Any], str], ...]
     hooks: tuple[dict[int, Any], ...]
     structure: list[Any]
 
@@ -85,9 +88,10 @@ def target(name: str, module: nn.Module) -> Target:
             samples.setdefault((parameter.dtype, parameter.device), []).append(few)
     holders: list[dict[str, Any]] = [holder for m in inner for holder in (m._parameters, m._buffers)]
     slots = tuple((holder, key, tensor) for holder in holders for key, tensor in holder.items() if tensor is not None)
+    caches = tuple((vars(m), name) for m in inner for name, v in vars(m).items() if name not in _INTERNAL and _is_cache(v))
     hooks = tuple(hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks))
     groups = tuple(map(tuple, samples.values()))
-    return Target(name, module, inner, state, statistics, slots, groups, hooks, structure_of(inner))
+    return Target(name, module, inner, state, statistics, slots, groups, caches, hooks, structure_of(inner))
 
 
 def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
@@ -96,7 +100,8 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
     for module in modules:
         attributes = vars(module)
         found += [value for name, value in attributes.items() if type(value) in _PLAIN and name not in _HARMLESS]
-        found += [id(part) for name in _PARTS for part in attributes[name].values()]
+        found += [id(part) for part in attributes["_modules"].values()]
+        found += [*attributes["_parameters"], *attributes["_buffers"]]
         found.append(id(attributes.get("forward")))
     return found
 
@@ -129,6 +134,7 @@ class Call(NamedTuple):
         modes: grad mode, autocast and training flags of the call.
         tensors: the tensors among the arguments.
         state: the parameters and buffers the call reads, by name.
+        held: what the caches of the module held.
         stamps: what tells a change: one for each argument, one for each tensor of the state, one for some values of
             parameters, one for hooks.
     """
@@ -139,6 +145,7 @@ class Call(NamedTuple):
     modes: Modes
     tensors: tuple[Tensor, ...]
     state: tuple[tuple[str, Tensor], ...]
+    held: tuple[Any, ...]
     stamps: tuple[Any, ...]
 
     @property
@@ -169,7 +176,7 @@ class Call(NamedTuple):
 
     @contextmanager
     def in_its_modes(self) -> Iterator[None]:
-        """The modes of the call, whatever has become of its arguments."""
+        """The modes of the call and what its module held, whatever has become of its arguments."""
         with ExitStack() as stack:
             stack.callback(_reading.reset, _reading.set(True))
             stack.enter_context(torch.set_grad_enabled(self.modes.grad))
@@ -178,6 +185,9 @@ class Call(NamedTuple):
                 cached = cached and self.modes.grad  # a parameter that is cast without grad must not be met by a forward with
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
             stack.enter_context(_training(self.target.inner, self.modes.training))
+            stack.enter_context(_in_place(self.target.slots))
+            held = [(*place, _copied(value)) for place, value in zip(self.target.caches, self.held)]
+            stack.enter_context(_in_place(held))
             yield
 
     def restore_random_streams(self) -> None:
@@ -190,18 +200,16 @@ class Call(NamedTuple):
 
     def check_fresh(self) -> None:
         """Raise StaleMapError if the map of this call can no longer be computed."""
-        now = _stamps_of(self.target, self.tensors, self.state)
+        now = _stamps_of(self.target, self.tensors, self.state, self.held)
         if now != self.stamps:
             names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
-            names += [*(repr(name) for name, _ in self.state), "values of parameters", "hooks inside the module"]
+            names += [*(repr(name) for name, _ in self.state), "a cache inside the module", "values of parameters"]
+            names += ["hooks inside the module"]
             changed = [name for name, a, b in zip(names, self.stamps, now) if a != b]
             changed = [name for name in changed if name != "values of parameters"] or changed
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
-        present = {id(t) for t in (*self.target.module.parameters(), *self.target.module.buffers())}
-        replaced = [repr(name) for name, tensor in self.state if id(tensor) not in present]
-        if replaced or structure_of(self.target.inner) != self.target.structure:
-            what = ", ".join(replaced[:4]) or "a layer, a forward or a number inside the module"
-            self._raise_stale(f"{what} was replaced after the forward")
+        if structure_of(self.target.inner) != self.target.structure:
+            self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
     def _raise_stale(self, what: str) -> None:
         raise StaleMapError(
@@ -222,17 +230,30 @@ def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, de
     target = target.up_to_date()
     state = target.read_now()
     modes = Modes(grad, autocast, training, random)
-    return Call(target, args, kwargs, modes, tensors, state, _stamps_of(target, tensors, state))
+    held = tuple([_copied(holder.get(name)) for holder, name in target.caches])
+    return Call(target, args, kwargs, modes, tensors, state, held, _stamps_of(target, tensors, state, held))
 
 
 def _random_streams(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _stamps_of(target: Target, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...]) -> tuple[Any, ...]:
-    """One stamp for each argument and each tensor of the state, one for some values, one for hooks."""
+def _stamps_of(
+    target: Target, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...], held: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """One stamp for each argument and each tensor of the state, one for caches, one for some values, one for hooks."""
     arguments, read = [_stamp_of_argument(t) for t in tensors], _stamps([t for _, t in state])
-    return (*arguments, *read, _few_values(target), _hooks_of_others(target))
+    cached = _stamps(list(_tensors(held))) if held else []
+    return (*arguments, *read, cached, _few_values(target), _hooks_of_others(target))
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether an attribute holds what a forward may fill or replace."""
+    return value is None or isinstance(value, (dict, list, set, Tensor))
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else value
 
 
 def _detached(value: Any) -> Any:
@@ -312,6 +333,23 @@ def _autocast(device: str) -> tuple[str, bool, torch.dtype, bool] | None:
 @lru_cache
 def _autocast_exists(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
+
+
+@contextmanager
+def _in_place(wanted: Iterable[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Put values where they hung when a call was captured (a dict, the key, the value), and put back what hangs there now."""
+    other = [(holder, key, value) for holder, key, value in wanted if holder.get(key, _NOTHING) is not value]
+    now = [(holder, key, holder.get(key, _NOTHING)) for holder, key, _ in other]
+    try:
+        for holder, key, value in other:
+            holder[key] = value
+        yield
+    finally:
+        for holder, key, value in now:
+            if value is _NOTHING:
+                del holder[key]
+            else:
+                holder[key] = value
 
 
 @contextmanager

@@ -256,14 +256,26 @@ def drop_parameter(model: Any) -> None:
 EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "optimizer.step": (optimise, r"'qkv\.weight' changed"),
     "load_state_dict": (load, r"'qkv\.weight', 'qkv\.bias'.* changed"),
-    "load_state_dict(assign=True)": (assign, r"'qkv\.weight', 'qkv\.bias'.* was replaced"),
     "double": (double, r"'qkv\.weight', 'qkv\.bias'.* changed"),
     "bias.fill_": (fill, r"'qkv\.bias' changed"),
-    "another parameter": (replace_parameter, r"'qkv\.bias' was replaced"),
-    "another module": (replace_module, r"'qkv\.weight', 'qkv\.bias' was replaced"),
-    "no parameter": (drop_parameter, r"'qkv\.bias' was replaced"),
+    "another module": (replace_module, r"a layer, a forward or a number inside the module was replaced"),
 }
+REPLACEMENTS = {"load_state_dict(assign=True)": assign, "another parameter": replace_parameter, "no parameter": drop_parameter}
 ADVICE = r"(?s)'blocks\.0\.attn' \(Attention\) is stale.*{}.*keep=\"maps\""
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_a_parameter_that_was_replaced_is_still_there_for_the_map_of_its_forward(name: str) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(x)
+    before = rec.maps[0][...]
+    with torch.no_grad():
+        REPLACEMENTS[name](model)
+    now = dict(model.named_parameters())
+    assert torch.equal(rec.maps[0][...], before)
+    assert rec.maps[0].verify() < 1e-6
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in now.items()}
 
 
 def refuses_to_be_read(m: AttentionMap, message: str) -> None:
