@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Union
 
+import torch
 from torch import nn
 
 from .errors import LayerNotFoundError, ModelError, UnreadableError
@@ -41,18 +42,43 @@ def find_attention(model: nn.Module) -> Found:
     return Found(readable, skipped)
 
 
+def recordable(model: nn.Module) -> nn.Module:
+    """The module whose forward will run in Python, or an error that says why there is none."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}.")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    for name, module in model.named_modules():
+        where = f" (its module {name!r})" if name else ""
+        if isinstance(module, nn.DataParallel):
+            raise ModelError(
+                f"DataParallel{where} runs copies of the model in threads that share the hooks; record the model inside: "
+                "AttentionRecorder(model.module)."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model."
+            )
+        if isinstance(module, torch.fx.GraphModule):
+            raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
+    return model
+
+
 def choose(model: nn.Module, layers: Layers) -> Found:
     """The attention modules of a model that `layers` narrows it down to.
 
+    Returns:
+        What was found; nothing readable and nothing skipped if no class of the model is named like attention.
+
     Raises:
-        ModelError: the model has no attention.
+        ModelError: all attention of the model is of a kind that forms no map.
         LayerNotFoundError: a name, pattern or index fits nothing.
         UnreadableError: a name asks for a module that forms no readable map.
     """
     found = find_attention(model)
     if layers is None:
-        if not found.readable:
-            raise ModelError(_no_attention(model, found))
+        if found.skipped and not found.readable:
+            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.skipped.items())[:3])
+            raise ModelError(f"{type(model).__name__} has no attention map that can be read. {reasons}.")
         return found
     if callable(layers):
         chosen = [name for name, module in found.readable.items() if layers(name, module)]
@@ -103,17 +129,6 @@ def _is_attention(module: nn.Module) -> bool:
 def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:
     inside = set(module.modules()) - {module}
     return any(other in inside for other in others)
-
-
-def _no_attention(model: nn.Module, found: Found) -> str:
-    who = type(model).__name__
-    if found.skipped:
-        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.skipped.items())[:3])
-        return f"{who} has no attention map that can be read. {reasons}."
-    return (
-        f"no attention module was found in {who}. If one of its modules forms a softmax map, name it: "
-        "AttentionRecorder(model, layers=[...]); model.named_modules() lists the names."
-    )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .calls import Target, capture, is_ours, is_reading, target
-from .discovery import Layers, choose, nearest
-from .errors import LayerNotFoundError, ModelError, NoMapError, RecorderError, UnreadableError
+from .calls import Call, Target, capture, is_ours, is_reading, target
+from .discovery import Layers, choose, nearest, recordable
+from .errors import LayerNotFoundError, NoMapError, RecorderError, UnreadableError
 from .forwards import Forward, Forwards, is_a_forward
 from .layouts import Images, Patches, Setting, block_of, sizes_of, stem_of, trunk_of
 from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
 from .trace import CallSite, Origins, call_site
+from .watching import Watching
 
 Keep = Literal["inputs", "maps"]
 Passes = Literal["last", "all"]
@@ -64,7 +65,8 @@ class AttentionRecorder:
     No forward is replaced and no flag is flipped; the hooks go when the block ends, the maps stay.
 
     Args:
-        model: any `nn.Module`. timm's attention classes are known; others are found by the name of their class.
+        model: any `nn.Module`. timm's attention classes are known, others are found by the name of their class. Where none is
+            named like attention, the first forward is watched for the modules that form maps.
         layers: which attention modules: names, globs ("blocks.*.attn"), names of modules that hold them ("blocks.3"),
             positions (-1 is the last), a list of these, or a predicate of (name, module). None for all. A module that is
             not known as attention is recorded if it is called by its name.
@@ -76,7 +78,7 @@ class AttentionRecorder:
         called_from: walk the stack at each call, for `m.called_from`.
 
     Raises:
-        ModelError: the model has no attention that could be recorded, or is a DataParallel, scripted or exported one.
+        ModelError: the attention of the model forms no maps, or it is a DataParallel, scripted or exported one.
         LayerNotFoundError: `layers` names nothing.
         UnreadableError: `layers` names a module that forms no map.
         ValueError: `keep` or `passes` is none of the words above.
@@ -98,18 +100,20 @@ class AttentionRecorder:
             raise ValueError(f'keep={keep!r} is not known: keep="inputs" or keep="maps".')
         if passes not in ("last", "all"):
             raise ValueError(f'passes={passes!r} is not known: passes="last" or passes="all".')
-        self.model = _recordable(model)
+        self.model = recordable(model)
         found = choose(self.model, layers)
         self.skipped: dict[str, str] = found.skipped
-        self._chosen = found.readable
+        self._chosen: dict[str, nn.Module] = {}
         self._keep, self._detach, self._all_passes = keep, detach, passes == "all"
         self._deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._origins = Origins(self.model) if called_from else None
-        self._trunks = {name: trunk_of(self.model, name) for name in self._chosen}
-        self._blocks = {name: block_of(self.model, name) for name in self._chosen}
+        self._trunks: dict[str, nn.Module] = {}
+        self._blocks: dict[str, nn.Module | None] = {}
         self._around: dict[nn.Module, Any] = {}
         self._hooks: ExitStack | None = None
         self._forwards = Forwards(self.model, keep_all=passes == "all")
+        for name, module in found.readable.items():
+            self._choose(name, module)
 
     def __enter__(self) -> AttentionRecorder:
         if self._hooks is not None:
@@ -171,8 +175,27 @@ class AttentionRecorder:
             f"{recorded} maps recorded)"
         )
 
+    def _choose(self, name: str, module: nn.Module) -> None:
+        self._chosen[name] = module
+        self._trunks[name], self._blocks[name] = trunk_of(self.model, name), block_of(self.model, name)
+
     def _hook(self, stack: ExitStack) -> None:
         """Put every hook on the stack that will take it off."""
+        if self._chosen:
+            self._hook_chosen(stack)
+        else:
+            self._watch(stack)
+        # functions, not methods: a copy of the model that is made inside the block would copy the recorder along
+        stack.enter_context(
+            self.model.register_forward_pre_hook(lambda m, *given: self._start(m, *given), prepend=True, with_kwargs=True)
+        )
+        stack.enter_context(self.model.register_forward_hook(lambda m, *_: self._stop(m), always_call=True))
+        if (origins := self._origins) is not None:
+            for module in self.model.modules():
+                stack.enter_context(module.register_forward_hook(lambda *made: origins.note(*made)))
+
+    def _hook_chosen(self, stack: ExitStack) -> None:
+        """The hooks of attention modules, of what images go into first and of blocks that cut windows."""
         for name, module in self._chosen.items():
             hook = self._recording(target(name, module))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -182,14 +205,27 @@ class AttentionRecorder:
         for block in dict.fromkeys(self._blocks.values()):
             if block is not None:
                 stack.enter_context(block.register_forward_pre_hook(self._noting_around(block), with_kwargs=True))
-        # functions, not methods: a copy of the model that is made inside the block would copy the recorder along
-        stack.enter_context(
-            self.model.register_forward_pre_hook(lambda m, *given: self._start(m, *given), prepend=True, with_kwargs=True)
-        )
-        stack.enter_context(self.model.register_forward_hook(lambda m, *_: self._stop(m), always_call=True))
-        if (origins := self._origins) is not None:
-            for module in self.model.modules():
-                stack.enter_context(module.register_forward_hook(lambda *made: origins.note(*made)))
+
+    def _watch(self, stack: ExitStack) -> None:
+        """Nothing is named like attention: watch the first forward for modules that form maps, and hook those."""
+        names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
+        watching = stack.enter_context(ExitStack())
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+            return capture(target(names[module], module), args, kwargs, detach=self._detach), self._site(args, kwargs)
+
+        def leave(module: nn.Module, seen: tuple[Call, CallSite | None]) -> None:
+            self._choose(names[module], module)
+            forward = self._forwards.current(names[module])
+            name = _unused(names[module], forward.maps)
+            forward.maps[name] = self._map_of(seen[0], name, forward, seen[1])
+
+        def end() -> None:
+            watching.close()
+            if self._hooks is not None:
+                self._hook_chosen(self._hooks) if self._chosen else self._watch(self._hooks)
+
+        Watching(self.model, enter, leave, end).hook(watching)
 
     def _recording(self, chosen: Target) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """The hook of one attention module."""
@@ -222,11 +258,15 @@ class AttentionRecorder:
         handle = chosen.module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
     def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> AttentionMap:
-        images = forward.images.get(self._trunks[chosen.name], forward.images.get(None))
-        around = None if (block := self._blocks[chosen.name]) is None else self._around.get(block)
-        setting = Setting(self.model, chosen.name, images, sizes_of(args, kwargs), around)
         site = self._site(args, kwargs)
-        captured = CapturedMap(capture(chosen, args, kwargs, detach=self._detach), name, setting, self._deliver, site)
+        return self._map_of(capture(chosen, args, kwargs, detach=self._detach), name, forward, site)
+
+    def _map_of(self, call: Call, name: str, forward: Forward, site: CallSite | None) -> AttentionMap:
+        chosen = call.target.name
+        images = forward.images.get(self._trunks[chosen], forward.images.get(None))
+        around = None if (block := self._blocks[chosen]) is None else self._around.get(block)
+        setting = Setting(self.model, chosen, images, sizes_of(call.args, call.kwargs), around)
+        captured = CapturedMap(call, name, setting, self._deliver, site)
         if self._keep == "inputs":
             return captured
         try:
@@ -282,6 +322,12 @@ class AttentionRecorder:
                 f"no forward of the {type(self.model).__name__} has run inside the block: call it between `with "
                 "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with."
             )
+        if not self._chosen:
+            return (
+                f"a forward of {type(self.model).__name__} ran and was watched: none of its modules called "
+                "scaled_dot_product_attention, or a softmax whose outcome weighs values. If there is a kernel of its own, name "
+                "the module, AttentionRecorder(model, layers=[...]), and describe its map with @hookattn.recipe."
+            )
         return (
             f"a forward ran, but it called none of {', '.join(self.layers[:4])}{', ...' * (len(self.layers) > 4)}. "
             "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
@@ -297,27 +343,6 @@ def _images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
         return Patches(coordinates, valid if isinstance(valid, Tensor) else everywhere)
     images = next((a for a in (*args, *named.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
     return None if images is None else (len(images), int(images.shape[-2]), int(images.shape[-1]))
-
-
-def _recordable(model: nn.Module) -> nn.Module:
-    """The module whose forward will run in Python, or an error that says why there is none."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}.")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    for name, module in model.named_modules():
-        where = f" (its module {name!r})" if name else ""
-        if isinstance(module, nn.DataParallel):
-            raise ModelError(
-                f"DataParallel{where} runs copies of the model in threads that share the hooks; record the model inside: "
-                "AttentionRecorder(model.module)."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(
-                f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model."
-            )
-        if isinstance(module, torch.fx.GraphModule):
-            raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
-    return model
 
 
 class _Eager:

@@ -75,7 +75,7 @@ def test_record_draws_the_layers_and_the_query_that_were_asked_for(tmp_path: Pat
                 "-m",
                 "test_resnet",
             ),
-            "no attention module was found in ResNet",
+            "ResNet ran and was watched: none of its modules called",
         ),
     ],
 )
@@ -129,7 +129,7 @@ def test_inspect_lists_what_is_replayed_and_what_is_no_map() -> None:
 def test_inspect_says_why_there_is_nothing() -> None:
     result = run("inspect", "resnet18")
     assert result.exit_code == 1
-    assert "no attention module was found in ResNet" in result.output
+    assert "ResNet ran and was watched: none of its modules called" in result.output
 
 
 def test_the_demo_model_reads_scenes_it_has_never_seen() -> None:

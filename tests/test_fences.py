@@ -26,6 +26,7 @@ ROOMS = [
     {"layouts"},
     {"maps"},
     {"discovery", "forwards"},
+    {"watching"},
     {"recorder"},
     {"analysis", "testing", "inspection"},
     {"plot", "demo"},

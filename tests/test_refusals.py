@@ -44,10 +44,15 @@ def test_what_is_no_module_is_refused(thing: str) -> None:
 @pytest.mark.parametrize(
     "model", [timm.create_model("resnet18", num_classes=0), nn.Linear(2, 2)], ids=lambda m: type(m).__name__
 )
-def test_a_model_without_attention_is_refused_and_the_way_out_told(model: nn.Module) -> None:
-    message = rf"no attention module was found in {type(model).__name__}.*layers=\[\.\.\.\].*named_modules\(\)"
-    with untouched(model), pytest.raises(ModelError, match=message):
-        AttentionRecorder(model)
+def test_a_model_without_attention_has_no_maps_and_is_told_why(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32) if isinstance(model, timm.models.ResNet) else torch.randn(2, 2)
+    message = rf"{type(model).__name__} ran and was watched: none of its modules.*layers=\[\.\.\.\].*@hookattn\.recipe"
+    with untouched(model):
+        with AttentionRecorder(model) as rec:
+            model(x)
+            model(x)
+        with pytest.raises(NoMapError, match=message):
+            rec.maps  # noqa: B018
 
 
 def test_a_model_whose_attention_forms_no_map_is_refused_with_the_reason() -> None:
