@@ -34,6 +34,12 @@ def rollout(maps: Maps, *, residual: float = 0.5) -> Tensor:
     Source: Abnar and Zuidema 2020, "Quantifying attention flow in transformers", equations 1 and 2.
     """
     layers = list(maps.values() if isinstance(maps, Mapping) else maps)
+    pieces = next((m for m in layers if m.axes != ("batch", "head", "query", "key")), None)
+    if pieces is not None:
+        raise ValueError(
+            f"rollout needs maps from all tokens of an image to the same tokens; {pieces.name!r} is {' x '.join(pieces.axes)}. "
+            "Choose the layers: AttentionRecorder(model, layers=[...]) or rollout(rec.maps[:12])."
+        )
     sizes = {m.shape[2:] for m in layers}
     if len(sizes) != 1 or any(queries != keys for queries, keys in sizes):
         raise ValueError(

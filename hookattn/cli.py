@@ -77,7 +77,9 @@ def record(
     ] = None,
     query: Annotated[
         Union[str, None],
-        typer.Option(help="cls, mean, row and column of a patch as 3,7, or the number of a token; cls where there is one."),
+        typer.Option(
+            help="cls, mean, row and column of a patch as 3,7, a point as 0.4,0.6 of height and width, or a token's number."
+        ),
     ] = None,
     img_size: Annotated[Union[int, None], typer.Option(help="Resize to this many pixels instead of the model's own.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the picture goes.")] = Path("attention.png"),
@@ -115,16 +117,18 @@ def inspect_command(
 
 
 def _print_inspection(model: str, batch: int, inspection: Inspection) -> None:
-    table = _table("module", "class", "read by", "map", f"at batch {batch}", "fused")
+    table = _table("module", "class", "read by", "map", "of", f"at batch {batch}", "fused")
     for e in inspection.entries:
         if e.shape is None:
             table.add_row(e.name, e.class_name, f"not read: {e.reason}")
         else:
             fused = "-" if e.fused is None else "yes" if e.fused else "no"
-            table.add_row(e.name, e.class_name, e.read_by, _by(e.shape), _bytes(e.bytes), fused)
+            table.add_row(e.name, e.class_name, e.read_by, _by(e.shape), e.kind, _bytes(e.bytes), fused)
     console.print(table)
     total = sum(e.bytes for e in inspection.entries)
-    console.print("\nmap: batch x heads x queries x keys; read by: a recipe, or replay of the module's own forward")
+    console.print(
+        "\nmap: batch (and windows) x heads x queries x keys; read by: a recipe, or replay of the module's own forward"
+    )
     console.print(f"all maps of {model} at batch {batch}: {_bytes(total)} in float32\n")
     console.print("who calls them, with what:\n")
     calls: dict[tuple[str, int], list[str]] = {}
@@ -137,6 +141,8 @@ def _print_inspection(model: str, batch: int, inspection: Inspection) -> None:
         console.print()
     for name, reason in inspection.skipped.items():
         console.print(f"not a map: {name}, {reason}", markup=False)
+    for name in inspection.missed:
+        console.print(f"not recorded: {name} forms a map, but is not known as attention; name it, layers=[...]", markup=False)
 
 
 def _inspect(name: str, batch: int, img_size: int | None) -> Inspection:
@@ -203,12 +209,18 @@ def _open(photo: Path) -> Image.Image:
 
 
 def _query(text: str) -> Query:
-    """What was typed as a query: a name, a number, or a row and a column."""
+    """What was typed as a query: a name, a number, a row and a column, or a point in fractions of the image."""
     parts = text.split(",")
-    if all(part.strip().lstrip("-").isdigit() for part in parts) and len(parts) <= 2:
+    try:
+        if any("." in part for part in parts):
+            y, x = (float(part) for part in parts)
+            return y, x
         numbers = [int(part) for part in parts]
-        return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
-    return text
+    except ValueError:
+        return text
+    if len(numbers) == 2:
+        return numbers[0], numbers[1]
+    return numbers[0] if len(numbers) == 1 else text
 
 
 def _layers(text: str | None) -> list[str | int] | None:
