@@ -246,7 +246,7 @@ def _unfolded(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Te
     if form is not None:
         sizes = {"h": heads} if heads is not None and "(b h)" in form else {}
         return rearrange(tensor, f"{form} -> {_canonical(form)}", **sizes)
-    if tensor.dim() == 4 and (heads is None or tensor.shape[1] % heads == 0 or heads % max(1, tensor.shape[1]) == 0):
+    if tensor.dim() == 4 and _heads_come_second(tensor, heads):
         return tensor
     if tensor.dim() == 3 and heads in (None, 1) and batch in (None, tensor.shape[0]):
         return tensor.unsqueeze(1)
@@ -256,10 +256,18 @@ def _unfolded(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Te
     )
 
 
+def _heads_come_second(tensor: Tensor, heads: int | None) -> bool:
+    """Whether the second of four axes may be the heads: so many, or several softmaxes, or keys that heads share."""
+    second, third = tensor.shape[1:3]
+    if heads is None or second == heads:
+        return True
+    return third != heads and (second % heads == 0 or heads % max(1, second) == 0)
+
+
 def _folded(module: nn.Module, attention: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A map (images * windows, heads, queries, keys) laid out as the module has it."""
     form = _form(module, len(shape))
-    if form is None or attention.shape == shape:
+    if form is None:
         return attention.reshape(shape)
     axes = form.replace("(b h)", "bh").split()
     sizes = {"w": shape[axes.index("w")]} if "w" in axes else {}

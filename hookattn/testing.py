@@ -57,7 +57,8 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
 
 def _moved(module: nn.Module) -> nn.Module:
     """A copy in float64 and eval mode with noise on every parameter."""
-    moved = copy.deepcopy(module).double().eval()
+    moved = copy.deepcopy(module).double()
+    moved.eval()  # some classes return None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.parameters():

@@ -71,6 +71,21 @@ def randomise(module: nn.Module, spread: float = 0.5) -> nn.Module:
     return module
 
 
+def enliven(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Randomise so that signals neither die nor explode in deep and convolutional models, and set what batch norms remember."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            small = p.dim() <= 1 or any(
+                word in name for word in ("table", "bias", "rel_pos", "_rel", "temperature", "logit_scale")
+            )
+            p.add_(torch.randn_like(p) * (0.5 if small else p[0].numel() ** -0.5))
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 1.0
+        model.train()(x)
+    return model.eval()
+
+
 def tiny(name: str, batch: int = 2, **overrides: Any) -> tuple[nn.Module, torch.Tensor]:
     """A randomised model in eval mode, and images for it."""
     architecture, arguments, size = TINY[name]

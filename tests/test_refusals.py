@@ -272,3 +272,18 @@ def test_every_refusal_can_be_caught_as_one() -> None:
     assert issubclass(TokenError, ValueError)
     assert issubclass(LayerNotFoundError, LookupError)
     assert issubclass(NoMapError, LookupError)
+
+
+class _HeadsThird(nn.Module):
+    num_heads = 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bnhd,bmhd->bnhm", x, x).softmax(-1).sum(-1)
+
+
+def test_a_map_whose_heads_stand_elsewhere_is_not_taken_for_one_whose_heads_come_second() -> None:
+    module = _HeadsThird()
+    with AttentionRecorder(nn.Sequential(module), layers="0") as rec:
+        module(torch.randn(2, 8, 4, 5))
+    with pytest.raises(UnreadableError, match=r"which are not \(batch, head, \.\.\.\)"):
+        rec.maps[0][...]

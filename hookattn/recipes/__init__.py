@@ -5,23 +5,51 @@ A recipe mirrors the `forward` of the class and stops where the scores would be 
 
 from __future__ import annotations
 
-from . import folded, multihead, plain, relative, rotary
+from . import (
+    channels,
+    cosine,
+    decomposed,
+    folded,
+    grids,
+    multihead,
+    offsets,
+    outlook,
+    plain,
+    pooling,
+    reduced,
+    relative,
+    rotary,
+    talking,
+    twofold,
+    windows,
+)
 from .projections import project
 from .registry import file_form, find_form, find_recipe, is_known, recipe, registered
 from .unreadable import unreadable
 
 __all__ = [
+    "channels",
+    "cosine",
+    "decomposed",
     "file_form",
     "find_form",
     "find_recipe",
     "folded",
+    "grids",
     "is_known",
     "multihead",
+    "offsets",
+    "outlook",
     "plain",
+    "pooling",
     "project",
     "recipe",
+    "reduced",
     "registered",
     "relative",
     "rotary",
+    "talking",
+    "twofold",
     "unreadable",
+    "windows",
 ]
