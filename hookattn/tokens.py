@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Union
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -27,11 +28,14 @@ class Tokens:
         grid_size: (rows, columns) of the patches that cover the image.
         places: (images or 1, windows, patches): which patch of the grid, counted row by row, each token stands for; -1 for
             padding. None where one window holds all patches row by row.
+        spread: how many places, one after the other, a token stands for: more than 1 where it was pooled of patches that
+            form no cell of a coarser grid.
     """
 
     prefix: tuple[str, ...]
     grid_size: Size
     places: Tensor | None = None
+    spread: int = 1
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -45,7 +49,7 @@ class Tokens:
 
     def __len__(self) -> int:
         """Tokens along the axis, those of one window."""
-        return len(self.prefix) + self._patches.shape[-1]
+        return len(self.prefix) + self.patches.shape[-1] // self.spread
 
     def index(self, query: Query) -> int:
         """The number of a token, prefix tokens first, then the patches of the image row by row.
@@ -64,7 +68,9 @@ class Tokens:
                 raise TokenError(f"there is no {query!r} token. {self.choices()}")
             return self.prefix.index(query)
         if isinstance(query, tuple) and len(query) == 2 and all(isinstance(i, Real) for i in query):
-            row, column = self._patch_at(*query)
+            if _is_point(query) and not all(0 <= fraction <= 1 for fraction in query):
+                raise TokenError(f"the point {query} is not in the image: fractions run from 0.0 to 1.0. {self.choices()}")
+            row, column = _patch_at(query, self.grid_size) if _is_point(query) else map(int, query)
             if not (-rows <= row < rows and -columns <= column < columns):
                 raise TokenError(f"there is no patch {query}. {self.choices()}")
             return self.num_prefix_tokens + row % rows * columns + column % columns
@@ -80,12 +86,12 @@ class Tokens:
         Raises:
             TokenError: there is no such token.
         """
-        names = torch.arange(len(self.prefix)).expand(*self._patches.shape[:2], -1)
-        patches = torch.where(self._patches < 0, -1, self._patches + len(self.prefix))
+        names = torch.arange(len(self.prefix)).expand(*self.patches.shape[:2], -1)
+        patches = torch.where(self.patches < 0, -1, self.patches + len(self.prefix))
         tokens = torch.cat((names, patches), dim=-1)
         if query == "mean":
-            return tokens >= (len(self.prefix) if patches.shape[-1] else 0)
-        selected = tokens == self.index(query)
+            return self._gathered(tokens >= (len(self.prefix) if patches.shape[-1] else 0))
+        selected = self._gathered(tokens == self._index_by_image(query))
         if not bool(selected.flatten(1).any(1).all()):
             raise TokenError(f"{query!r} is not among the tokens of every image. {self.choices()}")
         return selected
@@ -96,7 +102,7 @@ class Tokens:
         Returns:
             (images, heads, rows, columns); a patch that stands in several windows gets the sum.
         """
-        given = rearrange(rows[..., len(self.prefix) :], "b w h n -> b h (w n)")
+        given = repeat(rows[..., len(self.prefix) :] / self.spread, "b w h n -> b h (w n spread)", spread=self.spread)
         if self.places is None:
             return rearrange(given, "b h (r c) -> b h r c", r=self.grid_size[0])
         area = self.grid_size[0] * self.grid_size[1]
@@ -110,9 +116,7 @@ class Tokens:
         if self.places is None or len(self.places) == 1:
             yield pixels
             return
-        for places, picture in zip(self.places, pixels):
-            covered = places[places >= 0]
-            rows, columns = int((covered // self.grid_size[1]).max()) + 1, int((covered % self.grid_size[1]).max()) + 1
+        for (rows, columns), picture in zip(self._covered(), pixels):
             yield picture[None, :, :rows, :columns]
 
     def choices(self) -> str:
@@ -128,20 +132,46 @@ class Tokens:
             f"{len(self.prefix) + rows * columns - 1}."
         )
 
+    def _gathered(self, marks: Tensor) -> Tensor:
+        """Marks of prefix tokens and places as marks of tokens: a token is marked if one of its places is."""
+        if self.spread == 1:
+            return marks
+        named, placed = marks.tensor_split((len(self.prefix),), dim=-1)
+        placed = rearrange(placed, "i w (n spread) -> i w n spread", spread=self.spread)
+        return torch.cat((named, placed.any(-1)), dim=-1)
+
     @cached_property
-    def _patches(self) -> Tensor:
+    def patches(self) -> Tensor:
+        """`places`, given or not."""
         if self.places is not None:
             return self.places
         return torch.arange(self.grid_size[0] * self.grid_size[1])[None, None]
 
-    def _patch_at(self, y: float, x: float) -> Size:
-        """The patch (row, col) that is meant; fractions name the patch under a point of the image."""
-        if all(isinstance(i, Integral) for i in (y, x)):
-            return int(y), int(x)
-        if not (0 <= y <= 1 and 0 <= x <= 1):
-            raise TokenError(f"the point {(y, x)} is not in the image: fractions run from 0.0 to 1.0. {self.choices()}")
-        rows, columns = self.grid_size
-        return min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
+    def _covered(self) -> list[Size]:
+        """(rows, columns) of the patches of each image, in the upper left corner of the grid."""
+        columns = self.grid_size[1]
+        shown = [places[places >= 0] for places in self.patches]
+        return [(int((places // columns).max()) + 1, int((places % columns).max()) + 1) for places in shown]
+
+    def _index_by_image(self, query: Query) -> int | Tensor:
+        """The number of a token, image by image where a point lies on another patch in each: (images, 1, 1)."""
+        index = self.index(query)
+        if len(self.patches) == 1 or not _is_point(query):
+            return index
+        found = [_patch_at(query, size) for size in self._covered()]  # type: ignore[arg-type]  # is a point
+        columns = self.grid_size[1]
+        return torch.tensor([self.num_prefix_tokens + row * columns + column for row, column in found])[:, None, None]
+
+
+def _is_point(query: Query) -> bool:
+    """Whether a query is a point of the image and not the (row, col) of a patch."""
+    return isinstance(query, tuple) and not all(isinstance(i, Integral) for i in query)
+
+
+def _patch_at(point: tuple[float, float], grid_size: Size) -> Size:
+    """The patch (row, col) under a point of the image in fractions of its height and width."""
+    row, column = (min(int(fraction * n), n - 1) for fraction, n in zip(point, grid_size))
+    return row, column
 
 
 def whole(grid_size: Sequence[int], prefix: tuple[str, ...] = ()) -> Tokens:
@@ -156,24 +186,57 @@ def cut(
     shift: Sequence[int] = (0, 0),
     *,
     strided: bool = False,
-    pad_first: bool = False,
 ) -> Tokens:
     """A grid cut into windows that do not overlap, window after window row by row, as Swin does.
 
     Args:
         grid_size: (rows, columns) of patches.
         window: (rows, columns) of one window; the grid is padded at its lower and right border to a multiple.
-        shift: (rows, columns) by which the grid is rolled up and left before it is cut.
+        shift: (rows, columns) by which the grid is rolled up and left before it is padded and cut.
         strided: a window takes patches at equal distances from all over the grid, as MaxViT's grid attention does, and not
             neighbours.
-        pad_first: pad before the roll, and not after.
     """
     rows, columns = (int(n) for n in grid_size)
-    places = torch.arange(rows * columns).reshape(rows, columns)
-    if not pad_first:
-        places = places.roll((-shift[0], -shift[1]), (0, 1))
-    places = torch.nn.functional.pad(places, (0, -columns % window[1], 0, -rows % window[0]), value=-1)
-    if pad_first:
-        places = places.roll((-shift[0], -shift[1]), (0, 1))
+    places = _grid(rows, columns).roll((-shift[0], -shift[1]), (0, 1))
+    places = F.pad(places, (0, -columns % window[1], 0, -rows % window[0]), value=-1)
     pattern = "(p h) (q w) -> 1 (h w) (p q)" if strided else "(h p) (w q) -> 1 (h w) (p q)"
     return Tokens((), (rows, columns), rearrange(places, pattern, p=window[0], q=window[1]))
+
+
+def neighbourhoods(grid_size: Sequence[int], window: int, step: int, border: int) -> Tokens:
+    """Square windows that overlap, window after window row by row, as `torch.nn.functional.unfold` takes them.
+
+    Args:
+        grid_size: (rows, columns) of patches.
+        window: side of one window.
+        step: distance from one window to the next.
+        border: how far the grid is padded on each side.
+    """
+    rows, columns = (int(n) for n in grid_size)
+    padded = F.pad(_grid(rows, columns), (border,) * 4, value=-1)
+    windows = padded.unfold(0, window, step).unfold(1, window, step)
+    return Tokens((), (rows, columns), rearrange(windows, "h w y x -> 1 (h w) (y x)"))
+
+
+def pooled(tokens: Tokens, window: Sequence[int], stride: Sequence[int]) -> Tokens:
+    """Tokens that are pooled inside their windows: each stands for a cell of a grid that is coarser by the stride.
+
+    A cell that is not full at the border of the grid is left out of the coarser grid, and a token of such a cell or of padding
+    stands for nothing.
+
+    Args:
+        tokens: what is pooled, in windows, without prefix tokens.
+        window: (rows, columns) of one window.
+        stride: (rows, columns) of one cell.
+    """
+    rows, columns = (n // s for n, s in zip(tokens.grid_size, stride))
+    corners = rearrange(tokens.patches, "i w (y x) -> i w y x", y=window[0], x=window[1])[..., :: stride[0], :: stride[1]]
+    places = corners.flatten(-2)
+    row, column = places // tokens.grid_size[1] // stride[0], places % tokens.grid_size[1] // stride[1]
+    inside = (places >= 0) & (row < rows) & (column < columns)
+    return Tokens((), (rows, columns), torch.where(inside, row * columns + column, -1))
+
+
+def _grid(rows: int, columns: int) -> Tensor:
+    """The numbers of the patches on their grid."""
+    return torch.arange(rows * columns).reshape(rows, columns)

@@ -6,7 +6,7 @@ neither sees all tokens of the image: prefix tokens, then the grid of patches.
 
 from __future__ import annotations
 
-from . import windows
+from . import covariance, grids, sequences, windows
 from .registry import axes_of, block_of, channels, layout, partition, tokens_of
 from .setting import Images, Patches, Setting, sizes_of, stem_of, trunk_of
 
@@ -17,8 +17,11 @@ __all__ = [
     "axes_of",
     "block_of",
     "channels",
+    "covariance",
+    "grids",
     "layout",
     "partition",
+    "sequences",
     "sizes_of",
     "stem_of",
     "tokens_of",

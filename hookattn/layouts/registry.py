@@ -62,22 +62,45 @@ def block_of(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def windows_of(setting: Setting) -> Tokens | None:
-    """What an attention module receives from the block around it that cuts windows; None where there is no such block."""
+    """What an attention module receives from the block around it that cuts windows; None where there is no such block.
+
+    Raises:
+        TokenError: there is one, but somebody else called the module.
+    """
     block = block_of(setting.model, setting.name)
-    if block is None or setting.around is None:
+    if block is None:
         return None
+    if setting.around is None:
+        raise TokenError(
+            f"{setting.name!r} was called, but not the {type(block).__name__} around it that cuts the image for it, so it is "
+            "not known where its tokens lie; slice the map itself, m[...]."
+        )
     found = _PARTITIONS.of(block)
     assert found is not None  # block_of has looked
     return found(block, setting)
+
+
+def received(setting: Setting, otherwise: Callable[[], Tokens]) -> Tokens:
+    """What the block around an attention module cuts for it, else what it receives without such a block."""
+    tokens = windows_of(setting)
+    return otherwise() if tokens is None else tokens
 
 
 def axes_of(setting: Setting, shape: Shape) -> tuple[str, str, str, str]:
     """What the four axes of a map are."""
     if _CHANNELS.of(setting.module):
         return "batch", "head", "channel", "channel"
-    if setting.images is not None and _count(setting) not in (0, shape[0]):
-        return "batch * windows", "head", "query", "key"
-    return "batch", "head", "query", "key"
+    if _count(setting) == shape[0] or (setting.images is None and not _in_windows(setting, shape)):
+        return "batch", "head", "query", "key"
+    return "batch * windows", "head", "query", "key"
+
+
+def _in_windows(setting: Setting, shape: Shape) -> bool:
+    """Whether a map is of windows, as far as is known."""
+    try:
+        return tokens_of(setting, shape)[1].windows > 1
+    except TokenError:
+        return False
 
 
 def tokens_of(setting: Setting, shape: Shape) -> tuple[Tokens, Tokens]:
@@ -89,8 +112,13 @@ def tokens_of(setting: Setting, shape: Shape) -> tuple[Tokens, Tokens]:
     if _CHANNELS.of(setting.module):
         raise TokenError(f"{setting.name!r} attends from channels to channels, which lie nowhere on the image; slice m[...].")
     found = _LAYOUTS.of(setting.module) or _same_or_unknown
-    queries, keys = found(setting, shape)
+    try:
+        queries, keys = found(setting, shape)
+    except TokenError:
+        _check_pieces(setting, shape, 1)  # windows of an unknown kind say more than a count that is no grid
+        raise
     _check_pieces(setting, shape, keys.windows)
+    assert queries.windows == keys.windows  # a layout gives both for the same windows
     if (len(queries), len(keys)) != shape[2:]:
         raise TokenError(
             f"{setting.name!r} has {shape[2]} queries and {shape[3]} keys, not the {len(queries)} and {len(keys)} that its "
@@ -119,7 +147,6 @@ def _same_or_unknown(setting: Setting, shape: Shape) -> tuple[Tokens, Tokens]:
     """Queries and keys of a class without a layout: what the block cut, else all tokens of the image."""
     keys = windows_of(setting)
     if keys is None:
-        _check_pieces(setting, shape, 1)
         keys = setting.tokens(shape[3])
     return queries_of(shape, keys), keys
 

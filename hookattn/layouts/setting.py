@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import TokenError
 from ..tokens import Size, Tokens, whole
 
-_STEMS = ("patch_embed", "embeds", "patch_embeddings", "embeddings", "conv_proj", "to_patch_embedding", "conv1", "stem")
+_EMBEDDINGS = ("patch_embed", "embeds", "pixel_embed")
+_STEMS = (*_EMBEDDINGS, "patch_embeddings", "embeddings", "conv_proj", "to_patch_embedding", "conv1", "stem")
 _CLASS = ("cls_token", "class_token", "class_embedding")
 _DISTILLED = ("dist_token", "distillation_token")
 _REGISTERS = ("reg_token", "register_tokens")
@@ -58,7 +59,7 @@ class Setting:
     around: Given | None = None
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         """The attention module."""
         return next(iter(self.path()))
 
@@ -67,9 +68,27 @@ class Setting:
         """The part of the model that cuts the image into patches."""
         return trunk_of(self.model, self.name)
 
+    @property
+    def image_size(self) -> Size | None:
+        """(height, width) of the images; None where none were seen, or each has its own."""
+        return None if self.images is None or isinstance(self.images, Patches) else self.images[1:]
+
     def path(self) -> Iterator[nn.Module]:
         """The module and all that hold it, outwards to the model."""
         yield from reversed(list(path_to(self.model, self.name)))
+
+    def holder(self, attribute: str) -> Any:
+        """The innermost module around the call, itself included, that has such an attribute.
+
+        Raises:
+            TokenError: there is none.
+        """
+        for module in self.path():
+            if hasattr(module, attribute):
+                return module
+        raise TokenError(
+            f"{self.name!r} is in no module with {attribute!r}, so it is not known where its tokens lie; slice m[...]."
+        )
 
     def argument(self, name: str) -> Any:
         """What the module was called with for one parameter of its forward, a tensor by its size."""
@@ -93,15 +112,16 @@ class Setting:
         trunk = self.trunk
         names = prefix_names(trunk)
         if isinstance(self.images, Patches):
-            return _of_patches(self.images, names, count)
-        size = None if self.images is None else self.images[1:]
+            return _of_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
+        size = self.image_size
         for each in {None: (names, ()), True: (names,), False: ((),)}[prefix]:
-            grid = grid_size(trunk, size, count - len(each), exactly=prefix is True)
+            grid = grid_size(trunk, size, count - len(each), exactly=prefix is not None)
             if grid is not None:
                 return whole(grid, each)
         seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
+        how = {None: "with or without", True: "with", False: "without"}[prefix]
         raise TokenError(
-            f"{count} tokens are no grid of patches over {seen}, with or without {len(names)} prefix tokens "
+            f"{count} tokens are no grid of patches over {seen}, {how} {len(names)} prefix tokens "
             f"({type(trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
             "itself, m[...]."
         )
@@ -122,9 +142,11 @@ def argument(module: nn.Module, given: Given, name: str) -> Any:
 def path_to(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """The model, and module after module down to the one of that name."""
     yield model
-    named = dict(model.named_modules())
-    parts = name.split(".")
-    yield from (named[part] for i in range(len(parts)) if (part := ".".join(parts[: i + 1])) in named and part)
+    module: nn.Module | None = model
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+        if module is not None:
+            yield module
 
 
 def trunk_of(model: nn.Module, name: str = "") -> nn.Module:
@@ -134,7 +156,7 @@ def trunk_of(model: nn.Module, name: str = "") -> nn.Module:
 
 def stem_of(trunk: nn.Module) -> nn.Module | None:
     """The module the image goes into first: `patch_embed`, else the first 2-d convolution."""
-    for name in _STEMS[:2]:
+    for name in _EMBEDDINGS:
         if isinstance(stem := getattr(trunk, name, None), nn.Module):
             return stem
     return next((m for m in trunk.modules() if isinstance(m, nn.Conv2d)), None)
@@ -160,7 +182,7 @@ def grid_size(trunk: Any, image_size: Size | None, patches: int, *, exactly: boo
     Args:
         exactly: take the word of a patch embedding that tells its grid, where else a coarser one would do.
     """
-    embed: Any = getattr(trunk, "patch_embed", None)
+    embed: Any = next((m for name in _EMBEDDINGS if isinstance(m := getattr(trunk, name, None), nn.Module)), None)
     grid = None
     if image_size is None:
         grid = getattr(embed, "grid_size", None)
@@ -168,29 +190,37 @@ def grid_size(trunk: Any, image_size: Size | None, patches: int, *, exactly: boo
         grid = embed.dynamic_feat_size(image_size)
     if grid is not None and grid[0] * grid[1] == patches:
         return int(grid[0]), int(grid[1])
-    return None if image_size is None or (grid is not None and exactly) else _factors(patches, image_size)
+    if image_size is None or (grid is not None and exactly):
+        return None
+    return _factors(patches, image_size) or _halved(patches, image_size)
 
 
 def _stem_attribute(module: nn.Module) -> str | None:
     return next((name for name in _STEMS if isinstance(getattr(module, name, None), nn.Module)), None)
 
 
-def _of_patches(images: Patches, prefix: tuple[str, ...], count: int) -> Tokens:
+def _of_patches(images: Patches, prefixes: tuple[tuple[str, ...], ...], count: int) -> Tokens:
     """Tokens of images that came as patches, each laid in the upper left corner of a grid that holds them all."""
-    if images.valid.shape[1] + len(prefix) != count:
+    given = images.valid.shape[1]
+    prefix = next((names for names in prefixes if given + len(names) == count), None)
+    if prefix is None:
         raise TokenError(
-            f"{count} tokens are not the {images.valid.shape[1]} patches that were given and {len(prefix)} prefix tokens; some "
-            "may have been dropped or merged. Slice the map itself, m[...]."
+            f"{count} tokens are not the {given} patches that were given and {max(map(len, prefixes))} prefix tokens; some may "
+            "have been dropped or merged. Slice the map itself, m[...]."
         )
     coordinates = images.coordinates.long().cpu()
-    valid = images.valid.bool().cpu()
+    valid = images.valid.bool().cpu() & (coordinates >= 0).all(-1)  # Gemma marks padding by the coordinates
     rows, columns = (int(coordinates[..., i][valid].max()) + 1 for i in range(2))
     places = torch.where(valid, coordinates[..., 0] * columns + coordinates[..., 1], -1)
     return Tokens(prefix, (rows, columns), places[:, None])
 
 
 def _size(value: Any) -> Any:
-    return value.shape if isinstance(value, Tensor) else value if isinstance(value, (int, float, str, tuple, list)) else None
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, (tuple, list)):
+        return tuple([_size(v) for v in value])
+    return value if isinstance(value, (int, float, str)) else None
 
 
 def _factors(patches: int, image_size: Size) -> Size | None:
@@ -201,3 +231,11 @@ def _factors(patches: int, image_size: Size) -> Size | None:
     stretched = {grid: abs(math.log(height / grid[0] * grid[1] / width)) for grid in grids}
     best = min(grids, key=stretched.__getitem__, default=None)
     return best if best is not None and stretched[best] < math.log(1.1) else None
+
+
+def _halved(patches: int, image_size: Size) -> Size | None:
+    """Rows and columns that are left of the pixels when they are halved again and again, odd numbers rounded up."""
+    rows, columns = image_size
+    while rows * columns > max(1, patches):
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    return (rows, columns) if rows * columns == patches else None
