@@ -117,6 +117,7 @@ class AttentionMap:
 
         Raises:
             UnfaithfulMapError: the difference is larger than that.
+            UnreadableError: the module forms its map in a kernel of its own, and no other can be put in its place.
             RecorderError: the input was let go (`keep="maps"`).
             StaleMapError: an input or a parameter has changed since the forward.
         """

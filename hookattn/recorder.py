@@ -341,6 +341,11 @@ def _images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
     if isinstance(coordinates, Tensor):
         everywhere = torch.ones(coordinates.shape[:2], dtype=torch.bool)
         return Patches(coordinates, valid if isinstance(valid, Tensor) else everywhere)
+    shapes, patches = named.get("spatial_shapes"), named.get("pixel_values")
+    if isinstance(shapes, Tensor) and isinstance(patches, Tensor) and patches.dim() == 3:
+        rows, columns = shapes.cpu().long().T[..., None]
+        numbers = torch.arange(patches.shape[1]).expand(len(patches), -1)
+        return Patches(torch.stack((numbers // columns, numbers % columns), dim=-1), numbers < rows * columns)
     images = next((a for a in (*args, *named.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
     return None if images is None else (len(images), int(images.shape[-2]), int(images.shape[-1]))
 

@@ -63,12 +63,20 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
 
     Returns:
         The module's own output and the output with the map put in.
+
+    Raises:
+        UnreadableError: the forward forms no map that another could be put in place of.
     """
     module = call.target.module
     with call.resumed():
         with leaving_no_trace(module), _Watch(module) as watch:
             call.restore_random_streams()
             own = module.forward(*call.args, **call.kwargs)
+        if not watch.sites:
+            raise UnreadableError(
+                f"{_who(module)} called neither scaled_dot_product_attention nor softmax: there is nothing in its forward to "
+                "put a map into."
+            )
         with leaving_no_trace(module), _Inject(module, watch, attention):
             call.restore_random_streams()
             return own, module.forward(*call.args, **call.kwargs)

@@ -51,7 +51,8 @@ def test_rollout_says_what_it_needs() -> None:
 
 @pytest.mark.parametrize(("name", "axes"), [("swin_tiny_patch4_window7_224", "windows"), ("xcit_nano_12_p16_224", "channel")])
 def test_rollout_of_windows_or_channels_is_refused(name: str, axes: str) -> None:
-    options: Any = {"window_size": 4, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 1)} if "swin" in name else {"depth": 1}
+    swin = {"window_size": 4, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 1)}
+    options: Any = swin if "swin" in name else {"depth": 1}
     model = timm.create_model(name, img_size=64, **options).eval()
     with AttentionRecorder(model) as rec, torch.no_grad():
         model(torch.randn(2, 3, 64, 64))

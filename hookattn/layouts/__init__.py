@@ -6,7 +6,7 @@ neither sees all tokens of the image: prefix tokens, then the grid of patches.
 
 from __future__ import annotations
 
-from . import covariance, grids, sequences, windows
+from . import covariance, elsewhere, grids, sequences, windows
 from .registry import axes_of, block_of, channels, layout, partition, tokens_of
 from .setting import Images, Patches, Setting, sizes_of, stem_of, trunk_of
 
@@ -18,6 +18,7 @@ __all__ = [
     "block_of",
     "channels",
     "covariance",
+    "elsewhere",
     "grids",
     "layout",
     "partition",

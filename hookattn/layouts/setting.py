@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import TokenError
 from ..tokens import Size, Tokens, whole
+from .sizes import size_after
 
 _EMBEDDINGS = ("patch_embed", "embeds", "pixel_embed")
 _STEMS = (*_EMBEDDINGS, "patch_embeddings", "embeddings", "conv_proj", "to_patch_embedding", "conv1", "stem")
 _CLASS = ("cls_token", "class_token", "class_embedding")
 _DISTILLED = ("dist_token", "distillation_token")
 _REGISTERS = ("reg_token", "register_tokens")
+_VOCABULARY = ("token_embedding", "word_embeddings", "text_embeddings", "embed_tokens", "wte")
 
 
 class Patches(NamedTuple):
@@ -109,6 +111,11 @@ class Setting:
         Raises:
             TokenError: the count does not fit the image.
         """
+        if not sees_patches(self.model, self.name):
+            raise TokenError(
+                f"{self.name!r} is outside of the part of the {type(self.model).__name__} that cuts the image into patches, so "
+                "its tokens may be words, or what was made of patches; slice the map itself, m[...]."
+            )
         trunk = self.trunk
         names = prefix_names(trunk)
         if isinstance(self.images, Patches):
@@ -155,11 +162,10 @@ def trunk_of(model: nn.Module, name: str = "") -> nn.Module:
 
 
 def stem_of(trunk: nn.Module) -> nn.Module | None:
-    """The module the image goes into first: `patch_embed`, else the first 2-d convolution."""
-    for name in _EMBEDDINGS:
-        if isinstance(stem := getattr(trunk, name, None), nn.Module):
-            return stem
-    return next((m for m in trunk.modules() if isinstance(m, nn.Conv2d)), None)
+    """The module the image goes into first: `patch_embed`, else the first 2-d convolution of the stem."""
+    name = _stem_attribute(trunk)
+    stem: nn.Module = trunk if name is None else getattr(trunk, name)
+    return stem if name in _EMBEDDINGS else next((m for m in stem.modules() if isinstance(m, nn.Conv2d)), None)
 
 
 def prefix_names(trunk: nn.Module) -> tuple[str, ...]:
@@ -169,9 +175,13 @@ def prefix_names(trunk: nn.Module) -> tuple[str, ...]:
     def first(names: tuple[str, ...]) -> Any:
         return next((t for m in holders for n in names if isinstance(t := getattr(m, n, None), Tensor)), None)
 
-    registers = first(_REGISTERS)
-    names = ["cls"] * (first(_CLASS) is not None) + ["dist"] * (first(_DISTILLED) is not None)
-    names += [f"reg{i}" for i in range(0 if registers is None else registers.shape[-2])]
+    def numbered(name: str, token: Any) -> list[str]:
+        count = 0 if token is None else token.shape[-2] if token.dim() > 1 else 1
+        return [f"{name}{i}" for i in range(count)]
+
+    classes = numbered("cls", first(_CLASS))
+    names = ["cls"] if len(classes) == 1 else classes
+    names += ["dist"] * (first(_DISTILLED) is not None) + numbered("reg", first(_REGISTERS))
     count = next((n for m in holders if isinstance(n := getattr(m, "num_prefix_tokens", None), int)), len(names))
     return tuple((names + [f"prefix{i}" for i in range(len(names), count)])[:count])
 
@@ -188,6 +198,9 @@ def grid_size(trunk: Any, image_size: Size | None, patches: int, *, exactly: boo
         grid = getattr(embed, "grid_size", None)
     elif hasattr(embed, "dynamic_feat_size"):
         grid = embed.dynamic_feat_size(image_size)
+    if grid is None and image_size is not None and any("PatchDrop" in type(m).__name__ for m in trunk.modules()):
+        stem = stem_of(trunk)
+        grid, exactly = (size_after(image_size, stem), True) if isinstance(stem, nn.Conv2d) else (None, exactly)
     if grid is not None and grid[0] * grid[1] == patches:
         return int(grid[0]), int(grid[1])
     if image_size is None or (grid is not None and exactly):
@@ -195,8 +208,27 @@ def grid_size(trunk: Any, image_size: Size | None, patches: int, *, exactly: boo
     return _factors(patches, image_size) or _halved(patches, image_size)
 
 
+def sees_patches(model: nn.Module, name: str) -> bool:
+    """Whether a module may see patches: it is in the part of the model that cuts the image, and no words come into that part.
+
+    A model in which no part is known to cut the image is such a part itself.
+    """
+    for module in reversed(list(path_to(model, name))):
+        if _has_vocabulary(module):
+            return False
+        if _stem_attribute(module) is not None:
+            return True
+    return all(_stem_attribute(module) is None for module in model.modules())
+
+
 def _stem_attribute(module: nn.Module) -> str | None:
-    return next((name for name in _STEMS if isinstance(getattr(module, name, None), nn.Module)), None)
+    return next((n for n in _STEMS if isinstance(m := getattr(module, n, None), nn.Module) and not _has_vocabulary(m)), None)
+
+
+def _has_vocabulary(module: nn.Module) -> bool:
+    """Whether words come in here, directly or through what embeds them."""
+    holders = [module, *(m for name in _STEMS if isinstance(m := getattr(module, name, None), nn.Module))]
+    return any(isinstance(getattr(m, name, None), nn.Module) for m in holders for name in _VOCABULARY)
 
 
 def _of_patches(images: Patches, prefixes: tuple[tuple[str, ...], ...], count: int) -> Tokens:

@@ -17,6 +17,8 @@ _REASONS.file(
     "timm.models.mobilevit.MobileVitV2Block",
     "timm.layers.global_context.GlobalContext",
     "timm.layers.lambda_layer.LambdaLayer",
+    "transformers.models.mobilevitv2.modeling_mobilevitv2.MobileViTV2LinearSelfAttention",
+    "vit_pytorch.cct.TransformerClassifier",
 )
 _REASONS.file(
     "it is a gate: its weights choose channels, places or branches, not keys for a query",
@@ -35,6 +37,17 @@ _REASONS.file(
     "timm.models.efficientvit_mit.LiteMLA",
     "timm.models.swiftformer.EfficientAdditiveAttention",
     "timm.models.focalnet.FocalModulation",
+    "transformers.models.swiftformer.modeling_swiftformer.SwiftFormerEfficientAdditiveAttention",
+    "vit_pytorch.jet_vit.JetViTLinearAttention",
+)
+_REASONS.file(
+    "its softmax runs over the outputs of earlier layers",
+    "vit_pytorch.attn_residual_with_dca_simple_vit.AttentionResidual",
+)
+_REASONS.file(
+    "its softmax runs over the queries",
+    "transformers.models.groupvit.modeling_groupvit.GroupViTAssignAttention",
+    "vit_pytorch.wwt.MutualAttention",
 )
 _REASONS.file(
     "its rows are normalised sigmoids, not a softmax",
