@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .analysis import rollout
-from .errors import MissingExtraError
+from .errors import MissingExtraError, TokenError
 from .maps import AttentionMap
 from .tokens import Query
 
@@ -41,9 +41,19 @@ def overview(image: npt.ArrayLike, maps: Sequence[AttentionMap], query: Query = 
         A figure; `figure.savefig("attention.png")` writes it.
 
     Raises:
-        TokenError: the maps do not lie on one grid of patches, or there is no such query.
+        TokenError: a map does not lie on the image, there is no such query, or it is another place in each layer.
+        ValueError: there are no maps.
     """
     shown, pixels = list(maps), _rgb(image)
+    if not shown:
+        raise ValueError("there is no map to draw: give some of rec.maps[:].")
+    grids = dict.fromkeys(m.query_tokens.grid_size for m in shown if m.shape[2] > 1)
+    if len(grids) > 1 and not isinstance(query, str) and not (isinstance(query, tuple) and isinstance(query[0], float)):
+        sizes = ", ".join(f"{rows} x {columns}" for rows, columns in grids)
+        raise TokenError(
+            f"the layers have grids of {sizes} patches, and {query!r} is another place on each. Name a point in fractions of "
+            "the image, query=(0.4, 0.6), or draw the layers of one grid."
+        )
     size = (pixels.shape[0], pixels.shape[1])
     rows, columns = len(shown), 1 + max(m.shape[1] for m in shown)
     tall = max(rows * (_CELL + _GAP) - _GAP, 3 * 1.3)
@@ -55,8 +65,8 @@ def overview(image: npt.ArrayLike, maps: Sequence[AttentionMap], query: Query = 
         "what the model sees": None,
         f"{_short(shown[-1].name)}, mean of heads": shown[-1].image(query, size=size)[0],
     }
-    square = [m for m in shown if m.shape[2] == m.shape[3] == len(shown[0].tokens)]
-    if square:
+    square = [m for m in shown if m.shape[2] == m.shape[3]]
+    if square and all(_sees_all(m, square[0]) for m in square):
         panels[f"rollout of {len(square)} layer" + "s" * (len(square) > 1)] = _rollout_image(square, query, size)
     top = 2 * _LINE
     for i, (caption, attention) in enumerate(panels.items()):
@@ -64,16 +74,16 @@ def overview(image: npt.ArrayLike, maps: Sequence[AttentionMap], query: Query = 
         page.write(_GAP, y - _LINE / 2, caption, 6.5, _PALE)
         overlay(page.axes(_GAP, y, side * wide, side), pixels, attention)
     left = side * wide + label + _GAP
+    at = [left + column * (_CELL * wide + _GAP) + _GAP * (column > 0) for column in range(columns)]
+    for column, x in enumerate(at):
+        page.write(x, top - _LINE / 2, f"head {column - 1}" if column else "mean", 6, _PALE)
     for row, m in enumerate(shown):
         y = top + row * (_CELL + _GAP)
         page.write(left - 2 * _GAP, y + _CELL / 2, _short(m.name), 6, _PALE, ha="right")
         heads = m.image(query, heads=None)[0].float().cpu()
-        for column, panel in enumerate([heads.mean(0), *heads]):
-            x = left + column * (_CELL * wide + _GAP) + _GAP * (column > 0)
+        for x, panel in zip(at, [heads.mean(0), *heads]):
             axes = page.axes(x, y, _CELL * wide, _CELL)
             axes.imshow(panel.numpy(), cmap=COLOURS, interpolation="bicubic", vmin=0, vmax=_bright(panel), aspect="auto")
-            if row == 0:
-                page.write(x, top - _LINE / 2, "mean" if column == 0 else f"head {column - 1}", 6, _PALE)
     note = f"what query {query!r} attends to; each panel runs from 0 to what one patch in 200 exceeds"
     page.write(left, top + tall + _LINE / 2, note, 5.5, _PALE)
     return page.figure
@@ -117,6 +127,12 @@ def overlay(axes: Axes, image: npt.ArrayLike, attention: Tensor | None = None) -
 def _bright(attention: Tensor) -> float:
     """The value that is drawn brightest: what one patch in 200 exceeds."""
     return max(float(attention.float().quantile(0.995)), 1e-12)
+
+
+def _sees_all(m: AttentionMap, first: AttentionMap) -> bool:
+    """Whether a map is one of all tokens, and of the same as the first."""
+    whole = m.tokens.windows == 1 and m.tokens.grid_size == first.tokens.grid_size
+    return whole and m.shape[3] == first.shape[3]
 
 
 def _rollout_image(maps: Sequence[AttentionMap], query: Query, size: tuple[int, int]) -> Tensor:
