@@ -244,6 +244,9 @@ def _as_scores(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -
             f"{_who(module)} takes its softmax over axis {dim} of {tuple(scores.shape)}, not over keys; describe its map "
             "with @hookattn.recipe."
         )
+    elsewhere = scores.dim() == 4 and scores.shape[1] != _heads(module) == scores.shape[2]
+    if elsewhere and find_form(module) is None:
+        raise _no_heads(module, scores)
     return Scores(_unfolded(module, scores, batch))
 
 
@@ -254,22 +257,18 @@ def _unfolded(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Te
     if form is not None:
         sizes = {"h": heads} if heads is not None and "(b h)" in form else {}
         return rearrange(tensor, f"{form} -> {_canonical(form)}", **sizes)
-    if tensor.dim() == 4 and _heads_come_second(tensor, heads):
+    if tensor.dim() == 4 and (heads is None or tensor.shape[1] % heads == 0 or heads % max(1, tensor.shape[1]) == 0):
         return tensor
     if tensor.dim() == 3 and heads in (None, 1) and batch in (None, tensor.shape[0]):
         return tensor.unsqueeze(1)
-    raise UnreadableError(
+    raise _no_heads(module, tensor)
+
+
+def _no_heads(module: nn.Module, tensor: Tensor) -> UnreadableError:
+    return UnreadableError(
         f"{_who(module)} computes its map on {tensor.dim()} axes, {tuple(tensor.shape)}, which are not (batch, head, ...); "
         "describe its map with @hookattn.recipe."
     )
-
-
-def _heads_come_second(tensor: Tensor, heads: int | None) -> bool:
-    """Whether the second of four axes may be the heads: so many, or several softmaxes, or keys that heads share."""
-    second, third = tensor.shape[1:3]
-    if heads is None or second == heads:
-        return True
-    return third != heads and (second % heads == 0 or heads % max(1, second) == 0)
 
 
 def _folded(module: nn.Module, attention: Tensor, shape: tuple[int, ...]) -> Tensor:

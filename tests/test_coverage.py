@@ -1,0 +1,28 @@
+"""One architecture for each attention class of timm, judged by the oracle of benchmarks/coverage.py, which runs them all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.coverage import PAIRLESS, REPRESENTATIVES, examine
+
+
+@pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if timm.is_model(name)])
+@pytest.mark.filterwarnings("ignore")
+def test_the_maps_of_every_class_are_exact_or_refused_with_a_reason(name: str) -> None:
+    record = examine(name, others=False)
+    pairs = set(record.classes) - PAIRLESS
+    assert record.hookattn == ("exact" if pairs else "raises"), record
+    assert all(record.reasons.get(kind) for kind in set(record.classes) & PAIRLESS)
+    assert record.same_output
+    assert not record.notes
+    if pairs:
+        assert record.verify is not None
+        assert record.verify < 1e-9
+        assert record.entropy is not None
+        assert 0.05 < record.entropy < 1  # maps are neither one-hot nor flat
