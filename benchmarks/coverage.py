@@ -417,7 +417,10 @@ def tables(records: Sequence[Record]) -> str:
         counts = Counter(getattr(r, attribute) for r in paired)
         lines.append(f"| {tool} | {' | '.join(str(counts[word]) for word in WORDS)} |")
     others = Counter(r.hookattn for r in records if r.entropy is None)
-    lines += [f"\nThe {others.total()} others, where no query has a weight for a key, in hookattn: {dict(others)}.\n"]
+    lines += [
+        f"\nThe {others.total()} others have no map over pairs, and hookattn gives none: {others['none']} form no softmax,",
+        f"{others['raises']} only softmaxes over places or branches, which are refused by name ({others['wrong']} wrong).\n",
+    ]
     lines += ["| class | architectures | calls | exact | refused | wrong | why |", "|---|---|---|---|---|---|---|"]
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     why: dict[str, str] = {}

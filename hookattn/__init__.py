@@ -9,13 +9,16 @@ Rooms, an import may only point down:
     cli                   the only file that prints
     demo  plot            the demo's model and scenes; matplotlib
     analysis  testing     pure functions of maps; the conformance test of a recipe
+    inspection            what of a model can be read, and how
     recorder              the only file that touches a model
+    watching              which modules form maps, where names do not tell
     discovery  forwards   which modules are attention; what counts as one forward
     maps                  AttentionMap, read when sliced
-    tokens  trace         prefix tokens and grids; who calls an attention module with what
-    replay  recipes/      how queries and keys come out of a call
+    layouts/              where the queries and keys of a class lie on the image
+    replay  tokens  trace the map a forward forms; prefix tokens, grids, windows; who calls an attention module with what
+    recipes/              how queries and keys come out of a call
     calls                 a captured call
-    functional            the mathematics, the only softmax
+    classes  functional   facts filed by class; the mathematics, the only softmax
     errors
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import timm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.coverage import PAIRLESS, REPRESENTATIVES, examine
+from benchmarks.coverage import PAIRLESS, REPRESENTATIVES, RESULTS, Record, examine, tables
 
 
 @pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if timm.is_model(name)])
@@ -26,3 +27,10 @@ def test_the_maps_of_every_class_are_exact_or_refused_with_a_reason(name: str) -
         assert record.verify < 1e-9
         assert record.entropy is not None
         assert 0.05 < record.entropy < 1  # maps are neither one-hot nor flat
+
+
+def test_the_readme_shows_the_tables_of_the_last_run() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    by_tool, by_class = tables([Record(**r) for r in json.loads(RESULTS.read_text())["records"]]).split("\n\n| class")
+    assert by_tool in readme
+    assert f"| class{by_class}" in readme
