@@ -105,7 +105,7 @@ def record(
 
 @app.command(name="inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="Any model of timm.list_models(), or a glob of them.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Argument(help="Any model of timm.list_models().")] = DEFAULT_MODEL,
     batch: Annotated[int, typer.Option(help="Batch size the maps' bytes are told for.", min=1)] = 1,
     img_size: Annotated[Union[int, None], typer.Option(help="Pixels instead of the model's own.")] = None,
 ) -> None:
@@ -238,9 +238,22 @@ def _save(image: np.typing.ArrayLike, rec: AttentionRecorder, query: Query | Non
         console.print(f"left out of the picture, no grid of patches over the whole image: {', '.join(left_out)}", markup=False)
     if query is None:
         query = "cls" if all(m.tokens.prefix[:1] == ("cls",) for m in drawn) else "mean"
+    asked = [m for m in drawn if _has(m, query)] or drawn
+    if len(asked) < len(drawn):
+        others = ", ".join(m.name for m in drawn if m not in asked)
+        console.print(f"left out of the picture, query {query!r} is not among theirs: {others}", markup=False)
+    drawn = asked
     out.parent.mkdir(parents=True, exist_ok=True)
     overview(image, drawn, query, title=title).savefig(out)
     console.print(f"\nwrote {out}")
+
+
+def _has(m: AttentionMap, query: Query) -> bool:
+    try:
+        m.query_tokens.select(query)
+    except TokenError:
+        return False
+    return True
 
 
 def _has_a_grid(m: AttentionMap) -> bool:

@@ -259,8 +259,12 @@ class CapturedMap(AttentionMap):
             return source.narrow(*picks).probabilities()[rest]
 
     def at_once(self) -> Tensor:
-        """The whole map while the call is about to run, when nothing can have changed yet."""
-        with self._call.in_its_modes():
+        """The whole map, while the call is about to run or has just run.
+
+        Raises:
+            StaleMapError: the module has changed its own input meanwhile.
+        """
+        with self._call.resumed():
             return self._deliver(source_of(self._call).narrow().probabilities())
 
 

@@ -138,10 +138,10 @@ def _sees_all(m: AttentionMap, first: AttentionMap) -> bool:
 def _rollout_image(maps: Sequence[AttentionMap], query: Query, size: tuple[int, int]) -> Tensor:
     """(height, width): the row of the query in the rollout of all maps, over the patches."""
     tokens = maps[-1].tokens
-    joint = rollout(maps)[0]
-    row = joint[tokens.num_prefix_tokens :].mean(0) if query == "mean" else joint[tokens.index(query)]
-    patches = row[tokens.num_prefix_tokens :].reshape(1, 1, *tokens.grid_size)
-    return F.interpolate(patches, size, mode="bilinear")[0, 0]
+    joint = rollout(maps)[:1]
+    selected = tokens.select(query)[:1].flatten(1).to(joint)
+    row = (selected / selected.sum())[:, None] @ joint
+    return F.interpolate(next(tokens.image_by_image(tokens.lay_out(row[:, None]))), size, mode="bilinear")[0, 0]
 
 
 def _short(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from .calls import Call, Target, capture, is_ours, is_reading, target
 from .discovery import Layers, choose, nearest, recordable
-from .errors import LayerNotFoundError, NoMapError, RecorderError, UnreadableError
+from .errors import LayerNotFoundError, NoMapError, RecorderError, StaleMapError, UnreadableError
 from .forwards import Forward, Forwards, is_a_forward
-from .layouts import Images, Patches, Setting, block_of, sizes_of, stem_of, trunk_of
+from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stem_of, trunk_of
 from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
 from .trace import CallSite, Origins, call_site
 from .watching import Watching
@@ -110,6 +110,7 @@ class AttentionRecorder:
         self._trunks: dict[str, nn.Module] = {}
         self._blocks: dict[str, nn.Module | None] = {}
         self._around: dict[nn.Module, Any] = {}
+        self._watched = ExitStack()
         self._hooks: ExitStack | None = None
         self._forwards = Forwards(self.model, keep_all=passes == "all")
         for name, module in found.readable.items():
@@ -199,7 +200,7 @@ class AttentionRecorder:
         for name, module in self._chosen.items():
             hook = self._recording(target(name, module))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        for module, trunks in self._stems().items():
+        for module, trunks in _stems(self._trunks.values()).items():
             see = self._seeing(module, trunks)
             stack.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
         for block in dict.fromkeys(self._blocks.values()):
@@ -209,9 +210,12 @@ class AttentionRecorder:
     def _watch(self, stack: ExitStack) -> None:
         """Nothing is named like attention: watch the first forward for modules that form maps, and hook those."""
         names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
+        stems = _stems(trunk_of(self.model, name) for name in names.values())
         watching = stack.enter_context(ExitStack())
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+            if (images := images_in(args, kwargs)) is not None:
+                self._forwards.see_images(dict.fromkeys(stems.get(module, ()), images))
             return capture(target(names[module], module), args, kwargs, detach=self._detach), self._site(args, kwargs)
 
         def leave(module: nn.Module, seen: tuple[Call, CallSite | None]) -> None:
@@ -220,10 +224,11 @@ class AttentionRecorder:
             name = _unused(names[module], forward.maps)
             forward.maps[name] = self._map_of(seen[0], name, forward, seen[1])
 
-        def end() -> None:
-            watching.close()
-            if self._hooks is not None:
-                self._hook_chosen(self._hooks) if self._chosen else self._watch(self._hooks)
+        def end(returned: bool) -> None:
+            if returned:
+                self._watched = watching  # hooks must not go while PyTorch goes through them
+            if returned and self._hooks is not None:
+                self._hook_chosen(self._hooks)
 
         Watching(self.model, enter, leave, end).hook(watching)
 
@@ -265,13 +270,14 @@ class AttentionRecorder:
         chosen = call.target.name
         images = forward.images.get(self._trunks[chosen], forward.images.get(None))
         around = None if (block := self._blocks[chosen]) is None else self._around.get(block)
-        setting = Setting(self.model, chosen, images, sizes_of(call.args, call.kwargs), around)
+        facts = {} if block is None else plain_facts(block)
+        setting = Setting(self.model, chosen, images, sizes_of(call.args, call.kwargs), around, facts)
         captured = CapturedMap(call, name, setting, self._deliver, site)
         if self._keep == "inputs":
             return captured
         try:
             return KeptMap(captured.at_once(), name, setting, self._deliver, site)
-        except UnreadableError as reason:
+        except (UnreadableError, StaleMapError) as reason:
             return LostMap(str(reason), name, setting, self._deliver, site)
 
     def _site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSite | None:
@@ -279,19 +285,11 @@ class AttentionRecorder:
             return None
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self._origins)
 
-    def _stems(self) -> dict[nn.Module, list[nn.Module]]:
-        """The modules that images go into first, each with the parts of the model it cuts them for."""
-        stems: dict[nn.Module, list[nn.Module]] = {}
-        for trunk in dict.fromkeys(self._trunks.values()):
-            if (stem := stem_of(trunk)) is not None:
-                stems.setdefault(stem, []).append(trunk)
-        return stems
-
     def _seeing(self, stem: nn.Module, trunks: list[nn.Module]) -> Callable[..., None]:
         """The hook of a stem: the pictures that the next maps of these trunks are of."""
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            images = _images_in(args, kwargs)
+            images = images_in(args, kwargs)
             if module is stem and images is not None and is_a_forward():
                 self._forwards.see_images(dict.fromkeys(trunks, images))
 
@@ -308,15 +306,22 @@ class AttentionRecorder:
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.model and is_a_forward():
+            self._watched.close()
             self._forwards.start()
-            if (images := _images_in(args, kwargs)) is not None:
+            if (images := images_in(args, kwargs)) is not None:
                 self._forwards.see_images({None: images})
 
     def _stop(self, module: nn.Module) -> None:
         if module is self.model and is_a_forward():
             self._forwards.stop()
+            self._around.clear()
 
     def _why_empty(self) -> str:
+        if not self._forwards.all and not self._chosen:
+            return (
+                f"nothing in {type(self.model).__name__} is named like attention, so the first call of the model itself is "
+                "watched: call model(...) inside the block, not one of its methods or parts, or name the modules, layers=[...]."
+            )
         if not self._forwards.all:
             return (
                 f"no forward of the {type(self.model).__name__} has run inside the block: call it between `with "
@@ -334,20 +339,13 @@ class AttentionRecorder:
         )
 
 
-def _images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
-    """The images among what a model or its stem is called with: (batch, channels, height, width), or patches of them."""
-    named = {**kwargs, **(args[0] if args and isinstance(args[0], dict) else {})}
-    coordinates, valid = named.get("patch_coord"), named.get("patch_valid")
-    if isinstance(coordinates, Tensor):
-        everywhere = torch.ones(coordinates.shape[:2], dtype=torch.bool)
-        return Patches(coordinates, valid if isinstance(valid, Tensor) else everywhere)
-    shapes, patches = named.get("spatial_shapes"), named.get("pixel_values")
-    if isinstance(shapes, Tensor) and isinstance(patches, Tensor) and patches.dim() == 3:
-        rows, columns = shapes.cpu().long().T[..., None]
-        numbers = torch.arange(patches.shape[1]).expand(len(patches), -1)
-        return Patches(torch.stack((numbers // columns, numbers % columns), dim=-1), numbers < rows * columns)
-    images = next((a for a in (*args, *named.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
-    return None if images is None else (len(images), int(images.shape[-2]), int(images.shape[-1]))
+def _stems(trunks: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that images go into first, each with the parts of the model it cuts them for."""
+    stems: dict[nn.Module, list[nn.Module]] = {}
+    for trunk in dict.fromkeys(trunks):
+        if (stem := stem_of(trunk)) is not None:
+            stems.setdefault(stem, []).append(trunk)
+    return stems
 
 
 class _Eager:

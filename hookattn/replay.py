@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .errors import UnreadableError
@@ -41,6 +42,7 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     Raises:
         UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
     """
+    args, kwargs = _own(module, args, kwargs)
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     with leaving_no_trace(module), _Watch(module, None if x is None else len(x)) as watch:
         module.forward(*args, **kwargs)
@@ -71,7 +73,8 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
     with call.resumed():
         with leaving_no_trace(module), _Watch(module) as watch:
             call.restore_random_streams()
-            own = module.forward(*call.args, **call.kwargs)
+            args, kwargs = _own(module, call.args, call.kwargs)
+            own = module.forward(*args, **kwargs)
         if not watch.sites:
             raise UnreadableError(
                 f"{_who(module)} called neither scaled_dot_product_attention nor softmax: there is nothing in its forward to "
@@ -79,7 +82,24 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
             )
         with leaving_no_trace(module), _Inject(module, watch, attention):
             call.restore_random_streams()
-            return own, module.forward(*call.args, **call.kwargs)
+            args, kwargs = _own(module, call.args, call.kwargs)
+            return own, module.forward(*args, **kwargs)
+
+
+def _own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Copies of arguments, for a run that may write into them.
+
+    Raises:
+        UnreadableError: one of them, such as a cache of keys and values, is changed by a forward in ways that cannot be seen.
+    """
+    for value in pytree.tree_leaves((args, kwargs)):
+        if callable(getattr(value, "update", None)):
+            raise UnreadableError(
+                f"{_who(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
+                "again. Call the model without it (use_cache=False), or describe the map with @hookattn.recipe."
+            )
+    copied: tuple[Any, Any] = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    return copied
 
 
 @contextmanager

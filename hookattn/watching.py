@@ -27,39 +27,40 @@ class Watching:
     """The modules that run, one inside the other, and which of them form a map.
 
     A module forms a map if it is the innermost one that runs while `scaled_dot_product_attention` is called, or while a
-    softmax is taken whose outcome is then multiplied onto values. A softmax that only weighs branches or classes is none.
+    softmax is taken whose outcome is then multiplied onto values. A softmax that weighs branches, experts or classes is none.
 
     Args:
         model: watched while its forward runs.
         enter: called before each module runs with what it was called with; what it returns is kept until the module ends.
         leave: called after a module that has formed a map, with the module and what `enter` returned.
-        end: called when the forward has ended.
+        end: called when the forward has ended, with whether it returned; after that nothing is watched any more.
     """
 
     def __init__(
-        self, model: nn.Module, enter: Callable[..., Any], leave: Callable[[nn.Module, Any], None], end: Callable[[], None]
+        self, model: nn.Module, enter: Callable[..., Any], leave: Callable[[nn.Module, Any], None], end: Callable[[bool], None]
     ) -> None:
         self._model, self._enter, self._leave, self._end = model, enter, leave, end
         self._running: list[list[Any]] = []
         self._mode = _Mode(self._running)
         self._on = ExitStack()
+        self._over = False
 
     def hook(self, stack: ExitStack) -> None:
         """Put hooks on all modules; they come off with the stack."""
         stack.callback(self._on.close)
         for module in self._model.modules():
             stack.enter_context(module.register_forward_pre_hook(lambda *given: self._begin(*given), with_kwargs=True))
-            stack.enter_context(module.register_forward_hook(lambda m, *_: self._finish(m), always_call=True))
+            stack.enter_context(module.register_forward_hook(lambda m, _, out: self._finish(m, out), always_call=True))
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_a_forward():
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:  # a hook taken off gets no kwargs
+        if self._over or not is_a_forward():
             return
         if module is self._model and not self._running:
             self._on.enter_context(self._mode)
         if module is self._model or self._running:
             self._running.append([module, self._enter(module, args, kwargs), False])
 
-    def _finish(self, module: nn.Module) -> None:
+    def _finish(self, module: nn.Module, output: Any) -> None:
         if not self._running or self._running[-1][0] is not module:
             return
         module, kept, formed = self._running.pop()
@@ -67,7 +68,8 @@ class Watching:
             self._leave(module, kept)
         if not self._running:
             self._on.close()
-            self._end()
+            self._over = output is not None  # a forward that raised is watched again
+            self._end(self._over)
 
 
 class _Mode(TorchFunctionMode):
@@ -92,7 +94,7 @@ class _Mode(TorchFunctionMode):
         elif isinstance(out, Tensor) and self.weights:
             for tensor in pytree.tree_leaves(args[:2]):
                 if isinstance(tensor, Tensor) and (formed := self.weights.get(tensor)) is not None:
-                    formed[2] = formed[2] or func in _MATMUL
+                    formed[2] = formed[2] or (func in _MATMUL and _weighs_tokens(tensor, args))
                     if out is not tensor and out.numel() == tensor.numel() and func not in _MATMUL:
                         self.weights[out] = formed  # after dropout, a cast, a mask
         return out
@@ -100,3 +102,9 @@ class _Mode(TorchFunctionMode):
     def _innermost(self) -> list[Any]:
         """The innermost module that is more than a softmax."""
         return next(each for each in reversed(self.running) if not isinstance(each[0], (nn.Softmax, nn.Softmax2d)))
+
+
+def _weighs_tokens(weights: Tensor, operands: Any) -> bool:
+    """Whether weights (batch, ..., keys) are multiplied onto values with as many tokens, and not onto experts or bins."""
+    values = [t for t in pytree.tree_leaves(operands) if isinstance(t, Tensor) and t is not weights]
+    return any(v.dim() >= 3 and len(v) == len(weights) and weights.shape[-1] in v.shape[1:] for v in values)

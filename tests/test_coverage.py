@@ -20,9 +20,9 @@ def test_the_maps_of_every_class_are_exact_or_refused_with_a_reason(name: str) -
     pairs = set(record.classes) - PAIRLESS
     assert record.hookattn == ("exact" if pairs else "raises"), record
     assert all(record.reasons.get(kind) for kind in set(record.classes) & PAIRLESS)
-    assert record.same_output
     assert not record.notes
     if pairs:
+        assert record.same_output
         assert record.verify is not None
         assert record.verify < 1e-9
         assert record.entropy is not None

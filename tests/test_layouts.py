@@ -1067,3 +1067,19 @@ def test_patches_whose_coordinates_mark_them_as_padding_lie_nowhere() -> None:
 def test_a_size_after_a_layer_is_what_comes_out_of_it(layer: nn.Module, size: Size) -> None:
     assert size_after((2, *size), layer) == tuple(layer(torch.randn(1, 2, *size)).shape[2:])
     assert size_after(size, None) == size
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.filterwarnings("ignore")  # of timm, when it resizes
+def test_a_picture_is_that_of_the_forward_when_windows_are_resized_later(keep: Any) -> None:
+    sizes: Any = {"window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, **sizes).eval()
+    with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    m = rec.maps["layers.1.blocks.1.attn"]
+    before = m.image((1, 1))
+    model.set_input_size((64, 64), window_size=(4, 4))
+    assert model.layers[1].blocks[1].shift_size != (0, 0)
+    assert torch.equal(m.tokens.select((1, 1)).nonzero(), torch.tensor([[0, 0, 5]]))
+    if keep == "maps":
+        assert torch.equal(m.image((1, 1)), before)

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from hookattn import AttentionRecorder, TokenError
-from hookattn.plot import overview
+from hookattn.plot import _rollout_image, overview
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +43,19 @@ def test_a_patch_that_is_another_place_in_each_layer_is_refused(swin: Any, query
 def test_no_maps_are_no_picture() -> None:
     with pytest.raises(ValueError, match="no map to draw"):
         overview(torch.rand(8, 8, 3).numpy(), [])
+
+
+def test_the_rollout_of_tokens_in_another_order_lies_where_they_do() -> None:
+    """Hiera's tokens come unrolled; the rollout of one layer without residual is that layer's own picture."""
+    torch.manual_seed(0)
+    model = timm.create_model("hiera_tiny_224", img_size=128, embed_dim=24, stages=(1, 1, 3, 1)).eval()
+    with AttentionRecorder(model, "blocks.4.attn") as rec, torch.no_grad():
+        model(torch.randn(2, 3, 128, 128))
+    m = rec.maps[0]
+    assert m.tokens.places is not None
+    own = m.image((3, 2), size=32)[0]
+    mixed = _rollout_image([m], (3, 2), (32, 32))
+    itself = torch.zeros(1, 1, 8, 8)
+    itself[..., 3, 2] = 1
+    itself = torch.nn.functional.interpolate(itself, (32, 32), mode="bilinear")[0, 0]
+    torch.testing.assert_close(mixed, 0.5 * own + 0.5 * itself)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder, NoMapError
+from hookattn import AttentionRecorder, NoMapError, UnreadableError
 
 
 class Mixer(nn.Module):
@@ -91,3 +91,127 @@ def test_a_failed_forward_is_no_end_of_watching() -> None:
             model(x[..., :3])
         model(x)
     assert list(rec.maps) == ["first", "second"]
+
+
+class Experts(nn.Module):
+    """Weights over experts, over bins and over branches: none is a map from queries to keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route, self.experts, self.bins = (
+            nn.Linear(24, 4),
+            nn.Parameter(torch.randn(4, 24, 24)),
+            nn.Parameter(torch.randn(4, 24)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.route(x).softmax(-1)
+        x = torch.einsum("bne,ebnd->bnd", weights, torch.einsum("bnc,ecd->ebnd", x, self.experts))
+        return x + self.route(x).softmax(-1) @ self.bins
+
+
+def test_weights_over_experts_and_bins_are_no_maps() -> None:
+    model = nn.Sequential(Experts(), Mixer()).eval()
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(torch.randn(2, 7, 24))
+    assert list(rec.maps) == ["1"]
+
+
+class WritesIntoItsInput(Mixer):
+    def forward(self, x: Tensor, *, flip: bool = False) -> Tensor:
+        return x.add_(super().forward(x))
+
+
+@pytest.mark.parametrize("layers", [None, "0"])
+def test_a_module_that_writes_into_its_input_is_told_and_its_output_stays(layers: Any) -> None:
+    model, x = nn.Sequential(WritesIntoItsInput()).eval(), torch.randn(2, 7, 24)
+    with torch.no_grad():
+        expected = model(x.clone())
+        with AttentionRecorder(model, layers, keep="maps") as rec:
+            assert torch.equal(model(x.clone()), expected)
+            q, k, _ = model[0].parts(x)
+            if layers is None:  # watched, and read after it ran
+                with pytest.raises(UnreadableError, match="x changed in place"):
+                    rec.maps[0][...]
+                assert torch.equal(model(x.clone()), expected)
+            torch.testing.assert_close(rec.maps[0][...], (q @ k.mT / 8**0.5).softmax(-1))
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+
+    def update(self, k: Tensor) -> Tensor:
+        self.keys.append(k)
+        return torch.cat(self.keys, dim=2)
+
+
+class Cached(Mixer):
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        q, k, v = self.parts(x)
+        k, v = (k, v) if cache is None else cache.update(torch.stack((k, v)).flatten(0, 1)).unflatten(0, (2, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_cache_that_a_forward_fills_is_left_alone_and_the_module_refused(keep: Any) -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Cached()
+
+        def forward(self, x: Tensor, cache: Any) -> Tensor:
+            return self.layer(x, cache)
+
+    model, cache = Decoder().eval(), Cache()
+    with AttentionRecorder(model, "layer", keep=keep) as rec, torch.no_grad():
+        model(torch.randn(2, 7, 24), cache)
+    with pytest.raises(UnreadableError, match=r"with a Cache, which its forward changes.*use_cache=False"):
+        rec.maps[0][...]
+    assert len(cache.keys) == 1
+
+
+def test_a_model_without_maps_is_watched_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with AttentionRecorder(model) as rec:
+        for _ in range(3):
+            model(torch.randn(2, 3))
+        assert sum(len(m._forward_pre_hooks) for m in model.modules()) == 1  # the one that knows forwards apart
+    with pytest.raises(NoMapError, match="ran and was watched"):
+        rec.maps  # noqa: B018
+
+
+def test_an_error_of_the_model_s_own_comes_through() -> None:
+    model = Stack(True)
+    with AttentionRecorder(model) as rec:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(torch.randn(2, 7, 23))
+        model(torch.randn(2, 7, 24))
+        assert list(rec.maps) == ["first", "second"]
+
+
+class Turned(nn.Module):
+    """A model with a stem, inside one that turns the image first."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.mix = nn.Conv2d(3, 24, 16, 16), Mixer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(self.patch_embed(x).flatten(2).transpose(1, 2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = self.Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.transpose(-1, -2))
+
+
+def test_images_are_those_that_reach_the_stem_in_the_first_forward_too() -> None:
+    model = Turned().eval()
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(2, 3, 48, 96))
+            assert rec.maps[0].tokens.grid_size == (6, 3)

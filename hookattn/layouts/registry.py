@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ..classes import ByClass
 from ..errors import TokenError
 from ..tokens import Tokens
-from .setting import Patches, Setting, path_to
+from .setting import AsItWas, Patches, Setting, path_to
 
 Shape = tuple[int, int, int, int]
 Layout = Callable[[Setting, Shape], tuple[Tokens, Tokens]]
-Partition = Callable[[nn.Module, Setting], Tokens]
+Partition = Callable[[Any, Setting], Tokens]
 L = TypeVar("L", bound=Layout)
 P = TypeVar("P", bound=Partition)
 
@@ -77,7 +77,7 @@ def windows_of(setting: Setting) -> Tokens | None:
         )
     found = _PARTITIONS.of(block)
     assert found is not None  # block_of has looked
-    return found(block, setting)
+    return found(AsItWas(block, setting.facts), setting)
 
 
 def received(setting: Setting, otherwise: Callable[[], Tokens]) -> Tokens:

@@ -52,6 +52,7 @@ class Setting:
         images: the pictures the forward looked at.
         given: what the module was called with.
         around: the same of the block that cuts its input into windows, if there is such a block.
+        facts: numbers of that block at the time, such as the size of a window.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Setting:
     images: Images = None
     given: Given = field(default_factory=lambda: ((), {}))
     around: Given | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def module(self) -> Any:
@@ -132,6 +134,37 @@ class Setting:
             f"({type(trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
             "itself, m[...]."
         )
+
+
+def plain_facts(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module that are numbers, words or tuples of such."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
+
+
+class AsItWas:
+    """A module whose numbers are those of an earlier time, all else as it is."""
+
+    def __init__(self, module: nn.Module, facts: dict[str, Any]) -> None:
+        self._module, self._facts = module, facts
+
+    def __getattr__(self, name: str) -> Any:
+        return self._facts[name] if name in self._facts else getattr(self._module, name)
+
+
+def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
+    """The images among what a model or its stem is called with: (batch, channels, height, width), or patches of them."""
+    named = {**kwargs, **(args[0] if args and isinstance(args[0], dict) else {})}
+    coordinates, valid = named.get("patch_coord"), named.get("patch_valid")
+    if isinstance(coordinates, Tensor):
+        everywhere = torch.ones(coordinates.shape[:2], dtype=torch.bool)
+        return Patches(coordinates, valid if isinstance(valid, Tensor) else everywhere)
+    shapes, patches = named.get("spatial_shapes"), named.get("pixel_values")
+    if isinstance(shapes, Tensor) and isinstance(patches, Tensor) and patches.dim() == 3:
+        rows, columns = shapes.cpu().long().T[..., None]
+        numbers = torch.arange(patches.shape[1]).expand(len(patches), -1)
+        return Patches(torch.stack((numbers // columns, numbers % columns), dim=-1), numbers < rows * columns)
+    images = next((a for a in (*args, *named.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
+    return None if images is None else (len(images), int(images.shape[-2]), int(images.shape[-1]))
 
 
 def sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
