@@ -6,6 +6,7 @@ A recipe hands over what a map is made of, a `QK`; replay of a module that never
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Union
@@ -157,3 +158,11 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:
     return tensor[batch][:, heads][:, :, rows]
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; a NaN equals a NaN and differs from everything else by infinity."""
+    a, b = a.detach().double(), b.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = (a - b).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0.0)
+    return float(difference.max()) if difference.numel() else 0.0

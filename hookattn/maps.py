@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
-from .functional import ALL, Pick, Source
+from .functional import ALL, Pick, Source, largest_difference
 from .layouts import Setting, axes_of, tokens_of
 from .recipes import find_recipe
 from .replay import inject, leaving_no_trace, replayed
@@ -124,7 +123,7 @@ class AttentionMap:
         own, injected = inject(self.call, self._read(...))
         worst = 0.0
         for expected, got in zip(_floats(own), _floats(injected)):
-            difference = _largest_difference(expected, got)
+            difference = largest_difference(expected, got)
             allowed = (_TOLERANCE[expected.dtype] if tolerance is None else tolerance) * max(1.0, _largest(expected))
             if not difference <= allowed:
                 raise UnfaithfulMapError(
@@ -393,11 +392,3 @@ def _floats(output: Any) -> Iterator[Tensor]:
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.detach().abs().nan_to_num(0.0).max()) if tensor.numel() else 0.0
-
-
-def _largest_difference(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference; a NaN equals a NaN and differs from everything else by infinity."""
-    a, b = a.detach().double(), b.detach().double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = (a - b).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0.0)
-    return float(difference.max()) if difference.numel() else 0.0

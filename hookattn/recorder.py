@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from .calls import Call, Target, capture, is_ours, is_reading, target
 from .discovery import Layers, choose, nearest, recordable
 from .errors import LayerNotFoundError, NoMapError, RecorderError, StaleMapError, UnreadableError
 from .forwards import Forward, Forwards, is_a_forward
-from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stem_of, trunk_of
+from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stems_of, trunk_of
 from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
 from .trace import CallSite, Origins, call_site
 from .watching import Watching
@@ -200,7 +200,7 @@ class AttentionRecorder:
         for name, module in self._chosen.items():
             hook = self._recording(target(name, module))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        for module, trunks in _stems(self._trunks.values()).items():
+        for module, trunks in stems_of(self._trunks.values()).items():
             see = self._seeing(module, trunks)
             stack.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
         for block in dict.fromkeys(self._blocks.values()):
@@ -210,7 +210,7 @@ class AttentionRecorder:
     def _watch(self, stack: ExitStack) -> None:
         """Nothing is named like attention: watch the first forward for modules that form maps, and hook those."""
         names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
-        stems = _stems(trunk_of(self.model, name) for name in names.values())
+        stems = stems_of(trunk_of(self.model, name) for name in names.values())
         watching = stack.enter_context(ExitStack())
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -225,9 +225,11 @@ class AttentionRecorder:
             forward.maps[name] = self._map_of(seen[0], name, forward, seen[1])
 
         def end(returned: bool) -> None:
-            if returned:
-                self._watched = watching  # hooks must not go while PyTorch goes through them
-            if returned and self._hooks is not None:
+            if not returned:
+                self._chosen.clear()  # there may be more where it did not get to
+                return
+            self._watched = watching  # hooks must not go while PyTorch goes through them
+            if self._hooks is not None:
                 self._hook_chosen(self._hooks)
 
         Watching(self.model, enter, leave, end).hook(watching)
@@ -337,15 +339,6 @@ class AttentionRecorder:
             f"a forward ran, but it called none of {', '.join(self.layers[:4])}{', ...' * (len(self.layers) > 4)}. "
             "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
         )
-
-
-def _stems(trunks: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
-    """The modules that images go into first, each with the parts of the model it cuts them for."""
-    stems: dict[nn.Module, list[nn.Module]] = {}
-    for trunk in dict.fromkeys(trunks):
-        if (stem := stem_of(trunk)) is not None:
-            stems.setdefault(stem, []).append(trunk)
-    return stems
 
 
 class _Eager:

@@ -84,6 +84,18 @@ def test_a_model_that_fails_while_it_is_watched_is_left_as_it_was() -> None:
     assert not torch.overrides._get_current_function_mode_stack()
 
 
+def test_what_a_failed_forward_did_not_get_to_is_found_in_the_next_block() -> None:
+    model, x = Stack(True).eval(), torch.randn(2, 7, 24)
+    handle = model.second.register_forward_pre_hook(lambda *_: 1 / 0)
+    rec = AttentionRecorder(model)
+    with rec, pytest.raises(ZeroDivisionError):
+        model(x)
+    handle.remove()
+    with rec:
+        model(x)
+    assert list(rec.maps) == ["first", "second"]
+
+
 def test_a_failed_forward_is_no_end_of_watching() -> None:
     model, x = Stack(True).eval(), torch.randn(2, 7, 24)
     with AttentionRecorder(model) as rec:

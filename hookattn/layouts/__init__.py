@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import covariance, elsewhere, grids, sequences, windows
 from .registry import axes_of, block_of, channels, layout, partition, tokens_of
-from .setting import Images, Patches, Setting, images_in, plain_facts, sizes_of, stem_of, trunk_of
+from .setting import Images, Patches, Setting, images_in, plain_facts, sizes_of, stems_of, trunk_of
 
 __all__ = [
     "Images",
@@ -26,7 +26,7 @@ __all__ = [
     "plain_facts",
     "sequences",
     "sizes_of",
-    "stem_of",
+    "stems_of",
     "tokens_of",
     "trunk_of",
     "windows",

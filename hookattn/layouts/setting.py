@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Union
 
@@ -199,6 +199,15 @@ def stem_of(trunk: nn.Module) -> nn.Module | None:
     name = _stem_attribute(trunk)
     stem: nn.Module = trunk if name is None else getattr(trunk, name)
     return stem if name in _EMBEDDINGS else next((m for m in stem.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def stems_of(trunks: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that images go into first, each with the parts of the model it cuts them for."""
+    stems: dict[nn.Module, list[nn.Module]] = {}
+    for trunk in dict.fromkeys(trunks):
+        if (stem := stem_of(trunk)) is not None:
+            stems.setdefault(stem, []).append(trunk)
+    return stems
 
 
 def prefix_names(trunk: nn.Module) -> tuple[str, ...]:
