@@ -19,7 +19,7 @@ from .errors import StaleMapError, UnreadableError
 _SAMPLES, _FEW = 4096, 16
 _COMPARED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (int, float, bool, str)
-_INTERNAL = set(vars(nn.Module()))
+INTERNAL = set(vars(nn.Module()))
 _HARMLESS = ("training", "fused_attn", "call_super_init")
 _NOTHING = object()
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
@@ -88,7 +88,7 @@ def target(name: str, module: nn.Module) -> Target:
             samples.setdefault((parameter.dtype, parameter.device), []).append(few)
     holders: list[dict[str, Any]] = [holder for m in inner for holder in (m._parameters, m._buffers)]
     slots = tuple((holder, key, tensor) for holder in holders for key, tensor in holder.items() if tensor is not None)
-    caches = tuple((vars(m), name) for m in inner for name, v in vars(m).items() if name not in _INTERNAL and _is_cache(v))
+    caches = tuple((vars(m), name) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
     hooks = tuple(hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks))
     groups = tuple(map(tuple, samples.values()))
     return Target(name, module, inner, state, statistics, slots, groups, caches, hooks, structure_of(inner))

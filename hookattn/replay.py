@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .calls import Call
+from .calls import INTERNAL, Call
 from .errors import UnreadableError
 from .functional import QK, Scores, Source, exactly
 from .recipes import find_form
 
 _SDPA = F.scaled_dot_product_attention
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
+SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_INTERNAL = set(vars(nn.Module()))
 
 
 def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
@@ -123,12 +122,12 @@ def leaving_no_trace(module: nn.Module) -> Iterator[None]:
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Attributes of a module's own, each with a shallow copy of what it holds if it is a dict, a list or a set."""
-    own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+    own = {name: value for name, value in vars(module).items() if name not in INTERNAL}
     return {n: (v, copy.copy(v) if isinstance(v, (dict, list, set)) else None) for n, v in own.items()}
 
 
 def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
-    for name in [name for name in vars(module) if name not in _INTERNAL and name not in attributes]:
+    for name in [name for name in vars(module) if name not in INTERNAL and name not in attributes]:
         del vars(module)[name]
     for name, (value, contents) in attributes.items():
         vars(module)[name] = value
@@ -160,7 +159,7 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _SDPA:
             return self.fused(**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs)
-        if func in _SOFTMAX:
+        if func in SOFTMAX:
             return self.softmax(func, args, kwargs)
         if func is F.multi_head_attention_forward:  # asked for no weights, it goes through SDPA
             with self:

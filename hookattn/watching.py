@@ -15,9 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calls import is_reading
 from .forwards import is_a_forward
+from .replay import SOFTMAX
 
 _FORM = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm}
 
 Noted = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -88,7 +88,7 @@ class _Mode(TorchFunctionMode):
             return out
         if func in _FORM:
             self._innermost()[2] = True
-        elif func in _SOFTMAX:
+        elif func in SOFTMAX:
             if out.dim() >= 3:
                 self.weights[out] = self._innermost()
         elif isinstance(out, Tensor) and self.weights:
