@@ -18,7 +18,8 @@ Rooms, an import may only point down:
     replay  tokens  trace the map a forward forms; prefix tokens, grids, windows; who calls an attention module with what
     recipes/              how queries and keys come out of a call
     calls                 a captured call
-    classes  functional   facts filed by class; the mathematics, the only softmax
+    classes  functional  hooks
+                          facts filed by class; the mathematics, the only softmax; hooks that no copy carries along
     errors
 """
 

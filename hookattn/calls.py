@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from .errors import StaleMapError, UnreadableError
+from .hooks import is_ours
 
 _SAMPLES, _FEW = 4096, 16
 _COMPARED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -109,11 +110,6 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
 def _hooks_of_others(target: Target) -> list[int]:
     """Hooks below the module, which change what is read; those of a recorder do not."""
     return [id(hook) for hooks in target.hooks if hooks for hook in hooks.values() if not is_ours(hook)]
-
-
-def is_ours(hook: Any) -> bool:
-    """Whether a hook is a recorder's."""
-    return str(getattr(hook, "__module__", "")).startswith("hookattn.")
 
 
 class Modes(NamedTuple):

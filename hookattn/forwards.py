@@ -36,8 +36,9 @@ class Forwards:
     """The forwards of a model, told apart while they run.
 
     A call of the model is announced by its hooks, `start` and `stop`. A call of one of its methods (`forward_features`)
-    announces nothing: it is recognised by its frame on the stack. Where there is neither, somebody calls module after
-    module by hand, and a new forward begins when one is called again.
+    announces nothing: it is recognised by its frame on the stack. Either lasts as long as that frame is on the stack, since
+    PyTorch calls no hook where a KeyboardInterrupt ends it. Where there is neither, somebody calls module after module by hand,
+    and a new forward begins when one is called again.
 
     Args:
         model: whose forwards they are.
@@ -48,8 +49,8 @@ class Forwards:
         self.all: list[Forward] = []
         self._keep_all = keep_all
         self._methods = _code_of_methods(model)
-        self._method: Callable[[], object] | None = None
-        self._running = 0
+        self._call: Running | None = None
+        self._depth = 0
         self._images: dict[nn.Module | None, Images] = {}
 
     def see_images(self, images: Mapping[nn.Module | None, Images]) -> None:
@@ -58,18 +59,20 @@ class Forwards:
 
     def start(self) -> None:
         """A call of the model begins."""
-        if self._running == 0:
-            self._begin()
+        if self._depth and not self._call:
+            self._depth = 0
+        if self._depth == 0:
+            self._begin(caller_of_hook())
             self._images.clear()
-        self._running += 1
+        self._depth += 1
 
     def stop(self) -> None:
         """A call of the model has ended, whether it returned or raised."""
-        if self._running == 0:  # a hook before ours raised, and this forward was never announced
+        if self._depth == 0:  # a hook before ours raised, and this forward was never announced
             return
-        self._running -= 1
-        if self._running == 0:
-            self.all[-1].closed = True
+        self._depth -= 1
+        if self._depth == 0:
+            self.all[-1].closed, self._call = True, None
 
     def current(self, name: str) -> Forward:
         """The forward that a call of the module `name` belongs to; a new one where it belongs to none before."""
@@ -79,37 +82,25 @@ class Forwards:
         return forward
 
     def leave(self) -> None:
-        """Let go of the frame that was recognised."""
-        self._method = None
+        """Let go of the frame that a forward is a call of."""
+        self._call = None
 
-    def _begin(self) -> Forward:
+    def _begin(self, frame: FrameType | None) -> Forward:
         if not self._keep_all:
             self.all.clear()
         self.all.append(Forward())
-        self._method = None
+        self._call = None if frame is None else Running(frame)
         return self.all[-1]
 
     def _running_forward(self, name: str) -> Forward:
         last = self.all[-1] if self.all else None
-        if last is not None and not last.closed and (self._running or self._in_method()):
+        if last is not None and not last.closed and self._call:
             return last
         frame = self._outermost_method()
-        by_hand = frame is None and self._method is None
+        by_hand = frame is None and self._call is None
         if by_hand and last is not None and not last.closed and name not in last.maps:
             return last
-        begun = self._begin()
-        self._method = None if frame is None else _mark(frame)
-        return begun
-
-    def _in_method(self) -> bool:
-        """Whether the method that the last forward is a call of is still on the stack."""
-        mark = self._method and self._method()
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and mark is not None:
-            if mark is frame or mark is frame.f_trace:
-                return True
-            frame = frame.f_back
-        return False
+        return self._begin(frame)
 
     def _outermost_method(self) -> FrameType | None:
         """The frame of the outermost method of the model's class on the stack."""
@@ -126,20 +117,41 @@ def is_a_forward() -> bool:
     return torch._C._current_graph_task_id() == -1 and not is_reading()
 
 
-class _Token:
-    """Left on a frame, it lives as long as the call does."""
+class Running:
+    """True as long as a frame is on the stack.
 
+    The frame is marked, and the mark lives as long as the call does; a reference to the frame would keep its variables alive.
+    """
+
+    def __init__(self, frame: FrameType) -> None:
+        if frame.f_trace is None:
+            frame.f_trace = _Mark()
+        if isinstance(frame.f_trace, _Mark):
+            self._mark: Callable[[], object] = weakref.ref(frame.f_trace)
+        else:  # a debugger has put its own there
+            self._mark = lambda: frame
+
+    def __bool__(self) -> bool:
+        mark = self._mark()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and mark is not None:
+            if mark is frame or mark is frame.f_trace:
+                return True
+            frame = frame.f_back
+        return False
+
+
+class _Mark:
     def __call__(self, *_: Any) -> None:
         """What a debugger that is switched on later makes of it: nothing."""
 
 
-def _mark(frame: FrameType) -> Callable[[], object]:
-    """A weak reference that dies when the frame returns; a reference to the frame itself would keep its variables alive."""
-    if frame.f_trace is not None:  # a debugger has put its own there
-        return lambda: frame
-    token = _Token()
-    frame.f_trace = token
-    return weakref.ref(token)
+def caller_of_hook() -> FrameType:
+    """The frame in PyTorch's module machinery that called the hook we are in."""
+    frame = sys._getframe(1)
+    while str(frame.f_globals.get("__name__")).startswith(__package__) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _code_of_methods(model: nn.Module) -> set[CodeType]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .calls import Call, Target, capture, is_ours, is_reading, target
+from .calls import Call, Target, capture, is_reading, target
 from .discovery import Layers, choose, nearest, recordable
 from .errors import LayerNotFoundError, NoMapError, RecorderError, StaleMapError, UnreadableError
 from .forwards import Forward, Forwards, is_a_forward
+from .hooks import Hook, came_later
 from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stems_of, trunk_of
 from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
 from .trace import CallSite, Origins, call_site
@@ -186,14 +187,11 @@ class AttentionRecorder:
             self._hook_chosen(stack)
         else:
             self._watch(stack)
-        # functions, not methods: a copy of the model that is made inside the block would copy the recorder along
-        stack.enter_context(
-            self.model.register_forward_pre_hook(lambda m, *given: self._start(m, *given), prepend=True, with_kwargs=True)
-        )
-        stack.enter_context(self.model.register_forward_hook(lambda m, *_: self._stop(m), always_call=True))
-        if (origins := self._origins) is not None:
+        stack.enter_context(self.model.register_forward_pre_hook(Hook(self._start), prepend=True, with_kwargs=True))
+        stack.enter_context(self.model.register_forward_hook(Hook(self._stop), always_call=True))
+        if self._origins is not None:
             for module in self.model.modules():
-                stack.enter_context(module.register_forward_hook(lambda *made: origins.note(*made)))
+                stack.enter_context(module.register_forward_hook(Hook(self._origins.note)))
 
     def _hook_chosen(self, stack: ExitStack) -> None:
         """The hooks of attention modules, of what images go into first and of blocks that cut windows."""
@@ -234,7 +232,7 @@ class AttentionRecorder:
 
         Watching(self.model, enter, leave, end).hook(watching)
 
-    def _recording(self, chosen: Target) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _recording(self, chosen: Target) -> Hook:
         """The hook of one attention module."""
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -244,13 +242,14 @@ class AttentionRecorder:
                 forward = self._forwards.current(chosen.name)
                 name = _unused(chosen.name, forward.maps)
                 forward.maps[name] = self._map(chosen, name, args, kwargs, forward)
-                if _came_later(module, me()):
+                if came_later(module, me()):
                     self._look_again(chosen, name, args, kwargs, forward)
             elif self._keep == "maps" and not self._detach and not is_reading():
                 self._map(chosen, chosen.name, args, kwargs, Forward())  # a checkpoint run again must save what it saved before
 
-        me = weakref.ref(record)  # a closure that held itself would be a cycle
-        return record
+        hook = Hook(record)
+        me = weakref.ref(hook)  # a closure that held itself would be a cycle
+        return hook
 
     def _look_again(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> None:
         """Take what `forward` really received, once it has run, if a hook that came after ours changed it."""
@@ -262,7 +261,7 @@ class AttentionRecorder:
             if len(final) != len(seen) or any(a is not b for a, b in zip(final, seen)):
                 forward.maps[name] = self._map(chosen, name, args, kwargs, forward)
 
-        handle = chosen.module.register_forward_hook(after, with_kwargs=True, always_call=True)
+        handle = chosen.module.register_forward_hook(Hook(after), with_kwargs=True, always_call=True)
 
     def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> AttentionMap:
         site = self._site(args, kwargs)
@@ -287,7 +286,7 @@ class AttentionRecorder:
             return None
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self._origins)
 
-    def _seeing(self, stem: nn.Module, trunks: list[nn.Module]) -> Callable[..., None]:
+    def _seeing(self, stem: nn.Module, trunks: list[nn.Module]) -> Hook:
         """The hook of a stem: the pictures that the next maps of these trunks are of."""
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -295,16 +294,16 @@ class AttentionRecorder:
             if module is stem and images is not None and is_a_forward():
                 self._forwards.see_images(dict.fromkeys(trunks, images))
 
-        return see
+        return Hook(see)
 
-    def _noting_around(self, block: nn.Module) -> Callable[..., None]:
+    def _noting_around(self, block: nn.Module) -> Hook:
         """The hook of a block that cuts windows: what it cuts."""
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is block and not is_reading():
                 self._around[block] = sizes_of(args, kwargs)
 
-        return note
+        return Hook(note)
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.model and is_a_forward():
@@ -313,7 +312,7 @@ class AttentionRecorder:
             if (images := images_in(args, kwargs)) is not None:
                 self._forwards.see_images({None: images})
 
-    def _stop(self, module: nn.Module) -> None:
+    def _stop(self, module: nn.Module, *_: Any) -> None:
         if module is self.model and is_a_forward():
             self._forwards.stop()
             self._around.clear()
@@ -361,16 +360,6 @@ class _Eager:
 
 
 _EAGER = _Eager()
-
-
-def _came_later(module: nn.Module, ours: object) -> bool:
-    """Whether somebody put a forward-pre-hook on after ours, which may change x once we have seen it."""
-    for hook in reversed(module._forward_pre_hooks.values()):
-        if hook is ours:
-            return False
-        if not is_ours(hook):
-            return True
-    return False
 
 
 def _unused(name: str, taken: Mapping[str, AttentionMap]) -> str:

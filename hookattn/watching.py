@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calls import is_reading
-from .forwards import is_a_forward
+from .forwards import Running, caller_of_hook, is_a_forward
+from .hooks import Hook
 from .replay import SOFTMAX
 
 _FORM = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
@@ -43,24 +44,28 @@ class Watching:
         self._running: list[list[Any]] = []
         self._mode = _Mode(self._running)
         self._on = ExitStack()
+        self._call: Running | None = None
         self._over = False
 
     def hook(self, stack: ExitStack) -> None:
         """Put hooks on all modules; they come off with the stack."""
         stack.callback(self._on.close)
         for module in self._model.modules():
-            stack.enter_context(module.register_forward_pre_hook(lambda *given: self._begin(*given), with_kwargs=True))
-            stack.enter_context(module.register_forward_hook(lambda m, _, out: self._finish(m, out), always_call=True))
+            stack.enter_context(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(Hook(self._finish), always_call=True))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:  # a hook taken off gets no kwargs
         if self._over or not is_a_forward():
             return
-        if module is self._model and not self._running:
+        if module is self._model and not (self._running and self._call):  # one that was interrupted ran no hook at its end
+            self._on.close()
+            self._running.clear()
+            self._call = Running(caller_of_hook())
             self._on.enter_context(self._mode)
         if module is self._model or self._running:
             self._running.append([module, self._enter(module, args, kwargs), False])
 
-    def _finish(self, module: nn.Module, output: Any) -> None:
+    def _finish(self, module: nn.Module, _: Any, output: Any) -> None:
         if not self._running or self._running[-1][0] is not module:
             return
         module, kept, formed = self._running.pop()

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a room may import from those before it, and from itself
 ROOMS = [
     {"errors"},
-    {"classes", "functional"},
+    {"classes", "functional", "hooks"},
     {"calls"},
     {"recipes"},
     {"replay", "tokens", "trace"},

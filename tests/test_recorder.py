@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import itertools
 import linecache
+import pickle
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -73,8 +75,12 @@ def same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 class Raises(nn.Module):
+    def __init__(self, error: type[BaseException] = ArithmeticError) -> None:
+        super().__init__()
+        self.error = error
+
     def forward(self, *_: Any) -> Tensor:
-        raise ArithmeticError("midway")
+        raise self.error("midway")
 
 
 class Shared(nn.Module):
@@ -171,15 +177,16 @@ def test_nothing_is_left_when_the_body_raises(error: type[BaseException]) -> Non
     assert same(read_all(rec), expected)
 
 
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
 @pytest.mark.parametrize("call", ["__call__", "forward", "forward_features"])
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
-def test_a_forward_that_raises_midway_leaves_nothing_and_the_next_one_counts_afresh(call: str, keep: Any) -> None:
+def test_a_forward_that_raises_midway_leaves_nothing_and_the_next_one_counts_afresh(call: str, keep: Any, error: Any) -> None:
     model, x = tiny("vit", depth=3)
     expected = maps_of(model, x)
     whole = model.blocks[1].mlp
     with untouched(model), torch.no_grad(), AttentionRecorder(model, keep=keep, passes="all") as rec:
-        model.blocks[1].mlp = Raises()
-        with pytest.raises(ArithmeticError, match="midway"):
+        model.blocks[1].mlp = Raises(error)
+        with pytest.raises(error, match="midway"):
             getattr(model, call)(x)
         model.blocks[1].mlp = whole
         getattr(model, call)(x)
@@ -188,11 +195,12 @@ def test_a_forward_that_raises_midway_leaves_nothing_and_the_next_one_counts_afr
     assert same({name: m[...] for name, m in complete.items()}, expected)
 
 
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
 @pytest.mark.parametrize("call", ["__call__", "forward_features"])
-def test_a_forward_that_raised_is_over_though_its_error_is_kept(call: str) -> None:
+def test_a_forward_that_raised_is_over_though_its_error_is_kept(call: str, error: type[BaseException]) -> None:
     model, x = tiny("vit")
     with AttentionRecorder(model, passes="all") as rec, torch.no_grad():
-        with pytest.raises(ArithmeticError) as kept, model.norm.register_forward_pre_hook(Raises.forward):
+        with pytest.raises(error) as kept, model.norm.register_forward_pre_hook(Raises(error).forward):
             getattr(model, call)(x)
         getattr(model, call)(-x)
     assert kept.traceback  # it holds the frames of the forward
@@ -229,17 +237,62 @@ def test_hooks_that_could_not_all_be_put_on_are_taken_off_again(monkeypatch: pyt
     assert list(rec.maps) == NAMES
 
 
+def saved_and_loaded(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+}
+
+
+class Copied(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        copy.deepcopy(self)
+        return x
+
+
 @pytest.mark.parametrize("call", ["__call__", "forward_features"])
-def test_a_copy_made_inside_the_block_works_and_is_not_recorded(call: str) -> None:
+@pytest.mark.parametrize("made", COPIES)
+@pytest.mark.parametrize("options", [{}, {"called_from": True}], ids=str)
+def test_a_copy_made_inside_the_block_works_is_not_recorded_and_carries_nothing_of_ours(
+    call: str, made: str, options: dict[str, Any]
+) -> None:
     model, x = tiny("vit")
     expected = maps_of(model, x)
-    with AttentionRecorder(model, passes="all") as rec, torch.no_grad():
+    with AttentionRecorder(model, passes="all", **options) as rec, torch.no_grad():
         output = getattr(model, call)(x)
-        twin = copy.deepcopy(model)
+        twin = COPIES[made](model)
         assert torch.equal(getattr(twin, call)(x), output)
         getattr(twin, call)(-x)
     assert len(rec.passes) == 1
     assert same(read_all(rec), expected)
+    assert torch.equal(getattr(twin, call)(x), output)
+    hooks = [hook for m in twin.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert "hookattn" not in {str(getattr(hook, "__module__", None)).split(".")[0] for hook in hooks}
+    with AttentionRecorder(twin) as rec, torch.no_grad():
+        twin(x)
+    assert same(read_all(rec), expected)
+
+
+def test_a_file_written_inside_the_block_does_not_need_hookattn() -> None:
+    file = io.BytesIO()
+    model, x = tiny("vit")
+    with AttentionRecorder(model, called_from=True), torch.no_grad():
+        model(x)
+        torch.save(model, file)
+    assert b"hookattn" not in file.getvalue()
+
+
+def test_a_model_that_is_watched_can_be_copied_in_the_middle_of_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Copied())
+    with AttentionRecorder(model):
+        model(torch.randn(2, 3))
 
 
 # Which modules

@@ -202,6 +202,21 @@ def test_an_error_of_the_model_s_own_comes_through() -> None:
         assert list(rec.maps) == ["first", "second"]
 
 
+def test_a_first_forward_that_was_interrupted_is_watched_again() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = Stack(True)
+    modes = torch.overrides._get_current_function_mode_stack()
+    with AttentionRecorder(model, passes="all") as rec:
+        with pytest.raises(KeyboardInterrupt), model.second.register_forward_pre_hook(interrupt):
+            model(torch.randn(2, 7, 24))
+        for _ in range(2):
+            model(torch.randn(2, 7, 24))
+    assert [list(maps) for maps in rec.passes] == [["first"], ["first", "second"], ["first", "second"]]
+    assert torch.overrides._get_current_function_mode_stack() == modes
+
+
 class Turned(nn.Module):
     """A model with a stem, inside one that turns the image first."""
 

@@ -1,0 +1,43 @@
+"""Hooks that a recorder puts on somebody else's modules: a copy or a saved file of a module does not carry them along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+
+class Hook:
+    """A hook on a module. Copied or pickled with its module it becomes a function of the standard library that does nothing.
+
+    Args:
+        run: what PyTorch is to call.
+    """
+
+    __slots__ = ("__weakref__", "run")
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def __call__(self, *given: Any) -> Any:
+        return self.run(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes whatever it is given and returns None
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is a recorder's."""
+    return isinstance(hook, Hook)
+
+
+def came_later(module: nn.Module, ours: Hook | None) -> bool:
+    """Whether somebody put a forward-pre-hook on after ours, which may change x once we have seen it."""
+    for hook in reversed(module._forward_pre_hooks.values()):
+        if hook is ours:
+            return False
+        if not is_ours(hook):
+            return True
+    return False
