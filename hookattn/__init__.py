@@ -14,10 +14,10 @@ Rooms, an import may only point down:
     watching              which modules form maps, where names do not tell
     discovery  forwards   which modules are attention; what counts as one forward
     maps                  AttentionMap, read when sliced
-    layouts/              where the queries and keys of a class lie on the image
+    layouts/  gradients   where the queries and keys of a class lie on the image; what backward brings to a map
     replay  tokens  trace the map a forward forms; prefix tokens, grids, windows; who calls an attention module with what
     recipes/              how queries and keys come out of a call
-    calls                 a captured call
+    calls  indexing       a captured call; what an index asks for
     classes  functional  hooks
                           facts filed by class; the mathematics, the only softmax; hooks that no copy carries along
     errors
@@ -30,6 +30,7 @@ from .errors import (
     LayerNotFoundError,
     MissingExtraError,
     ModelError,
+    NoGradientError,
     NoMapError,
     RecorderError,
     StaleMapError,
@@ -50,6 +51,7 @@ __all__ = [
     "LayerNotFoundError",
     "MissingExtraError",
     "ModelError",
+    "NoGradientError",
     "NoMapError",
     "RecorderError",
     "StaleMapError",

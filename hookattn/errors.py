@@ -5,6 +5,7 @@
     ├── RecorderError         the recorder is used in the wrong order: entered twice, asked for what it was not told to keep
     ├── LayerNotFoundError    `layers=` or `rec.maps[...]` names nothing (a KeyError)
     ├── NoMapError            there is no map yet: no forward, or a forward that reached no hook (a LookupError)
+    ├── NoGradientError       no backward has reached this map (a LookupError)
     ├── UnreadableError       this module forms no map that can be read; the reason is told
     ├── StaleMapError         what the map would be computed from has changed since the forward
     ├── UnfaithfulMapError    a map put into the module's own forward gave another output
@@ -37,6 +38,10 @@ class LayerNotFoundError(HookattnError, KeyError):
 
 class NoMapError(HookattnError, LookupError):
     """No map was recorded."""
+
+
+class NoGradientError(HookattnError, LookupError):
+    """No gradient has arrived at the output of this module."""
 
 
 class UnreadableError(HookattnError):

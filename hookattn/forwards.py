@@ -1,11 +1,11 @@
-"""What counts as one forward: a call of the model, of one of its methods, or of its modules one by one."""
+"""What counts as one forward: a call of the model, of one of its methods, or of its modules one by one; and its maps."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from .calls import is_reading
+from .discovery import nearest
+from .errors import LayerNotFoundError
 from .layouts import Images
 from .maps import AttentionMap
 
@@ -110,6 +112,33 @@ class Forwards:
             found = frame if frame.f_code in self._methods else found
             frame = frame.f_back
         return found
+
+
+class Maps(Mapping[str, AttentionMap]):
+    """The maps of one forward in the order the modules ran: by name, by position (negative too) or by slice."""
+
+    def __init__(self, maps: Mapping[str, AttentionMap]) -> None:
+        self._maps = dict(maps)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return list(self._maps.values())[key]
+        if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise LayerNotFoundError(f"there is no map {key}: {len(self)} were recorded.")
+            return list(self._maps.values())[key]
+        if key not in self._maps:
+            raise LayerNotFoundError(f"no map was recorded of {key!r}. {nearest(str(key), self._maps)}")
+        return self._maps[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __repr__(self) -> str:
+        return "\n".join(["Maps:", *(f"  {m!r}" for m in self._maps.values())])
 
 
 def is_a_forward() -> bool:

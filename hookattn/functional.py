@@ -144,6 +144,64 @@ Source = Union[QK, Scores]
 """What a map is computed from."""
 
 
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """The gradient of a map A that was multiplied onto values: dL/dA = dL/d(A v) v^T.
+
+    Attributes:
+        grad: (batch, heads, queries, head_dim), dL/d(A v).
+        value: (batch, heads, keys, head_dim).
+    """
+
+    grad: Tensor
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, _ = self.grad.shape
+        return batch, heads, queries, self.value.shape[-2]
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Outer:
+        """The same for some images, heads and queries."""
+        return Outer(_pick(self.grad, batch, heads, rows), _pick(self.value, batch, heads, ALL))
+
+    def gradient(self) -> Tensor:
+        """(batch, heads, queries, keys), float32 or float64."""
+        with exactly(self.grad.device):
+            dtype = exact_dtype(self.grad.dtype)
+            return self.grad.to(dtype) @ self.value.to(dtype).transpose(-2, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Formed:
+    """The gradient of a map that a module has formed itself.
+
+    Attributes:
+        grad: (batch, heads, queries, keys).
+    """
+
+    grad: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, keys = self.grad.shape
+        return batch, heads, queries, keys
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Formed:
+        """The same for some images, heads and queries."""
+        return Formed(_pick(self.grad, batch, heads, rows))
+
+    def gradient(self) -> Tensor:
+        """(batch, heads, queries, keys), float32 or float64."""
+        return self.grad.to(exact_dtype(self.grad.dtype))
+
+
+Slope = Union[Outer, Formed]
+"""What the gradient of a map is computed from."""
+
+
 def exactly(device: torch.device) -> AbstractContextManager[None]:
     """A context in which autocast does not touch what is computed on the device."""
     if torch.amp.is_autocast_available(device.type):

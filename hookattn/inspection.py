@@ -73,7 +73,7 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Inspection:
     """
     formed: list[nn.Module] = []
     with AttentionRecorder(model, called_from=True) as rec, ExitStack() as stack, torch.no_grad():
-        Watching(model, lambda *_: None, lambda module, _: formed.append(module), lambda _: None).hook(stack)
+        Watching(model, lambda *_: None, lambda module, *_: formed.append(module), lambda _: None).hook(stack)
         model(*args, **kwargs)
     maps = rec.maps
     modules = dict(model.named_modules())

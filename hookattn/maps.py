@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
-from .functional import ALL, Pick, Source, largest_difference
+from .functional import ALL, Source, largest_difference
+from .gradients import Gradient
+from .indexing import split_index
 from .layouts import Setting, axes_of, tokens_of
 from .recipes import find_recipe
 from .replay import inject, leaving_no_trace, replayed
@@ -24,6 +26,25 @@ from .trace import CallSite
 
 _CHUNK = 2**24
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True, eq=False)
+class About:
+    """What every map knows of its call.
+
+    Attributes:
+        name: name of the map.
+        setting: where the call stands in the model and on the image.
+        deliver: where slices go.
+        site: who called the module, where asked for.
+        gradient: what backward brings, where asked for.
+    """
+
+    name: str
+    setting: Setting
+    deliver: Delivery
+    site: CallSite | None = None
+    gradient: Gradient | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +79,7 @@ class AttentionMap:
         x: the tensor the module was called with.
         call: the captured call: all arguments and the modes they came under.
         called_from: who called the module, if the recorder was told to look (`called_from=True`).
+        gradient: dL/dA, if the recorder was told to follow gradients (`gradients=True`).
     """
 
     name: str
@@ -65,11 +87,11 @@ class AttentionMap:
     dtype: torch.dtype
     device: torch.device
 
-    def __init__(self, name: str, setting: Setting, delivery: Delivery, site: CallSite | None = None) -> None:
-        self.name, self._setting, self._deliver, self._site = name, setting, delivery, site
+    def __init__(self, about: About) -> None:
+        self.name, self._about = about.name, about
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._deliver(self._read(index))
+        return self._about.deliver(self._read(index))
 
     def _read(self, index: Any) -> Tensor:
         """An index of the map, as computed."""
@@ -98,11 +120,25 @@ class AttentionMap:
     @property
     def called_from(self) -> CallSite:
         """File, line and source of the call, and what x is."""
-        if self._site is None:
+        if self._about.site is None:
             raise RecorderError(
                 "the stack is walked only where asked for: record with AttentionRecorder(model, called_from=True)."
             )
-        return self._site
+        return self._about.site
+
+    @property
+    def gradient(self) -> Gradient:
+        """dL/dA, once backward has been called; sliced like the map, see `Gradient`.
+
+        Raises:
+            RecorderError: the recorder was not told to follow gradients.
+            NoGradientError: when it is sliced and no backward has reached this map.
+        """
+        if self._about.gradient is None:
+            raise RecorderError(
+                "gradients are followed only where asked for: record with AttentionRecorder(model, gradients=True)."
+            )
+        return self._about.gradient
 
     def verify(self, tolerance: float | None = None) -> float:
         """Put this map into the module's own forward and see whether the output stays what it was.
@@ -140,7 +176,7 @@ class AttentionMap:
         ("batch", "head", "query", "key") where tokens attend to tokens; "batch * windows" comes first where attention sees
         images in pieces, window w of image b at b * windows + w; the last two are "channel" where channels attend to channels.
         """
-        return axes_of(self._setting, self.shape)
+        return axes_of(self._about.setting, self.shape)
 
     @property
     def tokens(self) -> Tokens:
@@ -149,7 +185,7 @@ class AttentionMap:
         Raises:
             TokenError: the keys are no prefix tokens and patches, or it is not known of which part of the image.
         """
-        return tokens_of(self._setting, self.shape)[1]
+        return tokens_of(self._about.setting, self.shape)[1]
 
     @property
     def query_tokens(self) -> Tokens:
@@ -158,7 +194,7 @@ class AttentionMap:
         Raises:
             TokenError: see `tokens`.
         """
-        return tokens_of(self._setting, self.shape)[0]
+        return tokens_of(self._about.setting, self.shape)[0]
 
     def image(self, query: Query = "cls", heads: str | int | None = "mean", size: Size | int | None = None) -> Tensor:
         """What a query attends to, as a picture: its row over the patches, laid out on the grid that covers the image.
@@ -182,7 +218,7 @@ class AttentionMap:
         Raises:
             TokenError: there is no such query, or it is not known where the keys lie on the image.
         """
-        queries, keys = tokens_of(self._setting, self.shape)
+        queries, keys = tokens_of(self._about.setting, self.shape)
         picked = _pick_heads(heads, self.shape[1])
         try:
             selected = queries.select(query)
@@ -197,7 +233,7 @@ class AttentionMap:
         if size is not None:
             height, width = (size, size) if isinstance(size, int) else size
             pixels = torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in keys.image_by_image(pixels)])
-        return self._deliver(pixels if heads is None else pixels.mean(1))
+        return self._about.deliver(pixels if heads is None else pixels.mean(1))
 
     def _mean_of_rows(self, heads: slice, selected: Tensor) -> Tensor:
         """(images, windows, heads, keys): the share of each window in the mean of the selected rows of an image.
@@ -225,8 +261,8 @@ class AttentionMap:
 class CapturedMap(AttentionMap):
     """A map that is computed from a captured call each time it is sliced."""
 
-    def __init__(self, call: Call, name: str, setting: Setting, delivery: Delivery, site: CallSite | None = None) -> None:
-        super().__init__(name, setting, delivery, site)
+    def __init__(self, call: Call, about: About) -> None:
+        super().__init__(about)
         self._call = call
 
     @property
@@ -236,8 +272,8 @@ class CapturedMap(AttentionMap):
     @cached_property
     def _form(self) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
         source = _form_of(self._call)
-        device = self._deliver.device or self._call.x.device
-        return source.shape, self._deliver.dtype or source.dtype, device
+        device = self._about.deliver.device or self._call.x.device
+        return source.shape, self._about.deliver.dtype or source.dtype, device
 
     @property
     def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]  # read-only, and only known when asked for
@@ -264,16 +300,14 @@ class CapturedMap(AttentionMap):
             StaleMapError: the module has changed its own input meanwhile.
         """
         with self._call.resumed():
-            return self._deliver(source_of(self._call).narrow().probabilities())
+            return self._about.deliver(source_of(self._call).narrow().probabilities())
 
 
 class KeptMap(AttentionMap):
     """A map that was computed while the model ran; the input was let go."""
 
-    def __init__(
-        self, attention: Tensor, name: str, setting: Setting, delivery: Delivery, site: CallSite | None = None
-    ) -> None:
-        super().__init__(name, setting, delivery, site)
+    def __init__(self, attention: Tensor, about: About) -> None:
+        super().__init__(about)
         self._attention = attention
         batch, heads, queries, keys = attention.shape
         self.shape = batch, heads, queries, keys
@@ -287,8 +321,8 @@ class KeptMap(AttentionMap):
 class LostMap(AttentionMap):
     """A map that should have been computed while the model ran, and why it could not be."""
 
-    def __init__(self, reason: str, name: str, setting: Setting, delivery: Delivery, site: CallSite | None = None) -> None:
-        super().__init__(name, setting, delivery, site)
+    def __init__(self, reason: str, about: About) -> None:
+        super().__init__(about)
         self._reason = reason
 
     def _read(self, index: Any) -> Tensor:
@@ -337,45 +371,6 @@ def _form_of(call: Call) -> Source:
         shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
         with shapes.in_its_modes():
             return source_of(shapes)
-
-
-def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:
-    """Part an index into what narrows (batch, heads, rows) beforehand and what is left to do on the narrowed block.
-
-    Raises:
-        IndexError: too many indices, or one out of range.
-    """
-    items = list(index) if isinstance(index, tuple) else [index]
-    if not all(_is_simple(i) for i in items) or sum(_is_list(i) for i in items) > 1:
-        return (ALL, ALL, ALL), index
-    dots = [place for place, item in enumerate(items) if item is Ellipsis]
-    if len(items) - len(dots) > 4 or len(dots) > 1:
-        raise IndexError(f"a map has 4 axes (batch, head, query, key), which {index!r} does not fit")
-    at = dots[0] if dots else len(items)
-    items[at : at + 1] = [ALL] * (4 - len(items) + len(dots))
-    picks: list[Pick] = []
-    rest: list[Any] = []
-    for item, length, axis in zip(items, shape, ("batch", "head", "query", "key")):
-        if isinstance(item, slice):
-            picks, rest = [*picks, item], [*rest, ALL]
-        elif _is_list(item):
-            picks, rest = [*picks, torch.as_tensor(item)], [*rest, ALL]
-        elif -length <= item < length:
-            picks, rest = [*picks, slice(item % length, item % length + 1)], [*rest, 0]
-        else:
-            raise IndexError(f"{axis} {item} is out of range: there are {length}")
-    rest[3] = items[3]
-    return (picks[0], picks[1], picks[2]), tuple(rest)
-
-
-def _is_simple(item: Any) -> bool:
-    """Whether an item of an index picks along one axis and leaves the others alone."""
-    integer = hasattr(item, "__index__") and not isinstance(item, (bool, Tensor)) and getattr(item, "ndim", 0) == 0
-    return isinstance(item, slice) or item is Ellipsis or integer or _is_list(item)
-
-
-def _is_list(item: Any) -> bool:
-    return isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
 
 
 def _pick_heads(heads: str | int | None, count: int) -> slice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
@@ -15,44 +15,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .calls import Call, Target, capture, is_reading, target
-from .discovery import Layers, choose, nearest, recordable
-from .errors import LayerNotFoundError, NoMapError, RecorderError, StaleMapError, UnreadableError
-from .forwards import Forward, Forwards, is_a_forward
+from .discovery import Layers, choose, recordable
+from .errors import NoMapError, RecorderError, StaleMapError, UnreadableError
+from .forwards import Forward, Forwards, Maps, is_a_forward
+from .gradients import Gradient
 from .hooks import Hook, came_later
 from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stems_of, trunk_of
-from .maps import AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
+from .maps import About, AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
 from .trace import CallSite, Origins, call_site
 from .watching import Watching
 
 Keep = Literal["inputs", "maps"]
 Passes = Literal["last", "all"]
-
-
-class Maps(Mapping[str, AttentionMap]):
-    """The maps of one forward in the order the modules ran: by name, by position (negative too) or by slice."""
-
-    def __init__(self, maps: Mapping[str, AttentionMap]) -> None:
-        self._maps = dict(maps)
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            return list(self._maps.values())[key]
-        if isinstance(key, int):
-            if not -len(self) <= key < len(self):
-                raise LayerNotFoundError(f"there is no map {key}: {len(self)} were recorded.")
-            return list(self._maps.values())[key]
-        if key not in self._maps:
-            raise LayerNotFoundError(f"no map was recorded of {key!r}. {nearest(str(key), self._maps)}")
-        return self._maps[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._maps)
-
-    def __len__(self) -> int:
-        return len(self._maps)
-
-    def __repr__(self) -> str:
-        return "\n".join(["Maps:", *(f"  {m!r}" for m in self._maps.values())])
 
 
 class AttentionRecorder:
@@ -77,6 +51,7 @@ class AttentionRecorder:
         device, dtype: where maps go and as what; None for where and as what they are computed.
         detach: True cuts maps off from the autograd graph; False leaves them in it.
         called_from: walk the stack at each call, for `m.called_from`.
+        gradients: follow backward to the output of each module, for `m.gradient`.
 
     Raises:
         ModelError: the attention of the model forms no maps, or it is a DataParallel, scripted or exported one.
@@ -96,6 +71,7 @@ class AttentionRecorder:
         dtype: torch.dtype | None = None,
         detach: bool = True,
         called_from: bool = False,
+        gradients: bool = False,
     ) -> None:
         if keep not in ("inputs", "maps"):
             raise ValueError(f'keep={keep!r} is not known: keep="inputs" or keep="maps".')
@@ -108,6 +84,8 @@ class AttentionRecorder:
         self._keep, self._detach, self._all_passes = keep, detach, passes == "all"
         self._deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._origins = Origins(self.model) if called_from else None
+        self._gradients = gradients
+        self._followed: dict[nn.Module, tuple[Gradient, Call, list[Any]]] = {}
         self._trunks: dict[str, nn.Module] = {}
         self._blocks: dict[str, nn.Module | None] = {}
         self._around: dict[nn.Module, Any] = {}
@@ -130,6 +108,7 @@ class AttentionRecorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         hooks, self._hooks = self._hooks, None
         self._forwards.leave()
+        self._followed.clear()
         if hooks is not None:
             hooks.close()
 
@@ -198,6 +177,8 @@ class AttentionRecorder:
         for name, module in self._chosen.items():
             hook = self._recording(target(name, module))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if self._gradients:
+                stack.enter_context(module.register_forward_hook(Hook(self._follow), prepend=True, with_kwargs=True))
         for module, trunks in stems_of(self._trunks.values()).items():
             see = self._seeing(module, trunks)
             stack.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
@@ -216,11 +197,13 @@ class AttentionRecorder:
                 self._forwards.see_images(dict.fromkeys(stems.get(module, ()), images))
             return capture(target(names[module], module), args, kwargs, detach=self._detach), self._site(args, kwargs)
 
-        def leave(module: nn.Module, seen: tuple[Call, CallSite | None]) -> None:
+        def leave(module: nn.Module, seen: tuple[Call, CallSite | None], output: Any) -> None:
             self._choose(names[module], module)
             forward = self._forwards.current(names[module])
             name = _unused(names[module], forward.maps)
-            forward.maps[name] = self._map_of(seen[0], name, forward, seen[1])
+            m = forward.maps[name] = self._map(seen[0], name, forward, seen[1])
+            if self._gradients:
+                m.gradient.follow(seen[0], output)
 
         def end(returned: bool) -> None:
             if not returned:
@@ -241,11 +224,14 @@ class AttentionRecorder:
             if is_a_forward():
                 forward = self._forwards.current(chosen.name)
                 name = _unused(chosen.name, forward.maps)
-                forward.maps[name] = self._map(chosen, name, args, kwargs, forward)
+                call = capture(chosen, args, kwargs, detach=self._detach)
+                m = forward.maps[name] = self._map(call, name, forward, self._site(args, kwargs))
+                if self._gradients:
+                    self._followed[module] = m.gradient, call, [*args, *kwargs.values()]
                 if came_later(module, me()):
                     self._look_again(chosen, name, args, kwargs, forward)
-            elif self._keep == "maps" and not self._detach and not is_reading():
-                self._map(chosen, chosen.name, args, kwargs, Forward())  # a checkpoint run again must save what it saved before
+            elif not is_reading():
+                self._run_again(chosen, args, kwargs)
 
         hook = Hook(record)
         me = weakref.ref(hook)  # a closure that held itself would be a cycle
@@ -258,28 +244,50 @@ class AttentionRecorder:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             handle.remove()
             final = [*args, *kwargs.values()]
-            if len(final) != len(seen) or any(a is not b for a, b in zip(final, seen)):
-                forward.maps[name] = self._map(chosen, name, args, kwargs, forward)
+            if not _are(final, seen):
+                call, before = capture(chosen, args, kwargs, detach=self._detach), forward.maps[name]
+                forward.maps[name] = self._map(call, name, forward, self._site(args, kwargs), before)
 
         handle = chosen.module.register_forward_hook(Hook(after), with_kwargs=True, always_call=True)
 
-    def _map(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> AttentionMap:
-        site = self._site(args, kwargs)
-        return self._map_of(capture(chosen, args, kwargs, detach=self._detach), name, forward, site)
+    def _run_again(self, chosen: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A checkpoint runs a module again in backward."""
+        call = capture(chosen, args, kwargs, detach=self._detach)
+        if self._keep == "maps" and not self._detach:
+            self._map(call, chosen.name, Forward(), None)  # it must save what it saved before
+        if self._gradients:
+            recorded = [m for forward in self._forwards.all for name, m in forward.maps.items() if _is_of(name, chosen)]
+            waiting = (m.gradient for m in reversed(recorded) if m.gradient.waits_for(call))
+            if (gradient := next(waiting, None)) is not None:
+                self._followed[chosen.module] = gradient, call, [*args, *kwargs.values()]
 
-    def _map_of(self, call: Call, name: str, forward: Forward, site: CallSite | None) -> AttentionMap:
+    def _follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The hook at the end of an attention module, before hooks of others see its output."""
+        if module not in self._followed or is_reading():
+            return
+        gradient, call, seen = self._followed.pop(module)
+        if not _are([*args, *kwargs.values()], seen):
+            call = capture(call.target, args, kwargs, detach=self._detach)._replace(modes=call.modes)
+        gradient.follow(call, output)
+
+    def _map(
+        self, call: Call, name: str, forward: Forward, site: CallSite | None, before: AttentionMap | None = None
+    ) -> AttentionMap:
         chosen = call.target.name
         images = forward.images.get(self._trunks[chosen], forward.images.get(None))
         around = None if (block := self._blocks[chosen]) is None else self._around.get(block)
         facts = {} if block is None else plain_facts(block)
         setting = Setting(self.model, chosen, images, sizes_of(call.args, call.kwargs), around, facts)
-        captured = CapturedMap(call, name, setting, self._deliver, site)
+        gradient = Gradient(name, self._deliver, at_once=self._keep == "maps") if self._gradients else None
+        gradient = gradient if before is None or gradient is None else before.gradient
+        about = About(name, setting, self._deliver, site, gradient)
+        captured = CapturedMap(call, about)
         if self._keep == "inputs":
             return captured
         try:
-            return KeptMap(captured.at_once(), name, setting, self._deliver, site)
+            return KeptMap(captured.at_once(), about)
         except (UnreadableError, StaleMapError) as reason:
-            return LostMap(str(reason), name, setting, self._deliver, site)
+            return LostMap(str(reason), about)
 
     def _site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSite | None:
         if self._origins is None:
@@ -360,6 +368,15 @@ class _Eager:
 
 
 _EAGER = _Eager()
+
+
+def _are(values: list[Any], others: list[Any]) -> bool:
+    return len(values) == len(others) and all(a is b for a, b in zip(values, others))
+
+
+def _is_of(name: str, chosen: Target) -> bool:
+    """Whether a map is one of a module's."""
+    return name == chosen.name or name.startswith(f"{chosen.name}#")
 
 
 def _unused(name: str, taken: Mapping[str, AttentionMap]) -> str:

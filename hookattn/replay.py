@@ -27,7 +27,7 @@ from .errors import UnreadableError
 from .functional import QK, Scores, Source, exactly
 from .recipes import find_form
 
-_SDPA = F.scaled_dot_product_attention
+SDPA = F.scaled_dot_product_attention
 SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -41,16 +41,17 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     Raises:
         UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
     """
-    args, kwargs = _own(module, args, kwargs)
+    args, kwargs = own_arguments(module, args, kwargs)
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    with leaving_no_trace(module), _Watch(module, None if x is None else len(x)) as watch:
+    with leaving_no_trace(module), Watch(module, None if x is None else len(x)) as watch:
         module.forward(*args, **kwargs)
     if not watch.sites:
         raise UnreadableError(
-            f"{_who(module)} called neither scaled_dot_product_attention nor softmax: it forms no softmax map. If it has "
+            f"{who(module)} called neither scaled_dot_product_attention nor softmax: it forms no softmax map. If it has "
             "a kernel of its own, describe the map with @hookattn.recipe."
         )
-    return _interleaved([site.source() for site in watch.sites], module)
+    source: Source = interleaved([site.source() for site in watch.sites], module)
+    return source
 
 
 def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
@@ -70,22 +71,22 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
     """
     module = call.target.module
     with call.resumed():
-        with leaving_no_trace(module), _Watch(module) as watch:
+        with leaving_no_trace(module), Watch(module) as watch:
             call.restore_random_streams()
-            args, kwargs = _own(module, call.args, call.kwargs)
+            args, kwargs = own_arguments(module, call.args, call.kwargs)
             own = module.forward(*args, **kwargs)
         if not watch.sites:
             raise UnreadableError(
-                f"{_who(module)} called neither scaled_dot_product_attention nor softmax: there is nothing in its forward to "
+                f"{who(module)} called neither scaled_dot_product_attention nor softmax: there is nothing in its forward to "
                 "put a map into."
             )
-        with leaving_no_trace(module), _Inject(module, watch, attention):
+        with leaving_no_trace(module), Inject(module, watch, attention):
             call.restore_random_streams()
-            args, kwargs = _own(module, call.args, call.kwargs)
+            args, kwargs = own_arguments(module, call.args, call.kwargs)
             return own, module.forward(*args, **kwargs)
 
 
-def _own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def own_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Copies of arguments, for a run that may write into them.
 
     Raises:
@@ -94,7 +95,7 @@ def _own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     for value in pytree.tree_leaves((args, kwargs)):
         if callable(getattr(value, "update", None)):
             raise UnreadableError(
-                f"{_who(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
+                f"{who(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
                 "again. Call the model without it (use_cache=False), or describe the map with @hookattn.recipe."
             )
     copied: tuple[Any, Any] = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
@@ -146,7 +147,7 @@ class _Site:
     source: Callable[[], Source]
 
 
-class _Mode(TorchFunctionMode):
+class MapMode(TorchFunctionMode):
     """Hands SDPA and softmax calls to the two methods; sees inside PyTorch's own multi-head attention as well."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -157,7 +158,7 @@ class _Mode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _SDPA:
+        if func is SDPA:
             return self.fused(**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs)
         if func in SOFTMAX:
             return self.softmax(func, args, kwargs)
@@ -173,7 +174,7 @@ class _Mode(TorchFunctionMode):
         raise NotImplementedError
 
 
-class _Watch(_Mode):
+class Watch(MapMode):
     """Notes what every SDPA call and every softmax is made of, and lets them run without dropout of the map."""
 
     def __init__(self, module: nn.Module, batch: int | None = None) -> None:
@@ -188,22 +189,22 @@ class _Watch(_Mode):
         return self.fused_sites or self.softmax_sites
 
     def fused(self, **kwargs: Any) -> Tensor:
-        out = _SDPA(**{**kwargs, "dropout_p": 0.0})
+        out = SDPA(**{**kwargs, "dropout_p": 0.0})
         self.fused_sites.append(_Site(out.dtype, partial(_as_qk, self.module, self.batch, **kwargs)))
         return out
 
     def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         out: Tensor = func(*args, **kwargs)
         self.softmax_sites.append(
-            _Site(out.dtype, partial(_as_scores, self.module, self.batch, *_input_and_dim(*args, **kwargs)))
+            _Site(out.dtype, partial(_as_scores, self.module, self.batch, *input_and_dim(*args, **kwargs)))
         )
         return out
 
 
-class _Inject(_Mode):
+class Inject(MapMode):
     """Puts a map where the sites of a watched run formed theirs."""
 
-    def __init__(self, module: nn.Module, watch: _Watch, attention: Tensor) -> None:
+    def __init__(self, module: nn.Module, watch: Watch, attention: Tensor) -> None:
         super().__init__(module)
         self.into_fused = bool(watch.fused_sites)
         maps = (attention[:, i :: len(watch.sites)] for i in range(len(watch.sites)))
@@ -240,9 +241,9 @@ def _as_qk(
     enable_gqa: bool = False,
 ) -> QK:
     """The arguments of a `scaled_dot_product_attention` as queries and keys."""
-    q, k = _unfolded(module, query, batch), _unfolded(module, key, batch)
+    q, k = unfolded(module, query, batch), unfolded(module, key, batch)
     if attn_mask is not None and find_form(module) is not None:
-        attn_mask = _unfolded(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
+        attn_mask = unfolded(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
     elif attn_mask is not None and attn_mask.dim() == query.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
@@ -258,18 +259,27 @@ def _as_qk(
 
 def _as_scores(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Scores:
     """The input of a softmax as scores."""
+    return Scores(over_keys(module, batch, scores, dim))
+
+
+def over_keys(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Tensor:
+    """(images * windows, heads, queries, keys) of what a module takes a softmax of, or has taken it of.
+
+    Raises:
+        UnreadableError: the axis it is taken over, or the one of the heads, is another one.
+    """
     if dim not in (-1, scores.dim() - 1):
         raise UnreadableError(
-            f"{_who(module)} takes its softmax over axis {dim} of {tuple(scores.shape)}, not over keys; describe its map "
+            f"{who(module)} takes its softmax over axis {dim} of {tuple(scores.shape)}, not over keys; describe its map "
             "with @hookattn.recipe."
         )
     elsewhere = scores.dim() == 4 and scores.shape[1] != _heads(module) == scores.shape[2]
     if elsewhere and find_form(module) is None:
         raise _no_heads(module, scores)
-    return Scores(_unfolded(module, scores, batch))
+    return unfolded(module, scores, batch)
 
 
-def _unfolded(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Tensor:
+def unfolded(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Tensor:
     """(images * windows, heads, ...) of what a module has computed, by its form; (batch, ...) has one head."""
     heads = _heads(module)
     form = _form(module, tensor.dim())
@@ -285,7 +295,7 @@ def _unfolded(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Te
 
 def _no_heads(module: nn.Module, tensor: Tensor) -> UnreadableError:
     return UnreadableError(
-        f"{_who(module)} computes its map on {tensor.dim()} axes, {tuple(tensor.shape)}, which are not (batch, head, ...); "
+        f"{who(module)} computes its map on {tensor.dim()} axes, {tuple(tensor.shape)}, which are not (batch, head, ...); "
         "describe its map with @hookattn.recipe."
     )
 
@@ -317,17 +327,17 @@ def _heads(module: nn.Module) -> int | None:
     return next((n for n in told if isinstance(n, int)), None)
 
 
-def _input_and_dim(input: Tensor, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:
+def input_and_dim(input: Tensor, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:
     return input, dim
 
 
-def _interleaved(maps: Sequence[Source], module: nn.Module) -> Source:
-    """Several maps of one shape as one, heads in turn."""
+def interleaved(maps: Sequence[Any], module: nn.Module) -> Any:
+    """Several maps of one shape, or several gradients, as one, heads in turn."""
     if len(maps) == 1:
         return maps[0]
     if len({(type(m), m.shape, getattr(m, "is_causal", None)) for m in maps}) > 1:
         raise UnreadableError(
-            f"{_who(module)} forms {len(maps)} maps of shapes {', '.join(str(m.shape) for m in maps)}; name the attention "
+            f"{who(module)} forms {len(maps)} maps of shapes {', '.join(str(m.shape) for m in maps)}; name the attention "
             "modules inside it with layers=, or describe one map with @hookattn.recipe."
         )
     whole = [m.narrow() for m in maps]  # biases and masks are expanded to the heads
@@ -341,7 +351,7 @@ def _interleaved(maps: Sequence[Source], module: nn.Module) -> Source:
     return replace(whole[0], **{field.name: turn(field.name) for field in fields(whole[0])})
 
 
-def _who(module: nn.Module) -> str:
+def who(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

@@ -33,12 +33,12 @@ class Watching:
     Args:
         model: watched while its forward runs.
         enter: called before each module runs with what it was called with; what it returns is kept until the module ends.
-        leave: called after a module that has formed a map, with the module and what `enter` returned.
+        leave: called after a module that has formed a map, with the module, what `enter` returned and its output.
         end: called when the forward has ended, with whether it returned; after that nothing is watched any more.
     """
 
     def __init__(
-        self, model: nn.Module, enter: Callable[..., Any], leave: Callable[[nn.Module, Any], None], end: Callable[[bool], None]
+        self, model: nn.Module, enter: Callable[..., Any], leave: Callable[..., None], end: Callable[[bool], None]
     ) -> None:
         self._model, self._enter, self._leave, self._end = model, enter, leave, end
         self._running: list[list[Any]] = []
@@ -70,7 +70,7 @@ class Watching:
             return
         module, kept, formed = self._running.pop()
         if formed:
-            self._leave(module, kept)
+            self._leave(module, kept, output)
         if not self._running:
             self._on.close()
             self._over = output is not None  # a forward that raised is watched again

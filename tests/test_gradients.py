@@ -1,0 +1,346 @@
+"""Gradients of attention maps with the fused kernel on are those that autograd gives on the unfused path."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import reference
+import torch
+from einops import rearrange
+from models import TINY, randomise, tiny
+from test_index import Largest
+from test_mechanisms import LAYOUTS, MODELS, lively, short_name
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hookattn import AttentionRecorder, NoGradientError, RecorderError, StaleMapError, UnreadableError
+from hookattn.recipes import find_recipe
+
+NAMES = ["blocks.0.attn", "blocks.1.attn"]
+
+
+def loss_of(output: Tensor, channel: int = 1) -> Tensor:
+    """Something whose gradient is not the same for all tokens."""
+    return output.flatten(1)[:, channel].square().sum()
+
+
+def own_gradients(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss_of) -> dict[str, Tensor]:
+    """dL/dA by module: the model is run unfused, and autograd asked for the gradient of what its softmaxes made."""
+    softmaxes: dict[str, list[Tensor]] = {}
+    modules = {name: m for name, m in model.named_modules() if find_recipe(m) is not None}
+    with reference.unfused(model) as made:
+        handles = []
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: softmaxes.__setitem__(name, [len(made)])))
+            handles.append(
+                module.register_forward_hook(lambda *_, name=name: softmaxes[name].extend(made[softmaxes[name][0] :]))
+            )
+        end = loss(model(x))
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, (_, *maps) in softmaxes.items():
+        grads = torch.autograd.grad(end, maps, retain_graph=True, materialize_grads=True)
+        found[name] = as_read(modules[name], list(grads))
+    return found
+
+
+def as_read(module: Any, grads: list[Tensor]) -> Tensor:
+    """Gradients of the softmaxes of one module as (images * windows, heads, queries, keys)."""
+    if len(grads) > 1:
+        return rearrange(grads, "two b h q k -> b (h two) q k")
+    pattern, grad = LAYOUTS.get(short_name(module)), grads[0]
+    if pattern is None or grad.dim() != len(pattern.split(" -> ")[0].replace("(b h)", "bh").split()):
+        return grad
+    return rearrange(grad, pattern, **({"h": module.num_heads} if "(b h)" in pattern else {}))
+
+
+def first(output: Any) -> Any:
+    """What a module returns, without what it says of its size."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def recorded(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss_of, **options: Any) -> AttentionRecorder:
+    with AttentionRecorder(model, gradients=True, **options) as rec:
+        loss(model(x)).backward()
+    return rec
+
+
+def compare(rec: AttentionRecorder, expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert rec.maps
+    for name, m in rec.maps.items():
+        whole, largest = m.gradient[...], expected[name].abs().max()
+        assert m.gradient.shape == whole.shape == m.shape
+        assert largest > 0
+        torch.testing.assert_close(whole / largest, expected[name].to(whole.dtype) / largest, rtol=0, atol=tolerance)
+        torch.testing.assert_close(m.gradient[:, -1, 0] / largest, whole[:, -1, 0] / largest, rtol=0, atol=tolerance)
+
+
+def double(name: str, **overrides: Any) -> tuple[nn.Module, Tensor]:
+    model, x = tiny(name, **overrides)
+    return model.double(), x.double()
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("name", TINY)
+def test_the_gradient_is_that_of_the_unfused_path(name: str, keep: Any) -> None:
+    model, x = double(name)
+    compare(recorded(model, x, keep=keep), own_gradients(model, x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_is_that_of_the_unfused_path_for_every_mechanism(name: str) -> None:
+    model, x = lively(name)
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def keep_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs[module] = first(output)
+        outputs[module].retain_grad()
+
+    modules = {name: m for name, m in model.named_modules() if find_recipe(m) is not None}
+    handles = [module.register_forward_hook(keep_gradient) for module in modules.values()]
+    rec = recorded(model, x, layers=list(modules))
+    expected = {}
+    for handle in handles:
+        handle.remove()
+    for m in rec.maps.values():  # from the output of the module on; before it, gradients of such networks are ill-conditioned
+        module = modules[m.name]
+        with reference.unfused(module) as maps:
+            output = first(module.forward(m.x.clone().requires_grad_(), *m.call.args[1:], **m.call.kwargs))
+        grads = torch.autograd.grad(output, maps, outputs[module].grad, materialize_grads=True)
+        expected[m.name] = as_read(module, list(grads))
+    compare(rec, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_gradient_is_there_for_autograd_grad_and_for_frozen_models(frozen: bool) -> None:
+    model, x = double("vit")
+    expected = own_gradients(model, x)
+    model.requires_grad_(not frozen)
+    x.requires_grad_()
+    with AttentionRecorder(model, gradients=True) as rec:
+        torch.autograd.grad(loss_of(model(x)), x)
+    assert x.grad is None
+    compare(rec, expected)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_the_gradient_is_that_of_the_last_backward(keep: Any) -> None:
+    model, x = double("vit")
+    with AttentionRecorder(model, gradients=True, keep=keep) as rec:
+        output = model(x)
+    for channel in (0, 1):
+        loss_of(output, channel).backward(retain_graph=True)
+        compare(rec, own_gradients(model, x, partial(loss_of, channel=channel)))
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_the_gradient_is_there_in_train_mode_and_with_checkpoints(reentrant: bool | None, keep: Any) -> None:
+    model, x = double("vit", proj_drop_rate=0.3, drop_path_rate=0.3)
+    model.train()
+    torch.manual_seed(1)
+    expected = own_gradients(model, x)
+    if reentrant is not None:
+        for block in model.blocks:
+            own = block.forward
+            block.forward = lambda *args, own=own, **kwargs: checkpoint(own, *args, use_reentrant=reentrant, **kwargs)
+    x.requires_grad_()
+    for passes in ("last", "all"):
+        torch.manual_seed(1)
+        rec = recorded(model, x, keep=keep, passes=passes)
+        assert len(rec.passes) == 1
+        compare(rec, expected)
+
+
+def test_each_of_several_forwards_has_its_own_gradient() -> None:
+    model, x = double("vit")
+    images = [x, -x, x + 1]
+    expected = [own_gradients(model, x) for x in images]
+    model.blocks[0].forward = lambda x, own=model.blocks[0].forward, **_: checkpoint(own, x, use_reentrant=True)
+    with AttentionRecorder(model, gradients=True, passes="all") as rec:
+        sum(loss_of(model(x)) for x in images).backward()
+    for maps, each in zip(rec.passes, expected):
+        for name, m in maps.items():
+            torch.testing.assert_close(m.gradient[...], each[name], rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_of_the_map_is_in_the_gradient_or_the_gradient_is_refused() -> None:
+    model, x = double("vit", attn_drop_rate=0.3)
+    model.train()
+    rec = recorded(model, x)
+    with pytest.raises(UnreadableError, match=r"drops out parts of its map inside the fused kernel.*attn_drop_rate=0"):
+        rec.maps[0].gradient[...]
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    torch.manual_seed(1)
+    expected = own_gradients(model, x)
+    torch.manual_seed(1)
+    compare(recorded(model, x), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"detach": False}], ids=str)
+@pytest.mark.parametrize("name", ["vit", "eva_split", "beit_shared", "parallel", "differential"])
+def test_following_gradients_changes_neither_outputs_nor_gradients(name: str, options: dict[str, Any]) -> None:
+    model, x = tiny(name, proj_drop_rate=0.3, drop_path_rate=0.3)
+    model.train()
+    results = []
+    for recorder in (None, AttentionRecorder(model, gradients=True, **options)):
+        torch.manual_seed(1)
+        model.zero_grad()
+        if recorder is None:
+            output = model(x)
+            loss_of(output).backward()
+        else:
+            with recorder:
+                output = model(x)
+                loss_of(output).backward()
+        results.append([output, *[p.grad for p in model.parameters() if p.grad is not None], torch.get_rng_state()])
+    assert len(results[0]) > 10
+    assert all(map(torch.equal, *results))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_gradient_is_as_near_as_that_of_the_unfused_path(dtype: torch.dtype) -> None:
+    attention, x, factor = Attention(48, 3, qkv_bias=True), torch.randn(2, 17, 48), torch.randn(2, 17, 48)
+    randomise(attention)
+    cast = torch.autocast("cpu", dtype=dtype)
+
+    def own_gradient(module: nn.Module, x: Tensor) -> Tensor:
+        with reference.unfused(module) as maps:
+            output = module(x)
+        return torch.autograd.grad((output * factor.to(output)).sum(), maps)[0].double()
+
+    with cast, AttentionRecorder(attention, gradients=True) as rec:
+        output = attention(x)
+        (output * factor.to(output)).sum().backward()
+        unfused = own_gradient(attention, x)
+    got = rec.maps[0].gradient[...]
+    assert got.dtype == torch.float32
+    exact = own_gradient(attention.double(), x.double())
+    ours, theirs = ((grad - exact).square().mean().sqrt() for grad in (got, unfused))
+    assert ours <= theirs
+
+
+class Pair(nn.Module):
+    """PyTorch's attention, asked for its weights or not, whose output and weights are both used."""
+
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.attn, self.need_weights = nn.MultiheadAttention(24, 3, batch_first=True), need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attn(x, x, x, need_weights=self.need_weights, average_attn_weights=False)[0]
+        return torch.stack([y * 2, x]).sum(0)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_pytorch_s_own_attention_has_gradients(need_weights: bool) -> None:
+    model, x = Pair(need_weights).double(), torch.randn(2, 7, 24, dtype=torch.float64)
+    rec = recorded(model, x)
+    attention = model.attn
+    q, k, v = torch.nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=3) for t in (q, k, v))
+    a = (q @ k.mT / 8**0.5).softmax(-1)
+    y = x + 2 * attention.out_proj(rearrange(a @ v, "b h n d -> b n (h d)"))
+    compare(rec, {"attn": torch.autograd.grad(loss_of(y), a)[0]})
+
+
+class Odd(nn.Module):
+    """Attention under another name: found by watching the first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.fused_attn, self.scale = 1, True, 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused_attn:
+            return nn.functional.scaled_dot_product_attention(x, x, x, scale=self.scale)
+        return (x @ x.mT * self.scale).softmax(-1) @ x
+
+
+def test_what_is_found_by_watching_has_gradients_in_the_first_forward_and_later() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Odd(), nn.Linear(4, 4), Odd()).double(), torch.randn(2, 1, 5, 4).double()
+    with reference.unfused(model) as maps:
+        expected = torch.autograd.grad(loss_of(model(x)), maps)
+    with AttentionRecorder(model, gradients=True) as rec:
+        for _ in range(2):
+            loss_of(model(x)).backward()
+            compare(rec, dict(zip("13", expected)))
+
+
+def test_hooks_of_others_are_on_the_way() -> None:
+    model, x = double("vit")
+    attention = model.blocks[0].attn
+    with AttentionRecorder(model, gradients=True) as rec:
+        attention.register_forward_hook(lambda *made: made[2] * 3)
+        attention.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
+        attention.register_full_backward_hook(lambda _, inner, outer: (inner[0] * 5,))
+        loss_of(model(x)).backward()
+    compare(rec, own_gradients(model, x))
+
+
+def test_a_row_of_a_gradient_is_read_without_forming_the_map() -> None:
+    model, _ = tiny("vit", img_size=256)
+    rec = recorded(model, torch.randn(2, 3, 256, 256))
+    gradient = rec.maps[0].gradient
+    with Largest() as largest:
+        gradient[:, :, 0]
+    assert largest.numel < 2 * 3 * 257 * 257
+
+
+def test_what_is_missing_is_said_with_what_to_type() -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model) as rec:
+        model(x).sum().backward()
+    with pytest.raises(RecorderError, match=r"AttentionRecorder\(model, gradients=True\)"):
+        rec.maps[0].gradient  # noqa: B018
+    with AttentionRecorder(model, gradients=True) as rec:
+        model(x)
+    assert repr(rec.maps[0].gradient) == "Gradient('blocks.0.attn', not arrived)"
+    with pytest.raises(NoGradientError, match=r"no backward has reached 'blocks.0.attn'.*backward\(\)"):
+        rec.maps[0].gradient[...]
+    with AttentionRecorder(model, gradients=True) as rec, torch.no_grad():
+        model(x)
+    with pytest.raises(NoGradientError, match=r"without a graph: call the model without torch.no_grad\(\)"):
+        rec.maps[0].gradient.shape  # noqa: B018
+
+
+def test_a_step_makes_gradients_stale_unless_they_are_kept() -> None:
+    model, x = double("vit")
+    expected = own_gradients(model, x)
+    read, kept = recorded(model, x), recorded(model, x, keep="maps")
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(StaleMapError):
+        read.maps[0].gradient[...]
+    compare(kept, expected)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_recorder_that_is_dropped_leaves_nothing_behind_and_a_graph_that_is_dropped_no_input(keep: Any) -> None:
+    gc.disable()
+    try:
+        model, x = tiny("vit")
+        seen: list[weakref.ref[Tensor]] = []
+        handle = model.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+        rec = recorded(model, x, keep=keep)
+        alive = weakref.ref(rec)
+        rec.maps[0].gradient[...]
+        assert (seen[0]() is None) or keep == "inputs"
+        m = rec.maps[1]
+        del rec
+        assert alive() is None
+        if keep == "maps":
+            assert m.gradient[...].shape == m.shape
+        del m
+        assert seen[0]() is None
+        handle.remove()
+    finally:
+        gc.enable()
