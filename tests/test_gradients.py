@@ -25,9 +25,10 @@ from hookattn.recipes import find_recipe
 NAMES = ["blocks.0.attn", "blocks.1.attn"]
 
 
-def loss_of(output: Tensor, channel: int = 1) -> Tensor:
-    """Something whose gradient is not the same for all tokens."""
-    return output.flatten(1)[:, channel].square().sum()
+def loss_of(output: Tensor, which: int = 1) -> Tensor:
+    """Something whose gradient is another one for every token and channel."""
+    output = output.flatten(1)
+    return (output * torch.arange(output.shape[1]).to(output).add(which).cos()).square().sum()
 
 
 def own_gradients(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss_of) -> dict[str, Tensor]:
@@ -135,9 +136,9 @@ def test_the_gradient_is_that_of_the_last_backward(keep: Any) -> None:
     model, x = double("vit")
     with AttentionRecorder(model, gradients=True, keep=keep) as rec:
         output = model(x)
-    for channel in (0, 1):
-        loss_of(output, channel).backward(retain_graph=True)
-        compare(rec, own_gradients(model, x, partial(loss_of, channel=channel)))
+    for which in (0, 1):
+        loss_of(output, which).backward(retain_graph=True)
+        compare(rec, own_gradients(model, x, partial(loss_of, which=which)))
 
 
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
@@ -165,7 +166,9 @@ def test_each_of_several_forwards_has_its_own_gradient() -> None:
     expected = [own_gradients(model, x) for x in images]
     model.blocks[0].forward = lambda x, own=model.blocks[0].forward, **_: checkpoint(own, x, use_reentrant=True)
     with AttentionRecorder(model, gradients=True, passes="all") as rec:
-        sum(loss_of(model(x)) for x in images).backward()
+        first, second, third = [loss_of(model(x)) for x in images]
+        (first + second).backward()
+        third.backward()
     for maps, each in zip(rec.passes, expected):
         for name, m in maps.items():
             torch.testing.assert_close(m.gradient[...], each[name], rtol=1e-9, atol=1e-12)
@@ -253,6 +256,35 @@ def test_pytorch_s_own_attention_has_gradients(need_weights: bool) -> None:
     compare(rec, {"attn": torch.autograd.grad(loss_of(y), a)[0]})
 
 
+class Grouped(nn.Module):
+    """Attention whose keys and values are shared by groups of heads, with two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.num_heads, self.fused_attn = nn.Linear(32, 64), 4, True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "b n (h d) -> b h n d", d=8).split([4, 2, 2], 1)
+        if self.fused_attn:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+            y = (q @ k.mT / 8**0.5).softmax(-1) @ v
+        return y[..., :3], y[..., 3:].sin()
+
+
+def test_groups_of_heads_and_outputs_that_are_asked_one_by_one() -> None:
+    model, x = Grouped().double(), torch.randn(2, 5, 32, dtype=torch.float64)
+    with AttentionRecorder(model, gradients=True) as rec:
+        outputs = model(x)
+    with reference.unfused(model) as maps:
+        expected = model(x)
+    for places in ([0], [1], [0, 1]):
+        sum(loss_of(outputs[i]) for i in places).backward(retain_graph=True)
+        end = sum(loss_of(expected[i]) for i in places)
+        compare(rec, {rec.layers[0]: torch.autograd.grad(end, maps, retain_graph=True)[0]})
+
+
 class Odd(nn.Module):
     """Attention under another name: found by watching the first forward."""
 
@@ -279,6 +311,7 @@ def test_what_is_found_by_watching_has_gradients_in_the_first_forward_and_later(
 def test_hooks_of_others_are_on_the_way() -> None:
     model, x = double("vit")
     attention = model.blocks[0].attn
+    attention.register_forward_hook(lambda *made: made[2] + made[2].square())
     with AttentionRecorder(model, gradients=True) as rec:
         attention.register_forward_hook(lambda *made: made[2] * 3)
         attention.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
@@ -334,6 +367,12 @@ def test_a_recorder_that_is_dropped_leaves_nothing_behind_and_a_graph_that_is_dr
         alive = weakref.ref(rec)
         rec.maps[0].gradient[...]
         assert (seen[0]() is None) or keep == "inputs"
+        with AttentionRecorder(model, gradients=True, keep=keep) as second:
+            output = model(x)
+        followed = weakref.ref(second.maps[0].gradient)
+        del second
+        assert followed() is None  # though the graph is there
+        assert output.grad_fn is not None
         m = rec.maps[1]
         del rec
         assert alive() is None
