@@ -39,6 +39,43 @@ def rollout(maps: list[Tensor], residual: float = 0.5) -> Tensor:
     return torch.stack(images)
 
 
+def positive_contributions(attention: Tensor, gradient: Tensor) -> Tensor:
+    """Chefer, Gur and Wolf 2021 (bi-modal), equation 5, of one image: (heads, tokens, tokens) each, entry by entry."""
+    heads, tokens, _ = attention.shape
+    out = torch.zeros(tokens, tokens, dtype=torch.float64)
+    for h in range(heads):
+        for i in range(tokens):
+            for j in range(tokens):
+                out[i, j] += max(0.0, float(gradient[h, i, j]) * float(attention[h, i, j])) / heads
+    return out
+
+
+def relevance(maps: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """The same, equations 5 and 6, image by image in float64."""
+    images = []
+    for b in range(len(maps[0])):
+        relevant = torch.eye(maps[0].shape[-1], dtype=torch.float64)
+        for attention, gradient in zip(maps, gradients):
+            relevant = relevant + positive_contributions(attention[b], gradient[b]) @ relevant
+        images.append(relevant)
+    return torch.stack(images)
+
+
+def grad_rollout(maps: list[Tensor], gradients: list[Tensor], residual: float) -> Tensor:
+    """Rollout of positive contributions, each row divided by its sum, image by image in float64."""
+    images = []
+    for b in range(len(maps[0])):
+        joint = torch.eye(maps[0].shape[-1], dtype=torch.float64)
+        for attention, gradient in zip(maps, gradients):
+            layer = positive_contributions(attention[b], gradient[b])
+            for i in range(len(layer)):
+                total = layer[i].sum()
+                layer[i] = layer[i] / total if total > 0 else torch.eye(len(layer), dtype=torch.float64)[i]
+            joint = ((1 - residual) * layer + residual * torch.eye(len(layer), dtype=torch.float64)) @ joint
+        images.append(joint)
+    return torch.stack(images)
+
+
 class _Softmaxes(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()

@@ -8,8 +8,8 @@ import timm
 import torch
 from models import tiny
 
-from hookattn import AttentionRecorder
-from hookattn.analysis import rollout
+from hookattn import AttentionRecorder, NoGradientError, RecorderError
+from hookattn.analysis import grad_rollout, relevance, rollout
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.3, 0.5, 1.0])
@@ -58,3 +58,74 @@ def test_rollout_of_windows_or_channels_is_refused(name: str, axes: str) -> None
         model(torch.randn(2, 3, 64, 64))
     with pytest.raises(ValueError, match=f"rollout needs maps from all tokens of an image.*{axes}"):
         rollout(rec.maps[:1])
+
+
+def explained(
+    name: str = "vit", which: int = 3, **options: Any
+) -> tuple[AttentionRecorder, list[torch.Tensor], list[torch.Tensor]]:
+    """A recorder after backward, and the maps and gradients of the unfused path in float64."""
+    model, x = tiny(name, depth=3)
+    model, x = model.double(), x.double()
+    with AttentionRecorder(model, gradients=True, **options) as rec:
+        model(x)[:, which].sum().backward()
+    with reference.unfused(model) as maps:
+        end = model(x)[:, which].sum()
+    gradients = torch.autograd.grad(end, maps)
+    return rec, [m.detach() for m in maps], list(gradients)
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_registers", "eva_split", "deit_distilled"])
+def test_relevance_is_what_the_paper_defines(name: str) -> None:
+    rec, maps, gradients = explained(name)
+    expected = reference.relevance(maps, gradients)
+    tokens = torch.eye(expected.shape[-1], dtype=torch.float64)
+    assert (expected - tokens)[:, 0].max() > 1e-6
+    torch.testing.assert_close(relevance(rec), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(relevance(rec.maps), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_grad_rollout_is_the_rollout_of_positive_contributions(residual: float, keep: Any) -> None:
+    rec, maps, gradients = explained(keep=keep)
+    assert (gradients[-1][:, :, 1:] == 0).all()  # in the last layer only the class token speaks for the class
+    got = grad_rollout(rec, residual=residual)
+    torch.testing.assert_close(got, reference.grad_rollout(maps, gradients, residual), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.sum(-1), torch.ones_like(got.sum(-1)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [relevance, grad_rollout])
+def test_explanations_are_of_the_class_that_was_asked_for(method: Any) -> None:
+    one, other = (method(explained(which=which)[0])[:, 0] for which in (3, 4))
+    assert not torch.allclose(one, other, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", [relevance, grad_rollout])
+def test_explanations_say_what_they_need(method: Any) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model) as rec:
+        model(x)
+    with pytest.raises(RecorderError, match="gradients=True"):
+        method(rec)
+    with AttentionRecorder(model, gradients=True) as rec:
+        model(x)
+    with pytest.raises(NoGradientError, match="no backward"):
+        method(rec)
+    with pytest.raises(ValueError, match=f"{method.__name__} needs maps from all tokens to the same tokens"):
+        method([])
+
+
+@pytest.mark.parametrize("method", [relevance, grad_rollout])
+def test_a_nan_is_not_hidden_by_an_explanation(method: Any) -> None:
+    model, x = tiny("vit")
+    x[1, 0, 0, 0] = float("nan")
+    with AttentionRecorder(model, gradients=True) as rec:
+        model(x)[:, 0].sum().backward()
+    got = method(rec)
+    assert got[0].isfinite().all()
+    assert got[1].isnan().any()
+
+
+def test_rollout_takes_a_recorder() -> None:
+    rec, maps, _ = explained()
+    torch.testing.assert_close(rollout(rec), reference.rollout(maps), rtol=0, atol=1e-12)
