@@ -12,7 +12,8 @@ Rooms, an import may only point down:
     inspection            what of a model can be read, and how
     recorder              the only file that touches a model
     watching              which modules form maps, where names do not tell
-    discovery  forwards   which modules are attention; what counts as one forward
+    forwards  edits       what counts as one forward; maps put in place of the own
+    discovery             which modules are attention
     maps                  AttentionMap, read when sliced
     layouts/  gradients   where the queries and keys of a class lie on the image; what backward brings to a map
     replay  tokens  trace the map a forward forms; prefix tokens, grids, windows; who calls an attention module with what

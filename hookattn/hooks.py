@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +31,11 @@ class Hook:
 def is_ours(hook: Any) -> bool:
     """Whether a hook is a recorder's."""
     return isinstance(hook, Hook)
+
+
+def same_objects(values: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether hooks have left the arguments of a call what they were."""
+    return len(values) == len(others) and all(a is b for a, b in zip(values, others))
 
 
 def came_later(module: nn.Module, ours: Hook | None) -> bool:

@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .calls import Call, Target, capture, is_reading, target
-from .discovery import Layers, choose, recordable
+from .discovery import Layer, Layers, choose, recordable
+from .edits import Edit, Edits
 from .errors import NoMapError, RecorderError, StaleMapError, UnreadableError
 from .forwards import Forward, Forwards, Maps, is_a_forward
 from .gradients import Gradient
-from .hooks import Hook, came_later
+from .hooks import Hook, came_later, same_objects
 from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stems_of, trunk_of
 from .maps import About, AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
 from .trace import CallSite, Origins, call_site
@@ -84,7 +85,7 @@ class AttentionRecorder:
         self._keep, self._detach, self._all_passes = keep, detach, passes == "all"
         self._deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._origins = Origins(self.model) if called_from else None
-        self._gradients = gradients
+        self._gradients, self._edits = gradients, Edits(self.model)
         self._followed: dict[nn.Module, tuple[Gradient, Call, list[Any]]] = {}
         self._trunks: dict[str, nn.Module] = {}
         self._blocks: dict[str, nn.Module | None] = {}
@@ -139,6 +140,30 @@ class AttentionRecorder:
         if not filled:
             raise NoMapError(self._why_empty())
         return filled
+
+    def edit(self, edits: Mapping[Layer, Edit]) -> AbstractContextManager[None]:
+        """Let the model go on with other maps than its own, for as long as the block lasts.
+
+            with rec.edit({"blocks.3.attn": lambda a: a.index_fill(1, torch.tensor(2), 0.0)}):  # without head 2
+                logits = model(images)
+
+        The module runs fused as always; its output is then computed once more from the edited map, in the graph of the
+        forward, and takes the place of its own. All other modules run fused. `rec.maps` shows what each module formed itself,
+        before the edit; `m.gradient` is that with respect to the map that was used.
+
+        Args:
+            edits: what to make of a map, by the layers it is done in (names, globs, positions as in `layers`): functions of a
+                map (batch, heads, queries, keys), which they may write into, that return one of the same shape. Rows need not
+                sum to 1.
+
+        Raises:
+            RecorderError: the recorder is not open.
+            LayerNotFoundError, UnreadableError: as for `layers`.
+            ValueError: in the forward, an edit returned something that is no map of the same shape.
+        """
+        if self._hooks is None:
+            raise RecorderError("the recorder is not open: edit inside its block, `with AttentionRecorder(model) as rec:`.")
+        return self._edits.open(edits)
 
     def verify(self, tolerance: float | None = None) -> float:
         """Verify every map of the last forward, see `AttentionMap.verify`.
@@ -244,7 +269,7 @@ class AttentionRecorder:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             handle.remove()
             final = [*args, *kwargs.values()]
-            if not _are(final, seen):
+            if not same_objects(final, seen):
                 call, before = capture(chosen, args, kwargs, detach=self._detach), forward.maps[name]
                 forward.maps[name] = self._map(call, name, forward, self._site(args, kwargs), before)
 
@@ -266,7 +291,7 @@ class AttentionRecorder:
         if module not in self._followed or is_reading():
             return
         gradient, call, seen = self._followed.pop(module)
-        if not _are([*args, *kwargs.values()], seen):
+        if not same_objects([*args, *kwargs.values()], seen):
             call = capture(call.target, args, kwargs, detach=self._detach)._replace(modes=call.modes)
         gradient.follow(call, output)
 
@@ -368,10 +393,6 @@ class _Eager:
 
 
 _EAGER = _Eager()
-
-
-def _are(values: list[Any], others: list[Any]) -> bool:
-    return len(values) == len(others) and all(a is b for a, b in zip(values, others))
 
 
 def _is_of(name: str, chosen: Target) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from .errors import UnreadableError
 from .functional import QK, Scores, Source, exactly
 from .recipes import find_form
 
+Mode = TypeVar("Mode", bound="MapMode")
 SDPA = F.scaled_dot_product_attention
 SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -69,21 +70,37 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
     Raises:
         UnreadableError: the forward forms no map that another could be put in place of.
     """
-    module = call.target.module
     with call.resumed():
-        with leaving_no_trace(module), Watch(module) as watch:
-            call.restore_random_streams()
-            args, kwargs = own_arguments(module, call.args, call.kwargs)
-            own = module.forward(*args, **kwargs)
-        if not watch.sites:
-            raise UnreadableError(
-                f"{who(module)} called neither scaled_dot_product_attention nor softmax: there is nothing in its forward to "
-                "put a map into."
-            )
-        with leaving_no_trace(module), Inject(module, watch, attention):
-            call.restore_random_streams()
-            args, kwargs = own_arguments(module, call.args, call.kwargs)
-            return own, module.forward(*args, **kwargs)
+        own, watch = _run(call, Watch(call.target.module))
+        return own, _run(call, Inject(watch, attention))[0]
+
+
+def replaced(call: Call, attention: Tensor) -> Any:
+    """Run a captured call's forward with `attention` in place of the map it forms, and all dropout as it was.
+
+    Args:
+        call: the captured call.
+        attention: (batch, heads, queries, keys).
+
+    Returns:
+        The module's output, in the graph of the call and of the map.
+
+    Raises:
+        UnreadableError: the forward forms no map that another could be put in place of.
+    """
+    with call.resumed():
+        with torch.no_grad():
+            watch = _run(call, Watch(call.target.module, as_called=True))[1]
+        return _run(call, Inject(watch, attention, as_called=True))[0]
+
+
+def _run(call: Call, mode: Mode) -> tuple[Any, Mode]:
+    """What a call's forward returns under a mode, and the mode."""
+    module = call.target.module
+    with leaving_no_trace(module), mode:
+        call.restore_random_streams()
+        args, kwargs = own_arguments(module, call.args, call.kwargs)
+        return module.forward(*args, **kwargs), mode
 
 
 def own_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -148,11 +165,16 @@ class _Site:
 
 
 class MapMode(TorchFunctionMode):
-    """Hands SDPA and softmax calls to the two methods; sees inside PyTorch's own multi-head attention as well."""
+    """Hands SDPA and softmax calls to the two methods; sees inside PyTorch's own multi-head attention as well.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: whose forward runs.
+        as_called: whether it is to return all that it would: dropout of the map is on, weights that were asked for are given.
+    """
+
+    def __init__(self, module: nn.Module, *, as_called: bool = False) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.as_called = module, as_called
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -164,7 +186,8 @@ class MapMode(TorchFunctionMode):
             return self.softmax(func, args, kwargs)
         if func is F.multi_head_attention_forward:  # asked for no weights, it goes through SDPA
             with self:
-                return _body(func)(*args, **{**kwargs, "need_weights": False})
+                weights = self.as_called and kwargs.get("need_weights", True)
+                return _body(func)(*args, **{**kwargs, "need_weights": weights})
         return func(*args, **kwargs)
 
     def fused(self, **kwargs: Any) -> Tensor:
@@ -177,8 +200,8 @@ class MapMode(TorchFunctionMode):
 class Watch(MapMode):
     """Notes what every SDPA call and every softmax is made of, and lets them run without dropout of the map."""
 
-    def __init__(self, module: nn.Module, batch: int | None = None) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, batch: int | None = None, *, as_called: bool = False) -> None:
+        super().__init__(module, as_called=as_called)
         self.batch = batch
         self.fused_sites: list[_Site] = []
         self.softmax_sites: list[_Site] = []
@@ -204,8 +227,13 @@ class Watch(MapMode):
 class Inject(MapMode):
     """Puts a map where the sites of a watched run formed theirs."""
 
-    def __init__(self, module: nn.Module, watch: Watch, attention: Tensor) -> None:
-        super().__init__(module)
+    def __init__(self, watch: Watch, attention: Tensor, *, as_called: bool = False) -> None:
+        super().__init__(watch.module, as_called=as_called)
+        if not watch.sites:
+            raise UnreadableError(
+                f"{who(watch.module)} called neither scaled_dot_product_attention nor softmax: there is nothing in its forward "
+                "to put a map into."
+            )
         self.into_fused = bool(watch.fused_sites)
         maps = (attention[:, i :: len(watch.sites)] for i in range(len(watch.sites)))
         self.left = iter([(site.dtype, part) for site, part in zip(watch.sites, maps)])
@@ -216,6 +244,7 @@ class Inject(MapMode):
         attention = _folded(self.module, attention, shape)
         if attention.dim() == 4:
             value = value.repeat_interleave(attention.shape[1] // value.shape[1], dim=1)
+        attention = F.dropout(attention, kwargs.get("dropout_p", 0.0) if self.as_called else 0.0)
         with exactly(value.device):
             out: Tensor = (attention @ value.to(attention.dtype)).to(dtype)
             return out

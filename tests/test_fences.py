@@ -26,7 +26,7 @@ ROOMS = [
     {"layouts", "gradients"},
     {"maps"},
     {"discovery"},
-    {"forwards"},
+    {"forwards", "edits"},
     {"watching"},
     {"recorder"},
     {"analysis", "testing", "inspection"},

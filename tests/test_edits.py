@@ -1,0 +1,255 @@
+"""Maps that are put in place of a module's own: the logits are those of the unfused path with the same change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from models import TINY, tiny
+from test_mechanisms import MODELS, lively
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from hookattn import AttentionRecorder, LayerNotFoundError, RecorderError, UnreadableError
+from hookattn.recipes import find_recipe
+
+
+def without_head(attention: Tensor) -> Tensor:
+    """Knock out a head."""
+    attention[:, -1] = 0
+    return attention
+
+
+def without_edge(attention: Tensor) -> Tensor:
+    """Let nothing look at token 3, and rows sum to 1 again."""
+    return (attention * (torch.arange(attention.shape[-1]) != 3)).div(1 - attention[..., 3:4])
+
+
+def uniform(attention: Tensor) -> Tensor:
+    return torch.full_like(attention, 1 / attention.shape[-1])
+
+
+def cubed(attention: Tensor) -> Tensor:
+    """Something that is not linear in the map."""
+    return attention**3
+
+
+EDITS = [without_head, without_edge, uniform, cubed]
+
+
+class EditedSoftmax(TorchFunctionMode):
+    """Changes what the n-th softmax puts out."""
+
+    def __init__(self, which: int, edit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.left, self.edit = which, edit
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") != "softmax":
+            return out
+        self.left -= 1
+        return self.edit(out.clone()) if self.left == -1 else out
+
+
+@contextmanager
+def unfused_and_edited(model: nn.Module, which: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    with EditedSoftmax(which, edit):
+        yield
+    for module in fused:
+        module.fused_attn = True
+
+
+def gradients(output: Tensor, model: nn.Module) -> list[Tensor]:
+    return [g for g in torch.autograd.grad(output.square().sum(), list(model.parameters()), allow_unused=True) if g is not None]
+
+
+def near(got: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    largest = expected.abs().max().clamp(min=1)
+    torch.testing.assert_close(got / largest, expected / largest, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [*TINY, *MODELS])
+def test_maps_left_as_they_are_leave_the_output_as_it_was(name: str) -> None:
+    model, x = lively(name) if name in MODELS else tiny(name)
+    model, x = model.double(), x.double()
+    layers = [n for n, m in model.named_modules() if find_recipe(m) is not None]
+    seen: list[tuple[int, ...]] = []
+
+    def same(attention: Tensor) -> Tensor:
+        seen.append(tuple(attention.shape))
+        return attention
+
+    with torch.no_grad(), AttentionRecorder(model, layers=layers) as rec:
+        expected = model(x)
+        with rec.edit(dict.fromkeys(layers, same)):
+            got = model(x)
+        assert torch.equal(model(x), expected)
+    near(got, expected)
+    assert seen == [m.shape for m in rec.maps.values()]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", ["vit", "eva_split", "beit", "rope_gqa", "parallel"])
+def test_logits_and_gradients_are_those_of_the_unfused_path_with_the_same_change(name: str, edit: Any) -> None:
+    model, x = tiny(name, depth=3)
+    model, x = model.double(), x.double()
+    with AttentionRecorder(model) as rec:
+        before = model(x)
+        with rec.edit({1: edit}):
+            output = model(x)
+    with unfused_and_edited(model, 1, edit):
+        expected = model(x)
+    assert (before - output).abs().max() > 1e-3
+    near(output, expected)
+    for got, wanted in zip(gradients(output, model), gradients(expected, model)):
+        near(got, wanted)
+
+
+def test_an_edit_of_some_layers_leaves_the_maps_before_it_alone_and_moves_those_after_it() -> None:
+    model, x = tiny("vit", depth=3)
+    with torch.no_grad(), AttentionRecorder(model, passes="all") as rec:
+        model(x)
+        with rec.edit({"blocks.1": without_head}):
+            model(x)
+    own, edited = rec.passes
+    assert torch.equal(own[0][...], edited[0][...])
+    assert torch.equal(own[1][...], edited[1][...])  # what the module formed itself
+    assert not torch.allclose(own[2][...], edited[2][...], atol=1e-4)
+    rec.verify()
+
+
+def test_globs_and_several_edits_of_one_layer_follow_each_other() -> None:
+    model, x = tiny("vit")
+    with torch.no_grad(), AttentionRecorder(model) as rec:
+        with rec.edit({"blocks.*.attn": lambda a: a * 0.5, -1: lambda a: a * 2.0}):
+            got = model(x)
+        with rec.edit({0: lambda a: a * 0.5}):
+            expected = model(x)
+        with rec.edit({0: lambda a: a * 0.5}), rec.edit({0: lambda a: a * 0.25}):
+            last = model(x)
+        with rec.edit({0: lambda a: a * 0.125}):
+            near(last, model(x), 1e-5)
+    near(got, expected, 1e-5)
+    with torch.no_grad(), rec:
+        model.blocks[0].attn.scale *= 0.5  # the module may be another one by then
+        expected = model(x)
+        with rec.edit({0: lambda a: a}):
+            near(model(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_in_train_mode_randomness_is_that_of_the_forward_and_checkpoints_are_edited_too(reentrant: bool | None) -> None:
+    model, x = tiny("vit", proj_drop_rate=0.3, drop_path_rate=0.3)
+    model, x = model.double().train(), x.double().requires_grad_()
+    torch.manual_seed(1)
+    with unfused_and_edited(model, 1, cubed):
+        expected = model(x)
+        wanted, state = gradients(expected, model), torch.get_rng_state()
+    if reentrant is not None:
+        block = model.blocks[1]
+        block.forward = lambda *args, own=block.forward, **_: checkpoint(own, *args, use_reentrant=reentrant)
+    torch.manual_seed(1)
+    with AttentionRecorder(model) as rec, rec.edit({1: cubed}):
+        output = model(x)
+        output.square().sum().backward()
+    near(output, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    for got, want in zip([p.grad for p in model.parameters() if p.grad is not None], wanted):
+        near(got, want)
+
+
+def test_dropout_of_the_map_stays_on() -> None:
+    model, x = Attention(48, 3, attn_drop=0.5).train(), torch.randn(1, 400, 48)
+    with torch.no_grad(), AttentionRecorder(model) as rec, rec.edit({0: uniform}):
+        model(x)
+        spread = [model(x)[0].std(0).mean() for _ in range(2)]
+        model.eval()
+        still = model(x)[0].std(0).mean()
+    assert min(spread) > 100 * still  # without dropout every query gets the same
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_and_in_inference_mode(dtype: torch.dtype) -> None:
+    model, x = tiny("vit")
+    with torch.autocast("cpu", dtype=dtype), torch.inference_mode(), AttentionRecorder(model) as rec:
+        expected = model(x)
+        with rec.edit({0: lambda a: a, 1: lambda a: a.half()}):
+            got = model(x)
+    assert got.dtype == expected.dtype
+    near(got, expected, 3e-2)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_pytorch_s_own_attention_returns_the_weights_it_was_edited_to(need_weights: bool) -> None:
+    model, x = nn.MultiheadAttention(24, 3, batch_first=True), torch.randn(2, 7, 24)
+    with torch.no_grad(), AttentionRecorder(model) as rec, rec.edit({0: without_head}):
+        output, weights = model(x, x, x, need_weights=need_weights, average_attn_weights=False)
+        edited = without_head(rec.maps[0][...])
+    v = rearrange(
+        torch.nn.functional.linear(x, model.in_proj_weight[48:], model.in_proj_bias[48:]), "b n (h d) -> b h n d", h=3
+    )
+    near(output, model.out_proj(rearrange(edited @ v, "b h n d -> b n (h d)")), 1e-5)
+    assert (weights is not None) == need_weights
+    if need_weights:
+        near(weights, edited, 1e-6)
+
+
+def test_the_gradient_of_an_edited_map_is_that_of_the_map_that_was_used() -> None:
+    model, x = tiny("vit")
+    model, x = model.double(), x.double()
+    used = []
+
+    def edit(attention: Tensor) -> Tensor:
+        used.append(without_edge(attention))
+        return used[-1]
+
+    with AttentionRecorder(model, gradients=True) as rec, rec.edit({0: edit}):
+        end = model(x).square().sum()
+        end.backward(retain_graph=True)
+    near(rec.maps[0].gradient[...], torch.autograd.grad(end, used[0])[0])
+
+
+def test_hooks_of_others_come_before_and_after_an_edit() -> None:
+    model, x = tiny("vit")
+    model, x = model.double(), x.double()
+    attention = model.blocks[0].attn
+    attention.register_forward_hook(lambda *made: made[2] * 3)
+    with torch.no_grad(), AttentionRecorder(model) as rec, rec.edit({0: cubed}):
+        attention.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
+        got = model(x)
+    with torch.no_grad(), unfused_and_edited(model, 0, cubed):
+        near(got, model(x))
+
+
+def test_what_cannot_be_edited_is_refused_and_nothing_is_left() -> None:
+    model, x = tiny("vit")
+    rec = AttentionRecorder(model)
+    with pytest.raises(RecorderError, match="edit inside its block"):
+        rec.edit({0: without_head})
+    with rec:
+        with (
+            pytest.raises(LayerNotFoundError, match=r"Did you mean 'blocks\.1\.attn'"),
+            rec.edit({"blocks.1.atn": without_head}),
+        ):
+            pass
+        with pytest.raises(ValueError, match=r"'blocks\.0\.attn' returned no map of shape \(2, 3, 17, 17\) but NoneType"):  # noqa: SIM117
+            with rec.edit({0: lambda a: None}):  # type: ignore[arg-type, return-value]
+                model(x)
+        with pytest.raises(ValueError, match=r"but one of shape \(2, 17, 17\)"), rec.edit({0: lambda a: a[:, 0]}):
+            model(x)
+        with pytest.raises(UnreadableError, match="forms no softmax map"), rec.edit({"norm": without_head}):
+            model(x)
+        with rec.edit({}):
+            expected = model(x)
+    assert torch.equal(model(x), expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
