@@ -21,7 +21,7 @@ _SAMPLES, _FEW = 4096, 16
 _COMPARED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (int, float, bool, str)
 INTERNAL = set(vars(nn.Module()))
-_HARMLESS = ("training", "fused_attn", "call_super_init", "_is_full_backward_hook")
+_HARMLESS = ("training", "fused_attn", "call_super_init", "_is_full_backward_hook", "_is_torch_compile")
 _NOTHING = object()
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 

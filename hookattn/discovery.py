@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ def find_attention(model: nn.Module) -> Found:
 def recordable(model: nn.Module) -> nn.Module:
     """The module whose forward will run in Python, or an error that says why there is none."""
     if not isinstance(model, nn.Module):
-        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}.")
+        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}{_instead_of(model)}.")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     for name, module in model.named_modules():
         where = f" (its module {name!r})" if name else ""
@@ -58,9 +58,18 @@ def recordable(model: nn.Module) -> nn.Module:
             raise ModelError(
                 f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model."
             )
-        if isinstance(module, torch.fx.GraphModule):
+        if isinstance(module, (torch.fx.GraphModule, torch.export.UnflattenedModule)):
             raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
     return model
+
+
+def _instead_of(thing: Any) -> str:
+    """What to record instead of something that is no module."""
+    if hasattr(thing, "_torchdynamo_orig_callable"):
+        return ": it was compiled, and runs eagerly inside the block; record the model that it calls"
+    if type(thing).__module__.startswith("torch."):
+        return ": what was exported or packaged has no attention modules left; record the eager model"
+    return ""
 
 
 def choose(model: nn.Module, layers: Layers) -> Found:

@@ -6,11 +6,18 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
+from torch.fx import _symbolic_trace
+
+_TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+_is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
 
 
 class Hook:
-    """A hook on a module. Copied or pickled with its module it becomes a function of the standard library that does nothing.
+    """A hook on a module that is not there for a compiler, an export or a trace.
+
+    Copied or pickled with its module it becomes a function of the standard library that does nothing.
 
     Args:
         run: what PyTorch is to call.
@@ -22,10 +29,17 @@ class Hook:
         self.run = run
 
     def __call__(self, *given: Any) -> Any:
-        return self.run(*given)
+        return None if is_traced() else self.run(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")  # takes whatever it is given and returns None
+
+
+def is_traced() -> bool:
+    """Whether modules run to be compiled, exported or traced: what they are called with has no values to read."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or _is_fx_tracing():
+        return True
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
 
 
 def is_ours(hook: Any) -> bool:

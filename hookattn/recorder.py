@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -59,6 +58,7 @@ class AttentionRecorder:
         LayerNotFoundError: `layers` names nothing.
         UnreadableError: `layers` names a module that forms no map.
         ValueError: `keep` or `passes` is none of the words above.
+        RecorderError: it is made or opened inside compiled code.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class AttentionRecorder:
         called_from: bool = False,
         gradients: bool = False,
     ) -> None:
+        if torch.compiler.is_compiling():
+            raise RecorderError(_INSIDE)
         if keep not in ("inputs", "maps"):
             raise ValueError(f'keep={keep!r} is not known: keep="inputs" or keep="maps".')
         if passes not in ("last", "all"):
@@ -359,7 +361,8 @@ class AttentionRecorder:
         if not self._forwards.all:
             return (
                 f"no forward of the {type(self.model).__name__} has run inside the block: call it between `with "
-                "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with."
+                "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with. "
+                "An export or a trace of it is none."
             )
         if not self._chosen:
             return (
@@ -373,6 +376,12 @@ class AttentionRecorder:
         )
 
 
+_INSIDE = (
+    "a recorder cannot be used inside compiled code, which does not see its hooks: open it around the compiled function, which "
+    "then runs eagerly, or move the block into a function of its own under @torch.compiler.disable."
+)
+
+
 class _Eager:
     """Runs compiled code eagerly as long as any recorder is open: what was compiled before has no hooks in it."""
 
@@ -381,8 +390,10 @@ class _Eager:
 
     def __enter__(self) -> None:
         with self.lock:
-            if self.open == 0 and "torch._dynamo" in sys.modules:  # else nothing has been compiled
+            try:  # imports torch._dynamo, as the first torch.compile would
                 self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            except RuntimeError as inside:
+                raise RecorderError(_INSIDE) from inside
             self.open += 1
 
     def __exit__(self, *_: object) -> None:

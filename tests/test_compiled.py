@@ -1,0 +1,565 @@
+"""Compiled, exported and traced: what was compiled runs eagerly inside the block, and is afterwards what it was."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+from reference import unfused
+from test_recorder import NAMES, Raises, read_all, same, untouched
+from torch import Tensor, nn
+from torch._dynamo import eval_frame
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import flex_attention
+
+from hookattn import AttentionRecorder, ModelError, NoMapError, RecorderError, UnreadableError
+
+OPENED = ["before it is compiled", "after it was compiled"]
+
+
+class Counts:
+    """A compiler that runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
+
+
+def stance() -> str:
+    return eval_frame._stance.stance
+
+
+def settings() -> list[Any]:
+    """All that a recorder might leave set for everybody."""
+    config = [(name, repr(value)) for name, value in torch._dynamo.config.get_config_copy().items()]
+    modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")]
+    return [eval_frame._stance, config, modes, torch._C._len_torch_function_stack(), list(sys.meta_path), torch.compile]
+
+
+@contextmanager
+def nothing_set() -> Iterator[None]:
+    before = settings()
+    try:
+        yield
+    finally:
+        assert settings() == before
+
+
+@torch.no_grad()
+def softmaxes(call: Callable[[Tensor], Any], model: nn.Module, x: Tensor) -> list[Tensor]:
+    with unfused(model) as maps:
+        call(x)
+    return maps
+
+
+def agree(rec: AttentionRecorder, expected: list[Tensor], tolerance: float = 1e-6) -> None:
+    """Complete, in order and exact."""
+    assert [name.replace("._orig_mod", "") for name in rec.maps] == NAMES
+    for m, softmax in zip(rec.maps.values(), expected, strict=True):
+        torch.testing.assert_close(m[...], softmax, rtol=0, atol=tolerance)
+
+
+def the_model(model: Any, **options: Any) -> tuple[Any, Any]:
+    return model, torch.compile(model, **options)
+
+
+def the_compiled_model(model: Any, **options: Any) -> tuple[Any, Any]:
+    compiled = torch.compile(model, **options)
+    return compiled, compiled
+
+
+def model_compile(model: Any, **options: Any) -> tuple[Any, Any]:
+    model.compile(**options)
+    return model, model
+
+
+def block_compile(model: Any, **options: Any) -> tuple[Any, Any]:
+    for block in model.blocks:
+        block.compile(**options)
+    return model, model
+
+
+def one_block_compile(model: Any, **options: Any) -> tuple[Any, Any]:
+    model.blocks[1].compile(**options)
+    return model, model
+
+
+def blocks_replaced(model: Any, **options: Any) -> tuple[Any, Any]:
+    model.blocks = nn.Sequential(*[torch.compile(block, **options) for block in model.blocks])
+    return model, model
+
+
+def attention_compile(model: Any, **options: Any) -> tuple[Any, Any]:
+    for block in model.blocks:
+        block.attn.compile(**options)
+    return model, model
+
+
+def attention_replaced(model: Any, **options: Any) -> tuple[Any, Any]:
+    for block in model.blocks:
+        block.attn = torch.compile(block.attn, **options)
+    return model, model
+
+
+def function_around(model: Any, **options: Any) -> tuple[Any, Any]:
+    return model, torch.compile(lambda images: model(images).softmax(-1), **options)
+
+
+def method_of_the_model(model: Any, **options: Any) -> tuple[Any, Any]:
+    return model, torch.compile(model.forward_features, **options)
+
+
+WAYS = [
+    the_model,
+    the_compiled_model,
+    model_compile,
+    block_compile,
+    one_block_compile,
+    blocks_replaced,
+    attention_compile,
+    attention_replaced,
+    function_around,
+    method_of_the_model,
+]
+
+
+def check(way: Any, opened: str, name: str = "vit", **options: Any) -> None:
+    """Recorded completely and exactly; whole graphs, none compiled in the block and none again; nothing left."""
+    model, x = tiny(name)
+    expected, counts = softmaxes(model, model, x), Counts()
+    recorded, call = way(model, **{"backend": counts, **options})
+    compiled_here = options.get("backend") is None
+    with torch.no_grad():
+        if opened == OPENED[1]:
+            call(x)
+            assert counts.graphs > 0 or not compiled_here
+        graphs = counts.graphs
+        with nothing_set(), untouched(model), AttentionRecorder(recorded) as rec:
+            inside = call(x)
+            assert counts.graphs == graphs
+        agree(rec, expected)
+        if opened == OPENED[1]:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                after = call(x)
+        else:
+            after = call(x)
+            assert counts.graphs > 0 or not compiled_here
+        torch.testing.assert_close(inside, after, rtol=1e-4, atol=1e-4)
+        torch.compiler.set_stance("force_eager")
+        assert torch.equal(inside, call(x))
+    assert not counters["graph_break"]
+
+
+# Recorded whole, and not compiled again
+
+
+@pytest.mark.parametrize("opened", OPENED)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_compiled_model_is_recorded_whole_and_its_graphs_are_used_again(way: Any, opened: str) -> None:
+    check(way, opened, fullgraph=True)
+
+
+@pytest.mark.parametrize("opened", OPENED)
+@pytest.mark.parametrize("options", [{"dynamic": True}, {"backend": "aot_eager"}], ids=str)
+def test_so_is_one_compiled_with_other_options(options: dict[str, Any], opened: str) -> None:
+    check(the_compiled_model, opened, **options)
+
+
+def test_so_is_one_compiled_by_inductor() -> None:
+    check(one_block_compile, OPENED[1], backend="inductor", mode="reduce-overhead", fullgraph=True)
+
+
+@pytest.mark.parametrize("way", [blocks_replaced, attention_replaced], ids=lambda way: way.__name__)
+def test_where_a_part_was_replaced_by_its_compiled_one_maps_lie_on_the_image_as_before(way: Any) -> None:
+    model, x = tiny("vit_registers")
+    with AttentionRecorder(model) as plain, torch.no_grad():
+        model(x)
+    recorded, call = way(model, backend=Counts())
+    with AttentionRecorder(recorded, ["blocks.1"]) as rec, torch.no_grad():
+        call(x)
+    assert len(rec.maps) == 1
+    assert torch.equal(rec.maps[0].image("cls"), plain.maps[1].image("cls"))
+    assert rec.verify() < 1e-4
+
+
+def test_maps_of_a_module_that_is_compiled_later_are_still_there() -> None:
+    model, x = tiny("vit")
+    expected = softmaxes(model, model, x)
+    with torch.no_grad():
+        with AttentionRecorder(model) as rec:
+            model(x)
+        for way in (attention_replaced, model_compile, function_around):
+            way(model, backend=Counts())[1](x)
+    for m, softmax in zip(rec.maps.values(), expected, strict=True):
+        torch.testing.assert_close(m[...], softmax, rtol=0, atol=1e-6)
+
+
+def test_where_nothing_is_named_like_attention_a_compiled_model_is_watched() -> None:
+    class Mixer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(x @ x.transpose(-2, -1), dim=-1) @ x
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Mixer()), torch.randn(2, 5, 8)
+    counts = Counts()
+    compiled = torch.compile(model, backend=counts, fullgraph=True)
+    expected = softmaxes(model, model, x)
+    compiled(x)
+    for _ in range(2):
+        with untouched(model), AttentionRecorder(compiled) as rec:
+            compiled(x)
+            compiled(x)
+        torch.testing.assert_close(rec.maps["1"][:, 0], expected[0], rtol=0, atol=1e-6)
+    compiled(x)
+    assert counts.graphs == 1
+
+
+PLAIN_TORCH = """
+import sys
+import torch
+from torch import nn
+from hookattn import AttentionRecorder
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.attn(y, y, y, need_weights=False)[0]
+
+torch.set_grad_enabled(False)
+model, x = nn.Sequential(Block(), Block()).eval(), torch.randn(2, 5, 16)
+expected, y = [], x
+for block in model:
+    n = block.norm(y)
+    out, weights = block.attn(n, n, n, average_attn_weights=False)
+    expected.append(weights)
+    y = y + out
+graphs = []
+print("torch._dynamo" in sys.modules)
+with AttentionRecorder(model) as rec:
+    torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)(x)
+print(len(graphs), list(rec.maps), [bool((m[...] - e).abs().max() < 1e-6) for m, e in zip(rec.maps.values(), expected)])
+"""
+
+
+def test_a_model_compiled_for_the_first_time_in_the_process_inside_the_block_is_recorded() -> None:
+    ran = subprocess.run([sys.executable, "-c", PLAIN_TORCH], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.splitlines() == ["False", "0 ['0.attn', '1.attn'] [True, True]"], ran.stderr
+
+
+# What is set for everybody
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize("own", ["default", "eager_on_recompile", "fail_on_recompile", "force_eager"])
+def test_the_users_stance_is_back_when_the_last_recorder_has_closed(own: Any, order: tuple[int, ...]) -> None:
+    model, other = tiny("vit")[0], tiny("vit")[0]
+    torch.compiler.set_stance(own)
+    with nothing_set():
+        recorders = [AttentionRecorder(model), AttentionRecorder(other), AttentionRecorder(model)]
+        for rec in recorders:
+            rec.__enter__()
+        for i in order:
+            assert stance() == "force_eager"
+            recorders[i].__exit__(None, None, None)
+    assert stance() == own
+
+
+@pytest.mark.parametrize("own", ["default", "eager_on_recompile"])
+def test_the_users_stance_is_back_when_the_body_raises(own: Any) -> None:
+    model, x = tiny("vit")
+    with torch.compiler.set_stance(own):
+        with nothing_set(), pytest.raises(ArithmeticError), AttentionRecorder(model), AttentionRecorder(model):
+            nn.Sequential(model, Raises())(x)
+        assert stance() == own
+        with nothing_set(), pytest.raises(RecorderError), AttentionRecorder(model) as rec, rec:
+            pass
+        assert stance() == own
+    assert stance() == "default"
+
+
+def test_a_block_that_overlaps_another_records_on_when_that_has_closed() -> None:
+    model, x = tiny("vit")
+    expected, counts = softmaxes(model, model, x), Counts()
+    model.compile(backend=counts)
+    first, second = AttentionRecorder(model), AttentionRecorder(model)
+    with torch.no_grad():
+        model(x)
+        with ExitStack() as stack:
+            stack.enter_context(first)
+            second.__enter__()
+        model(x)
+        agree(second, expected)
+        second.__exit__(None, None, None)
+        model(x)
+    assert counts.graphs == 1
+
+
+def test_a_recorder_records_where_a_stance_was_set_since_another_was_opened() -> None:
+    model, x = tiny("vit")
+    expected, counts = softmaxes(model, model, x), Counts()
+    model.compile(backend=counts)
+    with torch.no_grad(), AttentionRecorder(model):
+        torch.compiler.set_stance("default")
+        with AttentionRecorder(model) as rec:
+            model(x)
+    agree(rec, expected)
+    assert counts.graphs == 0
+
+
+# Nothing of ours in a graph
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "maps", "detach": False, "called_from": True}], ids=str)
+def test_what_is_compiled_with_the_hooks_on_has_nothing_of_a_recorder_in_it(options: dict[str, Any]) -> None:
+    model, x = tiny("vit")
+    with torch.no_grad():
+        expected, counts = model(x), Counts()
+        compiled = torch.compile(model, backend=counts, fullgraph=True)
+        seen: list[weakref.ref[Any]] = []
+        watching = model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+        rec = AttentionRecorder(model, **options)
+        with rec:
+            compiled(x)
+            maps = read_all(rec)
+            watching.remove()
+            with torch.compiler.set_stance("default"):  # the user's own affair: compiled code goes around the hooks
+                assert torch.equal(compiled(x), expected)
+            assert same(read_all(rec), maps)
+        assert not counters["graph_break"]
+        held = [weakref.ref(rec), weakref.ref(rec.maps[0]), *seen]
+        assert len(held) > 2
+        del rec
+        gc.collect()
+        assert [reference() for reference in held] == [None] * len(held)
+        assert torch.equal(compiled(x), expected)
+    assert not counters["graph_break"]
+
+
+def exported(strict: bool) -> Callable[[nn.Module, Tensor], Any]:
+    return lambda model, x: torch.export.export(model, (x,), strict=strict)
+
+
+def faked(model: nn.Module, x: Tensor) -> Any:
+    return make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+
+
+TRACES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "torch.export": exported(strict=False),
+    "torch.export, strict": exported(strict=True),
+    "torch.jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
+    "torch.fx": lambda model, x: torch.fx.symbolic_trace(model),
+    "make_fx": lambda model, x: make_fx(model)(x),
+    "make_fx, fake": faked,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # each of them warns of something
+@pytest.mark.parametrize("options", [{}, {"keep": "maps", "passes": "all", "called_from": True}], ids=str)
+@pytest.mark.parametrize("how", TRACES)
+def test_a_trace_inside_the_block_is_that_of_the_bare_model_and_no_forward(how: str, options: dict[str, Any]) -> None:
+    model, x = tiny("vit")
+    with torch.no_grad():
+        nodes = str(TRACES[how](model, x).graph).count("\n")
+        with AttentionRecorder(model, **options) as rec:
+            model(x)
+            maps = list(rec.maps.values())
+            traced = TRACES[how](model, x)
+            assert list(rec.maps.values()) == maps
+            assert len(rec.passes) == 1
+    assert str(traced.graph).count("\n") == nodes
+    held = weakref.ref(rec)
+    del rec, maps
+    gc.collect()
+    assert held() is None
+
+
+@torch.no_grad()
+def on_fakes(model: nn.Module, x: Tensor) -> Any:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return model(x)
+
+
+@pytest.mark.parametrize("run", [exported(strict=False), on_fakes], ids=["torch.export", "fake tensors"])
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_trace_alone_is_told_to_be_no_forward(run: Any, keep: Any) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model, keep=keep) as rec:
+        run(model, x)
+    with pytest.raises(NoMapError, match=r"no forward of the VisionTransformer has run.*An export or a trace of it is none"):
+        rec.maps  # noqa: B018
+
+
+# Inside compiled code
+
+
+def step(model: nn.Module, rec: AttentionRecorder | None = None) -> Callable[[Tensor], Any]:
+    def inner(x: Tensor) -> Any:
+        with rec or AttentionRecorder(model) as opened, torch.no_grad():
+            y = model(x * 2)
+        return y + 1, opened
+
+    return inner
+
+
+@pytest.mark.parametrize("made", ["inside", "outside"])
+def test_a_recorder_inside_compiled_code_is_refused(made: str) -> None:
+    model, x = tiny("vit")
+    rec = AttentionRecorder(model) if made == "outside" else None
+    run = torch.compile(step(model, rec), backend=Counts())
+    with (
+        untouched(model),
+        nothing_set(),
+        pytest.raises(RecorderError, match=r"inside compiled code.*@torch\.compiler\.disable"),
+    ):
+        run(x)
+    with AttentionRecorder(model) as around:
+        run(x)  # eager by then
+    assert len(around.maps) == 2
+
+
+def test_a_recorder_inside_a_graph_that_must_be_whole_is_refused_by_dynamo_with_our_reason() -> None:
+    model, x = tiny("vit")
+    with untouched(model), nothing_set(), pytest.raises(Unsupported, match=r"@torch\.compiler\.disable"):
+        torch.compile(step(model), backend=Counts(), fullgraph=True)(x)
+
+
+def test_what_the_refusal_says_to_do_works() -> None:
+    model, x = tiny("vit")
+    expected, counts = softmaxes(model, model, 2 * x), Counts()
+    look = torch.compiler.disable(step(model))
+
+    @torch.compile(backend=counts)
+    def run(x: Tensor) -> Any:
+        y, rec = look(x + 0)
+        return y.relu(), rec
+
+    for _ in range(2):
+        agree(run(x)[1], expected)
+        assert stance() == "default"
+    assert counts.graphs == 2  # what stands before it and what after
+
+
+# What has no modules left
+
+
+NO_MODEL: dict[str, tuple[Callable[[nn.Module, Tensor], Any], str]] = {
+    "exported": (exported(strict=False), r"not ExportedProgram: what was exported.*record the eager model"),
+    "exported, as a module": (lambda m, x: exported(False)(m, x).module(), r"exported or traced graph.*record the eager model"),
+    "exported, unflattened": (lambda m, x: torch.export.unflatten(exported(False)(m, x)), r"exported.*record the eager model"),
+    "exported, compiled": (
+        lambda m, x: torch.compile(exported(False)(m, x).module(), backend="eager"),
+        r"exported or traced graph.*record the eager model",
+    ),
+    "compiled method": (lambda m, x: torch.compile(m.forward_features, backend="eager"), r"compiled.*record the model"),
+    "compiled function": (lambda m, x: torch.compile(lambda x: m(x), backend="eager"), r"compiled.*record the model"),
+}
+
+
+@pytest.mark.parametrize("what", NO_MODEL)
+def test_what_has_no_modules_left_is_refused_and_the_eager_model_asked_for(what: str) -> None:
+    make, message = NO_MODEL[what]
+    with pytest.raises(ModelError, match=message):
+        AttentionRecorder(make(*tiny("vit")))
+
+
+# Modes
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_compiled_training_step_in_the_block_has_the_gradients_it_had(keep: Any, backend: str) -> None:
+    model, x = tiny("vit")
+    parameters = list(model.train().parameters())
+
+    def gradients(call: Any) -> list[Tensor]:
+        return list(torch.autograd.grad(call(x).square().sum(), parameters, allow_unused=True))
+
+    with unfused(model) as expected:
+        plain = model(x)
+    of_maps = torch.autograd.grad(expected[1].square().sum(), parameters[1])[0]
+    own, compiled = gradients(model), torch.compile(model, backend=backend)
+    gradients(compiled)
+    with AttentionRecorder(compiled, keep=keep, detach=False) as rec:
+        assert all(a is b or torch.equal(a, b) for a, b in zip(gradients(compiled), own))
+        compiled(x)
+    agree(rec, expected)
+    got = torch.autograd.grad(rec.maps[1][...].square().sum(), parameters[1])[0]
+    torch.testing.assert_close(got, of_maps, rtol=1e-4, atol=1e-5)
+    assert plain.requires_grad
+    gradients(compiled)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("mode", ["autocast", "inference_mode"])
+def test_under_the_modes_of_a_call_a_compiled_model_has_the_maps_of_the_bare_one(mode: str) -> None:
+    model, x = tiny("vit")
+    context: Any = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16), "inference_mode": torch.inference_mode}[mode]
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad(), context():
+        compiled(x)
+    with torch.no_grad(), context():
+        with AttentionRecorder(model) as plain:
+            model(x)
+        with AttentionRecorder(compiled) as rec:
+            compiled(x)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled(x)
+    assert same(read_all(rec), read_all(plain))
+
+
+@pytest.mark.parametrize("compiled_autograd", [False, True])
+def test_a_checkpoint_run_again_by_a_compiled_backward_is_no_forward(compiled_autograd: bool) -> None:
+    model, x = tiny("vit")
+    expected = softmaxes(model, model, x)
+    model.set_grad_checkpointing()
+    model.train()
+    run = torch.compile(lambda x: model(x).square().sum().backward(), backend="eager")
+    with torch._dynamo.config.patch(compiled_autograd=compiled_autograd), AttentionRecorder(model, passes="all") as rec:
+        run(x)
+    agree(rec, expected)
+    assert len(rec.passes) == 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_compiled_flex_attention_runs_in_the_block_and_is_refused_when_it_is_read() -> None:
+    class FlexAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (2, 16)).transpose(1, 2)
+            out: Tensor = flex_attention.flex_attention(q, q, q, score_mod=lambda s, b, h, i, j: s + 0.1 * (i - j))
+            return out.transpose(1, 2).flatten(2)
+
+    model, x = FlexAttention(), torch.randn(2, 16, 32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = compiled(x)
+    with AttentionRecorder(compiled) as rec:
+        torch.testing.assert_close(compiled(x), expected)
+    with pytest.raises(UnreadableError, match=r"FlexAttention.*kernel of its own.*@hookattn\.recipe"):
+        rec.maps[0][...]
