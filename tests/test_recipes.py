@@ -359,7 +359,12 @@ def mutations() -> dict[str, tuple[str, Any]]:
         return lambda module, patch: patch.setitem(module._modules, attribute, None)
 
     def value(attribute: str, changed: Any) -> Any:
-        return lambda module, patch: patch.setattr(module, attribute, changed)
+        def mutate(module: Any, patch: pytest.MonkeyPatch) -> None:
+            patch.setattr(module, attribute, changed)
+            if attribute == "scale":
+                patch.setattr(module, "fused_attn", False)  # fused, `scale` is not looked at
+
+        return mutate
 
     def no_table(module: Any, patch: pytest.MonkeyPatch) -> None:
         patch.setitem(module._parameters, "relative_position_bias_table", None)

@@ -10,27 +10,27 @@ from torch import Tensor
 
 from ..functional import QK
 from .plain import additive_or_bool
-from .projections import project
+from .projections import project, scale_of
 from .registry import recipe
 
 
 @recipe("timm.models.volo.Attention")
 def volo_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b y x (parts h d) -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.fastvit.Attention")
 def fastvit_attention(self: Any, x: Tensor) -> QK:
     x = rearrange(x, "b c y x -> b (y x) c")
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.visformer.Attention")
 def visformer_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b (parts h d) y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.layers.attention2d.Attention2d")
@@ -50,7 +50,7 @@ def single_head_modulation_attention(self: Any, x: Tensor) -> QK:
     if self.training:
         self.v_gate(x)  # comes first in the forward, and draws its random numbers first
     q, k = rearrange(self.q(x), "b d y x -> b 1 (y x) d"), rearrange(self.k(x), "b d y x -> b 1 (y x) d")
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.shvit.SHSA", form="b q k")
@@ -58,4 +58,4 @@ def single_head_self_attention(self: Any, x: Tensor) -> QK:
     """One head that sees the first `pdim` channels only."""
     qkv = rearrange(self.qkv(self.pre_norm(x[:, : self.pdim])), "b d y x -> b 1 (y x) d")
     q, k, _ = qkv.split([self.qk_dim, self.qk_dim, self.pdim], dim=-1)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))

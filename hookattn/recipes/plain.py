@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..functional import QK
-from .projections import project
+from .projections import project, scale_of
 from .registry import recipe
 
 
@@ -16,7 +16,7 @@ from .registry import recipe
 def attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     q, k = self.q_norm(q), self.k_norm(k)
-    return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
 @recipe("timm.models.vision_transformer.ParallelScalingBlock")
@@ -25,19 +25,19 @@ def parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None
     q = self.q_norm(rearrange(q, "b n (h d) -> b n h d", h=self.num_heads))
     k = self.k_norm(rearrange(k, "b n (h d) -> b n h d", h=self.num_heads))
     q, k = rearrange(q, "b n h d -> b h n d"), rearrange(k, "b n h d -> b h n d")
-    return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
 @recipe("timm.models.metaformer.Attention", "timm.models.convit.MHSA")
 def packed_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.tnt.Attention")
 def tnt_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 def in_projection(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:

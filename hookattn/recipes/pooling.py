@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..functional import QK
 from .plain import additive_or_bool
-from .projections import project
+from .projections import project, scale_of
 from .registry import recipe
 
 
@@ -20,21 +20,21 @@ from .registry import recipe
 def class_attention(self: Any, x: Tensor) -> QK:
     q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)
     k = rearrange(self.k(x), "b n (h d) -> b h n d", h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.crossvit.CrossAttention")
 def crossvit_attention(self: Any, x: Tensor) -> QK:
     q = rearrange(self.wq(x[:, 0:1]), "b n (h d) -> b h n d", h=self.num_heads)
     k = rearrange(self.wk(x), "b n (h d) -> b h n d", h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.volo.ClassAttention")
 def volo_class_attention(self: Any, x: Tensor) -> QK:
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
     q = rearrange(self.q(x[:, :1]), "b n (h d) -> b h n d", h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.layers.attention_pool.AttentionPoolLatent")
@@ -43,11 +43,11 @@ def attention_pool_latent(self: Any, x: Tensor, attn_mask: Tensor | None = None)
         x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
     q = rearrange(self.q(self.latent.expand(len(x), -1, -1)), "b n (h d) -> b h n d", h=self.num_heads)
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
-    return QK(self.q_norm(q), self.k_norm(k), scale=self.scale, **additive_or_bool(attn_mask))
+    return QK(self.q_norm(q), self.k_norm(k), scale=scale_of(self), **additive_or_bool(attn_mask))
 
 
 @recipe("timm.layers.attention_pool.AttentionPoolPrr")
 def attention_pool_prr(self: Any, x: Tensor) -> QK:
     """Tokens are their own queries and keys."""
     q = k = rearrange(self.pre_norm(x), "b n (h d) -> b h n d", h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))

@@ -40,6 +40,13 @@ def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, *
     return torch.unbind(rearrange(y, pattern, parts=parts, **axes))
 
 
+def scale_of(module: nn.Module) -> float | Tensor | None:
+    """What a module scales its scores by: `scale`, which the fused path of timm's classes does not look at."""
+    fused = getattr(module, "fused_attn", False)
+    scale: float | Tensor = module.scale  # type: ignore[assignment]
+    return None if fused else scale
+
+
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer computes x W^T + b and nothing else, so that rows of W may be left out."""
     return type(layer) is nn.Linear and _is_untouched(layer)

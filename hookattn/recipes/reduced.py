@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..functional import QK
 from .plain import additive_or_bool
-from .projections import project
+from .projections import project, scale_of
 from .registry import recipe
 
 
@@ -27,7 +27,7 @@ def pvt_v2_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
     elif self.sr is not None:
         x = self.norm(flat(self.sr(unflat(x, feat_size))))
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.twins.GlobalSubSampleAttn")
@@ -36,7 +36,7 @@ def global_sub_sample_attention(self: Any, x: Tensor, size: tuple[int, int]) -> 
     if self.sr is not None:
         x = self.norm(flat(self.sr(unflat(x, size))))
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.nextvit.EfficientAttention")
@@ -45,21 +45,21 @@ def nextvit_attention(self: Any, x: Tensor) -> QK:
     if self.sr is not None:
         x = rearrange(self.norm(self.sr(rearrange(x, "b n c -> b c n"))), "b c n -> b n c")
     k = rearrange(self.k(x), "b n (h d) -> b h n d", h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.layers.attention2d.MultiQueryAttention2d")
 def multi_query_attention_2d(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
     q = rearrange(self.query(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
     k = repeat(flat(self.key(x)), "b n d -> b h n d", h=self.num_heads)
-    return QK(q, k, scale=self.scale, **additive_or_bool(attn_mask))
+    return QK(q, k, scale=scale_of(self), **additive_or_bool(attn_mask))
 
 
 @recipe("timm.layers.attention2d.MultiQueryAttentionV2", form="b q h k")
 def multi_query_attention_v2(self: Any, x: Tensor, m: Tensor | None = None) -> QK:
     q = torch.einsum("bnc,hdc->bhnd", flat(x), self.query_proj)
     k = torch.einsum("bnc,cd->bnd", flat(x if m is None else m), self.key_proj)
-    return QK(q, repeat(k, "b n d -> b h n d", h=self.num_heads), scale=self.scale)
+    return QK(q, repeat(k, "b n d -> b h n d", h=self.num_heads), scale=scale_of(self))
 
 
 @recipe("timm.models.hiera.MaskUnitAttention", form="b h w q k")
@@ -70,7 +70,7 @@ def mask_unit_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, pattern, parts=2, of=3, h=self.heads, w=windows)
     if self.q_stride > 1:
         q = rearrange(q, "b h (stride n) d -> b h stride n d", stride=self.q_stride).amax(2)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.hieradet_sam2.MultiScaleAttention")
@@ -79,7 +79,7 @@ def hieradet_attention(self: Any, x: Tensor) -> QK:
     if self.q_pool is not None:
         q = rearrange(self.q_pool(rearrange(q, "b y x c -> b c y x")), "b c y x -> b y x c")
     q, k = (rearrange(t, "b y x (h d) -> b h (y x) d", h=self.num_heads) for t in (q, k))
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.cpubone.ConvAttention", "timm.models.lowformer.ConvAttention")
@@ -90,7 +90,7 @@ def conv_attention(self: Any, x: Tensor) -> QK:
         x = F.pad(x, (0, -width % self.att_stride, 0, -height % self.att_stride))
     pattern = "b (h parts d) y x -> parts b h (y x) d"
     q, k = project(self.pwise, self.conv_proj(x), pattern, parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 def flat(x: Tensor) -> Tensor:

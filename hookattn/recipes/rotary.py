@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..functional import QK
 from .plain import additive_or_bool
-from .projections import project
+from .projections import project, scale_of
 from .registry import recipe
 
 
@@ -30,7 +30,7 @@ def attention_rope(
     if rope is not None:
         q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
     k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
-    return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
 @recipe("timm.models.eva.EvaAttention")
@@ -46,7 +46,7 @@ def eva_attention(
     q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
         q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
-    return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
 @recipe("timm.models.gemma4_vit.Gemma4Attention")
@@ -73,7 +73,7 @@ def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
     rope = torch.cat(rope, dim=-1) if isinstance(rope, tuple) else rope
     half, dtype = getattr(self, "rotate_half", False), k.dtype
     q, k = (torch.cat((t[:, :, :1], rotated(t[:, :, 1:], rope, half=half)), dim=2).to(dtype) for t in (q, k))
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 def project_with_biases(self: Any, x: Tensor) -> tuple[Tensor, ...]:

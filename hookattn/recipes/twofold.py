@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..functional import QK
 from .plain import additive_or_bool, in_projection
-from .projections import project
+from .projections import project, scale_of
 from .registry import recipe
 
 
@@ -34,7 +34,7 @@ def differential(self: Any, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_c
     q = rearrange(q, "b n (h d) -> b h n d", h=2 * self.num_heads)
     k = rearrange(k, "b n (h d) -> b h n d", h=2 * self.num_heads)
     q, k = self.q_norm(q), self.k_norm(k)
-    return QK(q, k, scale=self.scale, is_causal=is_causal, **additive_or_bool(attn_mask))
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
 @recipe("timm.models.convit.GPSA")
@@ -49,7 +49,7 @@ def gated_positional_self_attention(self: Any, x: Tensor) -> QK:
     rel_indices = self.rel_indices if fits else self.get_rel_indices(x.shape[1])
     position = rearrange(self.pos_proj(rel_indices), "1 q k h -> 1 h q k")
     return QK(
-        in_turn(q, torch.zeros_like(q)), in_turn(k, k), scale=self.scale, bias=in_turn(torch.zeros_like(position), position)
+        in_turn(q, torch.zeros_like(q)), in_turn(k, k), scale=scale_of(self), bias=in_turn(torch.zeros_like(position), position)
     )
 
 

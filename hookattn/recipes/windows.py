@@ -13,26 +13,26 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..functional import QK
-from .projections import project
+from .projections import project, scale_of
 from .registry import recipe
 
 
 @recipe("timm.models.swin_transformer.WindowAttention")
 def swin_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale, bias=(self._get_rel_pos_bias(), *per_window(mask, len(x))))
+    return QK(q, k, scale=scale_of(self), bias=(self._get_rel_pos_bias(), *per_window(mask, len(x))))
 
 
 @recipe("timm.models.davit.WindowAttention")
 def davit_window_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.nest.Attention", form="b h w q k")
 def nest_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b w n (parts h d) -> parts (b w) h n d", parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.twins.LocallyGroupedAttn", form="b w h q k")
@@ -44,7 +44,7 @@ def locally_grouped_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK
     x = rearrange(x, "b (row y) (col x) c -> b row col y x c", y=self.ws, x=self.ws)
     pattern = "b row col y x (parts h d) -> parts (b row col) h (y x) d"
     q, k = project(self.qkv, x, pattern, parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=self.scale)
+    return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.maxxvit.AttentionCl")
@@ -52,7 +52,7 @@ def maxxvit_attention_cl(self: Any, x: Tensor, shared_rel_pos: Tensor | None = N
     packed = "(h parts d)" if self.head_first else "(parts h d)"
     q, k = project(self.qkv, x, f"b ... {packed} -> parts b h (...) d", parts=2, of=3, h=self.num_heads)
     bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-    return QK(q, k, scale=self.scale, bias=bias)
+    return QK(q, k, scale=scale_of(self), bias=bias)
 
 
 @recipe("timm.models.maxxvit.Attention2d")
@@ -60,7 +60,7 @@ def maxxvit_attention_2d(self: Any, x: Tensor, shared_rel_pos: Tensor | None = N
     packed = "(h parts d)" if self.head_first else "(parts h d)"
     q, k = project(self.qkv, x, f"b {packed} y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
     bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-    return QK(q, k, scale=self.scale, bias=bias)
+    return QK(q, k, scale=scale_of(self), bias=bias)
 
 
 def per_window(mask: Tensor | None, batch: int) -> tuple[Tensor, ...]:
