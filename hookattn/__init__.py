@@ -19,8 +19,9 @@ Rooms, an import may only point down:
     replay  tokens  trace the map a forward forms; prefix tokens, grids, windows; who calls an attention module with what
     recipes/              how queries and keys come out of a call
     calls  indexing       a captured call; what an index asks for
-    classes  functional  hooks
-                          facts filed by class; the mathematics, the only softmax; hooks that no copy carries along
+    classes  functional   facts filed by class; the mathematics, the only softmax
+    hooks  threads  eager what a recorder puts on modules, whose forwards it sees, what compiled code does meanwhile
+    stamps  absent        what tells that a tensor has changed; that its values are not to be had
     errors
 """
 

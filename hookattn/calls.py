@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from .absent import is_freed, is_left_behind, is_spread
 from .errors import StaleMapError, UnreadableError
 from .hooks import is_ours
+from .stamps import SAMPLES, Steps, Values, counted_steps, stamp_of_argument, stamps
 
-_SAMPLES, _FEW = 4096, 16
+_FEW = 16
 _COMPARED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (int, float, bool, str)
 INTERNAL = set(vars(nn.Module()))
@@ -31,6 +33,11 @@ def is_reading() -> bool:
     return _reading.get()
 
 
+def in_backward() -> bool:
+    """Whether autograd runs, in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Target(NamedTuple):
     """An attention module chosen for recording, and what has to be looked at each time it is called.
 
@@ -41,11 +48,16 @@ class Target(NamedTuple):
         state: its parameters and buffers by name, all but the statistics.
         statistics: running statistics by name, each with its norm: a norm reads them unless it is in train mode, where it
             moves them.
-        slots: where each tensor of the state and the statistics hangs: a dict of a module, the key, the tensor.
+        moving: small buffers of other modules, such as the vectors of a spectral norm: a module, the name of the buffer. In
+            train mode a forward may move them, so a call holds copies.
+        slots: where each tensor of the state, the statistics and the moving buffers hangs: a dict of a module, the key, the
+            tensor.
+        parts: the same and where each submodule, number and forward of an instance's own hangs.
         samples: a few values of each parameter, as views, in groups of one dtype and device.
         caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name.
         hooks: dicts of the hooks of all modules below this one.
         structure: what `structure_of` gave when all this was looked up.
+        steps: counts the steps of optimizers on parameters.
     """
 
     name: str
@@ -53,22 +65,33 @@ class Target(NamedTuple):
     inner: tuple[nn.Module, ...]
     state: tuple[tuple[str, Tensor], ...]
     statistics: tuple[tuple[str, Tensor, nn.Module], ...]
+    moving: tuple[tuple[str, nn.Module, str], ...]
     slots: tuple[tuple[dict[str, Any], str, Tensor], ...]
+    parts: tuple[tuple[dict[str, Any], str, Any], ...]
     samples: tuple[tuple[Tensor, ...], ...]
     caches: tuple[tuple[dict[str, Any], str], ...]
     hooks: tuple[dict[int, Any], ...]
     structure: list[Any]
+    steps: Steps
 
     def read_now(self) -> tuple[tuple[str, Tensor], ...]:
-        """What a call reads of the state and the statistics."""
-        if not self.statistics:
+        """What a call reads of the state, the statistics and the moving buffers, where no copies of them are held."""
+        if not self.statistics and not self.moving:
             return self.state
-        return (*self.state, *((name, tensor) for name, tensor, norm in self.statistics if not norm.training))
+        still = [(name, tensor) for name, tensor, norm in self.statistics if not norm.training]
+        still += [(path, b) for path, m, name in self.moving if not m.training and (b := m._buffers[name]) is not None]
+        return (*self.state, *still)
+
+    def hold_now(self) -> tuple[tuple[dict[str, Any], str, Any], ...]:
+        """What a call may change as it runs: caches and moving buffers as they are before, each with where it hangs."""
+        held = [(holder, name, _copied(holder.get(name))) for holder, name in self.caches]
+        moved = [(m._buffers, name, m._buffers[name]) for _, m, name in self.moving if m.training]
+        return (*held, *((holder, name, buffer.clone()) for holder, name, buffer in moved if buffer is not None))
 
     def up_to_date(self) -> Target:
-        """The same, looked up again if tensors of the module were replaced since, as `torch.func.functional_call` does."""
-        for holder, key, tensor in self.slots:
-            if holder.get(key) is not tensor:
+        """The same, looked up again if the module is another one than it was: tensors swapped, layers wrapped, numbers set."""
+        for holder, key, value in self.parts:
+            if holder.get(key) is not value:
                 return target(self.name, self.module)
         return self
 
@@ -78,21 +101,39 @@ def target(name: str, module: nn.Module) -> Target:
     inner = tuple(module.modules())
     norms = [(f"{prefix}.", m) if prefix else ("", m) for prefix, m in module.named_modules() if isinstance(m, _NormBase)]
     statistics = tuple((prefix + name, b, norm) for prefix, norm in norms for name, b in norm.named_buffers(recurse=False))
-    apart = {name for name, _, _ in statistics}
+    moving = tuple(_moving_buffers(module))
+    apart = {name for name, _, _ in (*statistics, *moving)}
     named = [*module.named_parameters(), *module.named_buffers()]
     state = tuple((n, tensor) for n, tensor in named if n not in apart)
     samples: dict[Any, list[Tensor]] = {}
     for parameter in module.parameters():
         plain = type(parameter) is nn.Parameter and parameter.dtype in _COMPARED and parameter.device.type != "meta"
         if plain and parameter.is_contiguous():
-            few = parameter.detach().view(-1)[:: max(1, parameter.numel() // _FEW)]
+            few = parameter.detach().view(-1)[:: max(1, parameter.numel() // _FEW - 1 | 1)]  # odd, to meet many columns
             samples.setdefault((parameter.dtype, parameter.device), []).append(few)
     holders: list[dict[str, Any]] = [holder for m in inner for holder in (m._parameters, m._buffers)]
     slots = tuple((holder, key, tensor) for holder in holders for key, tensor in holder.items() if tensor is not None)
+    parts: list[tuple[dict[str, Any], str, Any]] = [*slots]
+    parts += [(vars(m), name, value) for m in inner for name, value in vars(m).items() if _is_number(name, value)]
+    parts += [(m._modules, name, child) for m in inner for name, child in m._modules.items()]
+    parts += [(vars(m), "forward", vars(m).get("forward")) for m in inner]
     caches = tuple((vars(m), name) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
     hooks = tuple(hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks))
     groups = tuple(map(tuple, samples.values()))
-    return Target(name, module, inner, state, statistics, slots, groups, caches, hooks, structure_of(inner))
+    structure, steps = structure_of(inner), counted_steps()
+    return Target(name, module, inner, state, statistics, moving, slots, tuple(parts), groups, caches, hooks, structure, steps)
+
+
+def _moving_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for prefix, m in module.named_modules():
+        if not isinstance(m, _NormBase):
+            for name, buffer in m.named_buffers(recurse=False):
+                if buffer.numel() <= SAMPLES:
+                    yield (f"{prefix}.{name}" if prefix else name), m, name
+
+
+def _is_number(name: str, value: Any) -> bool:
+    return type(value) in _PLAIN and name not in _HARMLESS
 
 
 def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
@@ -100,7 +141,7 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
     found: list[Any] = []
     for module in modules:
         attributes = vars(module)
-        found += [value for name, value in attributes.items() if type(value) in _PLAIN and name not in _HARMLESS]
+        found += [value for name, value in attributes.items() if _is_number(name, value)]
         found += [id(part) for part in attributes["_modules"].values()]
         found += [*attributes["_parameters"], *attributes["_buffers"]]
         found.append(id(attributes.get("forward")))
@@ -109,7 +150,7 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
 
 def _hooks_of_others(target: Target) -> list[int]:
     """Hooks below the module, which change what is read; those of a recorder do not."""
-    return [id(hook) for hooks in target.hooks if hooks for hook in hooks.values() if not is_ours(hook)]
+    return [id(hook) for hooks in target.hooks if hooks for hook in list(hooks.values()) if not is_ours(hook)]
 
 
 class Modes(NamedTuple):
@@ -130,7 +171,7 @@ class Call(NamedTuple):
         modes: grad mode, autocast and training flags of the call.
         tensors: the tensors among the arguments.
         state: the parameters and buffers the call reads, by name.
-        held: what the caches of the module held.
+        held: what the caches and the moving buffers of the module held, each with the dict and the key it hangs at.
         stamps: what tells a change: one for each argument, one for each tensor of the state, one for some values of
             parameters, one for hooks.
     """
@@ -141,7 +182,7 @@ class Call(NamedTuple):
     modes: Modes
     tensors: tuple[Tensor, ...]
     state: tuple[tuple[str, Tensor], ...]
-    held: tuple[Any, ...]
+    held: tuple[tuple[dict[str, Any], str, Any], ...]
     stamps: tuple[Any, ...]
 
     @property
@@ -182,8 +223,7 @@ class Call(NamedTuple):
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
             stack.enter_context(_training(self.target.inner, self.modes.training))
             stack.enter_context(_in_place(self.target.slots))
-            held = [(*place, _copied(value)) for place, value in zip(self.target.caches, self.held)]
-            stack.enter_context(_in_place(held))
+            stack.enter_context(_in_place([(holder, key, _copied(value)) for holder, key, value in self.held]))
             yield
 
     def restore_random_streams(self) -> None:
@@ -195,7 +235,8 @@ class Call(NamedTuple):
                 torch.cuda.set_rng_state(cuda, self.x.device)
 
     def check_fresh(self) -> None:
-        """Raise StaleMapError if the map of this call can no longer be computed."""
+        """Raise StaleMapError if the map of this call can no longer be computed, UnreadableError if not here."""
+        self._check_at_hand()
         now = _stamps_of(self.target, self.tensors, self.state, self.held)
         if now != self.stamps:
             names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
@@ -206,6 +247,23 @@ class Call(NamedTuple):
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
         if structure_of(self.target.inner) != self.target.structure:
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
+
+    def _check_at_hand(self) -> None:
+        """Raise if the values of what the call reads are elsewhere, before anything looks at them."""
+        read = (*self.tensors, *(tensor for _, tensor in self.state), *_tensors(self.held))
+        who = f"{self.target.name!r} ({type(self.target.module).__name__})"
+        if any(map(is_left_behind, read)):
+            raise UnreadableError(
+                f"{who} ran under torch.vmap, and what it was called with is gone with it. Open the recorder inside "
+                "what is mapped, and return from there what is read: m[...]."
+            )
+        if is_spread(self.target.inner[1:], read):
+            raise UnreadableError(
+                f"what {who} reads is spread over several processes while it runs, and reading would wait for the others. Give "
+                "FSDP the attention module or its block, not the layers inside; tensor-parallel attention is not read."
+            )
+        if any(map(is_freed, read)):
+            self._raise_stale("its parameters are sharded again, as FSDP does when the forward has left them")
 
     def _raise_stale(self, what: str) -> None:
         raise StaleMapError(
@@ -221,12 +279,12 @@ def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, de
     tensors = tuple(_tensors((*args, *kwargs.values())))
     grad = torch.is_grad_enabled() and not detach
     autocast = _autocast(tensors[0].device.type) if tensors else None
+    target = target.up_to_date()
     training = tuple([m.training for m in target.inner])
     random = _random_streams(tensors[0].device) if tensors and any(training) else None
-    target = target.up_to_date()
     state = target.read_now()
     modes = Modes(grad, autocast, training, random)
-    held = tuple([_copied(holder.get(name)) for holder, name in target.caches])
+    held = target.hold_now()
     return Call(target, args, kwargs, modes, tensors, state, held, _stamps_of(target, tensors, state, held))
 
 
@@ -238,8 +296,9 @@ def _stamps_of(
     target: Target, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...], held: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """One stamp for each argument and each tensor of the state, one for caches, one for some values, one for hooks."""
-    arguments, read = [_stamp_of_argument(t) for t in tensors], _stamps([t for _, t in state])
-    cached = _stamps(list(_tensors(held))) if held else []
+    steps = target.steps
+    arguments, read = [stamp_of_argument(t, steps) for t in tensors], stamps([t for _, t in state], steps)
+    cached = stamps(list(_tensors([value for _, _, value in held])), steps) if held else []
     return (*arguments, *read, cached, _few_values(target), _hooks_of_others(target))
 
 
@@ -272,51 +331,9 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def _stamps(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    """What changes when a tensor is written to or moved."""
-    try:
-        return [(t._version, t.data_ptr()) for t in tensors]
-    except RuntimeError:  # an inference tensor counts no versions, a fake or wrapped one has no address
-        return [_stamp(t) for t in tensors]
-
-
-def _stamp(tensor: Tensor) -> tuple[int, int]:
-    """The same of one tensor of any kind; an inference tensor tells of moves alone."""
-    return -1 if tensor.is_inference() else tensor._version, _address(tensor)
-
-
-def _stamp_of_argument(tensor: Tensor) -> tuple[Any, ...]:
-    """As `_stamp`; inference tensors count no versions, so up to 4096 of their values are kept and compared instead."""
-    if not tensor.is_inference() or tensor.device.type == "meta" or tensor.is_nested:
-        return _stamp(tensor)
-    values = tensor.reshape(-1)
-    return (_Values(values[:: max(1, values.numel() // _SAMPLES)].clone()), *_stamp(tensor))
-
-
-def _few_values(target: Target) -> _Values:
+def _few_values(target: Target) -> Values:
     """Some values of every parameter: a fused optimizer changes them without counting a version."""
-    return _Values(*[torch.cat(group) for group in target.samples])
-
-
-class _Values:
-    """Values of tensors that compare equal when all are, NaN with NaN."""
-
-    def __init__(self, *values: Tensor) -> None:
-        self.values = values
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Values) and all(
-            torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(self.values, other.values)
-        )
-
-    __hash__ = object.__hash__
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a tensor without storage: fake, functional or a wrapper
-        return 0
+    return Values(*[torch.cat(group) for group in target.samples])
 
 
 def _autocast(device: str) -> tuple[str, bool, torch.dtype, bool] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Union
@@ -17,7 +18,10 @@ from .recipes import is_known, unreadable
 Layer = Union[str, int]
 Layers = Union[None, Layer, Sequence[Layer], Callable[[str, nn.Module], bool]]
 
+_NO_LIST = (str, bytes, type, nn.Module, torch.Tensor)
 _LOOKS_LIKE_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA|SHMA|SHSA|GPSA)")
+
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}  # one process each, and the model in it is called as it is
 
 
 class Found(NamedTuple):
@@ -46,7 +50,7 @@ def recordable(model: nn.Module) -> nn.Module:
     """The module whose forward will run in Python, or an error that says why there is none."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}{_instead_of(model)}.")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = _unwrapped(model)
     for name, module in model.named_modules():
         where = f" (its module {name!r})" if name else ""
         if isinstance(module, nn.DataParallel):
@@ -72,6 +76,13 @@ def _instead_of(thing: Any) -> str:
     return ""
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, DistributedDataParallel and FullyShardedDataParallel wrap around it."""
+    wraps = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
+    inner = getattr(model, "module" if wraps else "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
 def choose(model: nn.Module, layers: Layers) -> Found:
     """The attention modules of a model that `layers` narrows it down to.
 
@@ -89,14 +100,14 @@ def choose(model: nn.Module, layers: Layers) -> Found:
             reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.skipped.items())[:3])
             raise ModelError(f"{type(model).__name__} has no attention map that can be read. {reasons}.")
         return found
-    if callable(layers):
+    if callable(layers) and not isinstance(layers, (type, nn.Module)):
         chosen = [name for name, module in found.readable.items() if layers(name, module)]
         if not chosen:
-            raise LayerNotFoundError(f"layers= accepts none of {_listed(found.readable)}.")
+            raise _nothing(model, found) if not found.readable else _none("layers= accepts none of", found)
     else:
-        wanted = [layers] if isinstance(layers, (str, int)) else list(layers)
+        wanted = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, _NO_LIST) else [layers]
         if not wanted:
-            raise LayerNotFoundError(f"layers={layers!r} names nothing. There is: {_listed(found.readable)}.")
+            raise _none(f"layers={layers!r} names nothing. There is:", found)
         chosen = [name for layer in wanted for name in _named(model, found, layer)]
     modules = {**found.readable, **dict(model.named_modules())}
     in_order = [name for name in modules if name in set(chosen)]
@@ -110,10 +121,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"Did you mean {', '.join(map(repr, close))}?" if close else f"There is: {_listed(names)}."
 
 
-def _named(model: nn.Module, found: Found, layer: Layer) -> list[str]:
+def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:
     """Names that one entry of `layers` stands for."""
     names = list(found.readable)
-    if isinstance(layer, int):
+    if not isinstance(layer, str):
+        layer = _position(layer)
+        if not names:
+            raise _nothing(model, found)
         if not -len(names) <= layer < len(names):
             raise LayerNotFoundError(
                 f"there is no layer {layer}: the model has {len(names)} attention modules, 0 to {len(names) - 1}."
@@ -124,11 +138,35 @@ def _named(model: nn.Module, found: Found, layer: Layer) -> list[str]:
     if layer in found.skipped:
         raise UnreadableError(f"{layer!r} has no map to read. {found.skipped[layer]}.")
     matches = fnmatch.filter(names, layer) or [name for name in names if name.startswith(f"{layer}.")]
-    if not matches and layer in dict(model.named_modules()):
+    if not matches and layer and layer in dict(model.named_modules()):
         return [layer]
+    if not matches and not names:
+        raise _nothing(model, found)
     if not matches:
         raise LayerNotFoundError(f"no attention module is called {layer!r}. {nearest(layer, names)}")
     return matches
+
+
+def _position(layer: Any) -> int:
+    if isinstance(layer, bool) or not hasattr(layer, "__index__") or bool(getattr(layer, "ndim", False)):
+        what = f"the class {layer.__name__}" if isinstance(layer, type) else f"a {type(layer).__name__}"
+        raise LayerNotFoundError(
+            f"layers= takes names, positions, a list of these, or a predicate such as lambda name, module: ...; {what} names "
+            "nothing."
+        )
+    return operator.index(layer)
+
+
+def _none(what: str, found: Found) -> LayerNotFoundError:
+    return LayerNotFoundError(f"{what} {_listed(found.readable)}.")
+
+
+def _nothing(model: nn.Module, found: Found) -> LayerNotFoundError:
+    inside = f"only what forms no map ({_listed(found.skipped)})" if found.skipped else "nothing"
+    return LayerNotFoundError(
+        f"layers= has nothing to choose from: {inside} in {type(model).__name__} is named like attention. Name modules as "
+        "model.named_modules() does, layers=[...], or leave layers= out to have the first forward watched."
+    )
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import Call, Target, capture, is_reading, target
+from .calls import Call, Target, capture, in_backward, is_reading, target
 from .discovery import Layer, choose
 from .hooks import Hook, same_objects
 from .maps import source_of
 from .replay import replaced
+from .threads import Here
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -46,22 +48,26 @@ class Edits:
 
 
 class _Editing:
-    """The hooks of one module: one that keeps what it is called with, one that replaces its output."""
+    """The hooks of one module: one that keeps what it is called with, one that replaces its output.
+
+    Forwards of other threads and tasks are let through as they are.
+    """
 
     def __init__(self, chosen: Target) -> None:
         self._target = chosen
+        self._here = Here()
         self._edits: list[Edit] = []
         self._hooks = ExitStack()
-        self._running: tuple[Call, list[Any]] | None = None
+        self._running: dict[int, tuple[Call, list[Any]]] = {}
 
     @contextmanager
     def with_one_more(self, edit: Edit) -> Iterator[None]:
         """The hooks are on as long as there is an edit."""
         module = self._target.module
         if not self._edits:
-            self._target = target(self._target.name, module)  # as it is now
+            self._target, self._here = target(self._target.name, module), Here()  # as it is now
             self._hooks.enter_context(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
-            self._hooks.enter_context(module.register_forward_hook(Hook(self._end), prepend=True, with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(Hook(self._end, takes=4), prepend=True, with_kwargs=True))
         self._edits.append(edit)
         try:
             yield
@@ -71,13 +77,13 @@ class _Editing:
                 self._hooks.close()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self._target.module and not is_reading():
-            self._running = capture(self._target, args, kwargs, detach=False), [*args, *kwargs.values()]
+        if module is self._target.module and not is_reading() and (self._here() or in_backward()):
+            self._running[get_ident()] = capture(self._target, args, kwargs, detach=False), [*args, *kwargs.values()]
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._running is None or module is not self._target.module or is_reading():
+        if is_reading() or module is not self._target.module or get_ident() not in self._running:
             return None
-        (call, seen), self._running = self._running, None
+        call, seen = self._running.pop(get_ident())
         if not same_objects([*args, *kwargs.values()], seen):  # a hook that came after ours
             call = capture(self._target, args, kwargs, detach=False)._replace(modes=call.modes)
         with call.resumed():

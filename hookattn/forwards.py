@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
-import torch
 from torch import nn
 
-from .calls import is_reading
+from .calls import in_backward, is_reading
 from .discovery import nearest
 from .errors import LayerNotFoundError
 from .layouts import Images
 from .maps import AttentionMap
+from .threads import Here
 
 
 class Forward:
@@ -45,15 +45,33 @@ class Forwards:
     Args:
         model: whose forwards they are.
         keep_all: whether the ones before the last are kept.
+        here: the thread and the task that they run in; None for any.
+
+    Attributes:
+        elsewhere: in which others the model was called, in words.
     """
 
-    def __init__(self, model: nn.Module, *, keep_all: bool) -> None:
+    def __init__(self, model: nn.Module, *, keep_all: bool, here: Here | None = None) -> None:
         self.all: list[Forward] = []
+        self.here, self.elsewhere = here, dict[str, None]()
         self._keep_all = keep_all
         self._methods = _code_of_methods(model)
         self._call: Running | None = None
         self._depth = 0
         self._images: dict[nn.Module | None, Images] = {}
+
+    def concerns_us(self) -> bool:
+        """Whether a module that is called now belongs to a forward that is recorded: one where the recorder was opened."""
+        if not is_a_forward():
+            return False
+        if not self.is_here():
+            self.elsewhere[str(Here())] = None
+            return False
+        return True
+
+    def is_here(self) -> bool:
+        """Whether what runs now runs in the thread and the task that these forwards are of."""
+        return self.here is None or self.here()
 
     def see_images(self, images: Mapping[nn.Module | None, Images]) -> None:
         """Note the pictures that the maps to come are of, by the part of the model that looks at them."""
@@ -141,9 +159,40 @@ class Maps(Mapping[str, AttentionMap]):
         return "\n".join(["Maps:", *(f"  {m!r}" for m in self._maps.values())])
 
 
+def why_empty(model: nn.Module, forwards: Forwards, layers: list[str]) -> str:
+    """Why there is no map, and what to type next."""
+    if not forwards.all and forwards.elsewhere:
+        return (
+            f"a forward ran in {' and in '.join(list(forwards.elsewhere)[:4])}, but this recorder was opened in "
+            f"{forwards.here} and records what runs there alone. Open it where the model is called: put `with "
+            "AttentionRecorder(model) as rec:` into the function that the other thread or task runs."
+        )
+    if not forwards.all and not layers:
+        return (
+            f"nothing in {type(model).__name__} is named like attention, so the first call of the model itself is "
+            "watched: call model(...) inside the block, not one of its methods or parts, or name the modules, layers=[...]."
+        )
+    if not forwards.all:
+        return (
+            f"no forward of the {type(model).__name__} has run inside the block: call it between `with "
+            "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with. "
+            "An export or a trace of it is none."
+        )
+    if not layers:
+        return (
+            f"a forward of {type(model).__name__} ran and was watched: none of its modules called "
+            "scaled_dot_product_attention, or a softmax whose outcome weighs values. If there is a kernel of its own, name "
+            "the module, AttentionRecorder(model, layers=[...]), and describe its map with @hookattn.recipe."
+        )
+    return (
+        f"a forward ran, but it called none of {', '.join(layers[:4])}{', ...' * (len(layers) > 4)}. "
+        "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
+    )
+
+
 def is_a_forward() -> bool:
     """Whether a module that is called now belongs to a forward: not to a checkpoint run again in backward, not to a replay."""
-    return torch._C._current_graph_task_id() == -1 and not is_reading()
+    return not in_backward() and not is_reading()
 
 
 class Running:

@@ -21,15 +21,17 @@ class Hook:
 
     Args:
         run: what PyTorch is to call.
+        takes: with how many arguments. It gives a hook fewer, without the keyword arguments, while another thread or another
+            hook puts it on or takes it off.
     """
 
-    __slots__ = ("__weakref__", "run")
+    __slots__ = ("__weakref__", "run", "takes")
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
+    def __init__(self, run: Callable[..., Any], takes: int = 3) -> None:
+        self.run, self.takes = run, takes
 
     def __call__(self, *given: Any) -> Any:
-        return None if is_traced() else self.run(*given)
+        return None if is_traced() or len(given) != self.takes else self.run(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")  # takes whatever it is given and returns None
@@ -54,7 +56,7 @@ def same_objects(values: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def came_later(module: nn.Module, ours: Hook | None) -> bool:
     """Whether somebody put a forward-pre-hook on after ours, which may change x once we have seen it."""
-    for hook in reversed(module._forward_pre_hooks.values()):
+    for hook in reversed(list(module._forward_pre_hooks.values())):
         if hook is ours:
             return False
         if not is_ours(hook):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from .absent import is_left_behind
 from .calls import Call
 from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
 from .functional import ALL, Source, largest_difference
@@ -252,7 +253,7 @@ class AttentionMap:
         for start in range(rows[0], rows[-1] + 1, step):
             part = self._read((only, heads, slice(start, min(start + step, rows[-1] + 1))))
             total = total + (part * weight[:, :, start : start + part.shape[2]].to(part)).sum(2)
-        found: Tensor = total.unflatten(0, (images, -1))
+        found: Tensor = total.unflatten(0, (images, len(asked) if len(asked) == 1 else windows))
         if found.shape[1] == windows:
             return found
         return F.pad(found, (0, 0, 0, 0, asked[0], windows - 1 - asked[0]))
@@ -314,6 +315,8 @@ class KeptMap(AttentionMap):
         self.dtype, self.device = attention.dtype, attention.device
 
     def _read(self, index: Any) -> Tensor:
+        if is_left_behind(self._attention):
+            raise UnreadableError(f"{self.name!r} ran under torch.vmap, which has returned; return m[...] from what is mapped.")
         picks, rest = split_index(index, self.shape)
         return self._attention[picks][rest]
 

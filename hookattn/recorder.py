@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal
 
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .calls import Call, Target, capture, is_reading, target
+from .calls import Call, Target, capture, in_backward, is_reading, target
 from .discovery import Layer, Layers, choose, recordable
+from .eager import EAGER, INSIDE
 from .edits import Edit, Edits
 from .errors import NoMapError, RecorderError, StaleMapError, UnreadableError
-from .forwards import Forward, Forwards, Maps, is_a_forward
+from .forwards import Forward, Forwards, Maps, why_empty
 from .gradients import Gradient
 from .hooks import Hook, came_later, same_objects
 from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stems_of, trunk_of
 from .maps import About, AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
+from .threads import Here
 from .trace import CallSite, Origins, call_site
 from .watching import Watching
 
@@ -38,6 +40,9 @@ class AttentionRecorder:
 
     Forward-pre-hooks keep what each attention module was called with; maps are computed from that when they are sliced.
     No forward is replaced and no flag is flipped; the hooks go when the block ends, the maps stay.
+
+    Recorded is what runs in the thread, and in the asyncio task, that opened the block. Reading a map of a model that others
+    run meanwhile is safe where the model is in eval mode and its attention has a recipe and keeps no cache.
 
     Args:
         model: any `nn.Module`. timm's attention classes are known, others are found by the name of their class. Where none is
@@ -57,7 +62,7 @@ class AttentionRecorder:
         ModelError: the attention of the model forms no maps, or it is a DataParallel, scripted or exported one.
         LayerNotFoundError: `layers` names nothing.
         UnreadableError: `layers` names a module that forms no map.
-        ValueError: `keep` or `passes` is none of the words above.
+        ValueError: `keep` or `passes` is none of the words above, or `dtype` is no floating one.
         RecorderError: it is made or opened inside compiled code.
     """
 
@@ -75,11 +80,13 @@ class AttentionRecorder:
         gradients: bool = False,
     ) -> None:
         if torch.compiler.is_compiling():
-            raise RecorderError(_INSIDE)
+            raise RecorderError(INSIDE)
         if keep not in ("inputs", "maps"):
             raise ValueError(f'keep={keep!r} is not known: keep="inputs" or keep="maps".')
         if passes not in ("last", "all"):
             raise ValueError(f'passes={passes!r} is not known: passes="last" or passes="all".')
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype={dtype!r} holds no probabilities: dtype=torch.float32, torch.float16, or None.")
         self.model = recordable(model)
         found = choose(self.model, layers)
         self.skipped: dict[str, str] = found.skipped
@@ -88,7 +95,7 @@ class AttentionRecorder:
         self._deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._origins = Origins(self.model) if called_from else None
         self._gradients, self._edits = gradients, Edits(self.model)
-        self._followed: dict[nn.Module, tuple[Gradient, Call, list[Any]]] = {}
+        self._followed: dict[tuple[int, nn.Module], tuple[Gradient, Call, list[Any]]] = {}
         self._trunks: dict[str, nn.Module] = {}
         self._blocks: dict[str, nn.Module | None] = {}
         self._around: dict[nn.Module, Any] = {}
@@ -101,9 +108,9 @@ class AttentionRecorder:
     def __enter__(self) -> AttentionRecorder:
         if self._hooks is not None:
             raise RecorderError("this recorder is open already; make another one, or leave the block first.")
-        self._forwards = Forwards(self.model, keep_all=self._all_passes)
         with ExitStack() as stack:
-            stack.enter_context(_EAGER)
+            stack.enter_context(EAGER)
+            self._forwards = Forwards(self.model, keep_all=self._all_passes, here=Here())
             self._hook(stack)
             self._hooks = stack.pop_all()
         return self
@@ -128,7 +135,7 @@ class AttentionRecorder:
             NoMapError: no forward has run, or none that called an attention module.
         """
         if not self._forwards.all or not self._forwards.all[-1].maps:
-            raise NoMapError(self._why_empty())
+            raise NoMapError(why_empty(self.model, self._forwards, self.layers))
         return Maps(self._forwards.all[-1].maps)
 
     @property
@@ -140,7 +147,7 @@ class AttentionRecorder:
         """
         filled = [Maps(forward.maps) for forward in self._forwards.all if forward.maps]
         if not filled:
-            raise NoMapError(self._why_empty())
+            raise NoMapError(why_empty(self.model, self._forwards, self.layers))
         return filled
 
     def edit(self, edits: Mapping[Layer, Edit]) -> AbstractContextManager[None]:
@@ -197,7 +204,7 @@ class AttentionRecorder:
         stack.enter_context(self.model.register_forward_hook(Hook(self._stop), always_call=True))
         if self._origins is not None:
             for module in self.model.modules():
-                stack.enter_context(module.register_forward_hook(Hook(self._origins.note)))
+                stack.enter_context(module.register_forward_hook(Hook(self._note)))
 
     def _hook_chosen(self, stack: ExitStack) -> None:
         """The hooks of attention modules, of what images go into first and of blocks that cut windows."""
@@ -205,7 +212,7 @@ class AttentionRecorder:
             hook = self._recording(target(name, module))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             if self._gradients:
-                stack.enter_context(module.register_forward_hook(Hook(self._follow), prepend=True, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(Hook(self._follow, takes=4), prepend=True, with_kwargs=True))
         for module, trunks in stems_of(self._trunks.values()).items():
             see = self._seeing(module, trunks)
             stack.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
@@ -248,13 +255,13 @@ class AttentionRecorder:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is not chosen.module:
                 return  # a copy of the model
-            if is_a_forward():
+            if self._forwards.concerns_us():
                 forward = self._forwards.current(chosen.name)
                 name = _unused(chosen.name, forward.maps)
                 call = capture(chosen, args, kwargs, detach=self._detach)
                 m = forward.maps[name] = self._map(call, name, forward, self._site(args, kwargs))
                 if self._gradients:
-                    self._followed[module] = m.gradient, call, [*args, *kwargs.values()]
+                    self._followed[get_ident(), module] = m.gradient, call, [*args, *kwargs.values()]
                 if came_later(module, me()):
                     self._look_again(chosen, name, args, kwargs, forward)
             elif not is_reading():
@@ -269,30 +276,32 @@ class AttentionRecorder:
         seen = [*args, *kwargs.values()]
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._forwards.is_here():
+                return
             handle.remove()
             final = [*args, *kwargs.values()]
             if not same_objects(final, seen):
                 call, before = capture(chosen, args, kwargs, detach=self._detach), forward.maps[name]
                 forward.maps[name] = self._map(call, name, forward, self._site(args, kwargs), before)
 
-        handle = chosen.module.register_forward_hook(Hook(after), with_kwargs=True, always_call=True)
+        handle = chosen.module.register_forward_hook(Hook(after, takes=4), with_kwargs=True, always_call=True)
 
     def _run_again(self, chosen: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A checkpoint runs a module again in backward."""
         call = capture(chosen, args, kwargs, detach=self._detach)
         if self._keep == "maps" and not self._detach:
             self._map(call, chosen.name, Forward(), None)  # it must save what it saved before
-        if self._gradients:
+        if self._gradients and in_backward():
             recorded = [m for forward in self._forwards.all for name, m in forward.maps.items() if _is_of(name, chosen)]
             waiting = (m.gradient for m in reversed(recorded) if m.gradient.waits_for(call))
             if (gradient := next(waiting, None)) is not None:
-                self._followed[chosen.module] = gradient, call, [*args, *kwargs.values()]
+                self._followed[get_ident(), chosen.module] = gradient, call, [*args, *kwargs.values()]
 
     def _follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The hook at the end of an attention module, before hooks of others see its output."""
-        if module not in self._followed or is_reading():
+        if is_reading() or (get_ident(), module) not in self._followed:
             return
-        gradient, call, seen = self._followed.pop(module)
+        gradient, call, seen = self._followed.pop((get_ident(), module))
         if not same_objects([*args, *kwargs.values()], seen):
             call = capture(call.target, args, kwargs, detach=self._detach)._replace(modes=call.modes)
         gradient.follow(call, output)
@@ -321,12 +330,16 @@ class AttentionRecorder:
             return None
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self._origins)
 
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._origins is not None and self._forwards.is_here():
+            self._origins.note(module, args, output)
+
     def _seeing(self, stem: nn.Module, trunks: list[nn.Module]) -> Hook:
         """The hook of a stem: the pictures that the next maps of these trunks are of."""
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             images = images_in(args, kwargs)
-            if module is stem and images is not None and is_a_forward():
+            if module is stem and images is not None and self._forwards.concerns_us():
                 self._forwards.see_images(dict.fromkeys(trunks, images))
 
         return Hook(see)
@@ -335,75 +348,38 @@ class AttentionRecorder:
         """The hook of a block that cuts windows: what it cuts."""
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is block and not is_reading():
+            if module is block and self._forwards.concerns_us():
                 self._around[block] = sizes_of(args, kwargs)
 
         return Hook(note)
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self.model and is_a_forward():
+        if module is self.model and self._forwards.concerns_us():
             self._watched.close()
             self._forwards.start()
             if (images := images_in(args, kwargs)) is not None:
                 self._forwards.see_images({None: images})
 
     def _stop(self, module: nn.Module, *_: Any) -> None:
-        if module is self.model and is_a_forward():
+        if module is self.model and self._forwards.concerns_us():
             self._forwards.stop()
             self._around.clear()
+            self._tell_what_was_replaced()
 
-    def _why_empty(self) -> str:
-        if not self._forwards.all and not self._chosen:
-            return (
-                f"nothing in {type(self.model).__name__} is named like attention, so the first call of the model itself is "
-                "watched: call model(...) inside the block, not one of its methods or parts, or name the modules, layers=[...]."
-            )
-        if not self._forwards.all:
-            return (
-                f"no forward of the {type(self.model).__name__} has run inside the block: call it between `with "
-                "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with. "
-                "An export or a trace of it is none."
-            )
-        if not self._chosen:
-            return (
-                f"a forward of {type(self.model).__name__} ran and was watched: none of its modules called "
-                "scaled_dot_product_attention, or a softmax whose outcome weighs values. If there is a kernel of its own, name "
-                "the module, AttentionRecorder(model, layers=[...]), and describe its map with @hookattn.recipe."
-            )
-        return (
-            f"a forward ran, but it called none of {', '.join(self.layers[:4])}{', ...' * (len(self.layers) > 4)}. "
-            "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
-        )
+    def _tell_what_was_replaced(self) -> None:
+        """A map that is missing since another module stands where the one with our hooks stood."""
+        maps = self._forwards.all[-1].maps if self._forwards.all else {}
+        for name, module in self._chosen.items():
+            if name not in maps and module is not self.model and _module_at(self.model, name) is not module:
+                reason = f"{name!r} was replaced by another module inside the block; open the block after that."
+                maps[name] = LostMap(reason, About(name, Setting(self.model, name), self._deliver))
 
 
-_INSIDE = (
-    "a recorder cannot be used inside compiled code, which does not see its hooks: open it around the compiled function, which "
-    "then runs eagerly, or move the block into a function of its own under @torch.compiler.disable."
-)
-
-
-class _Eager:
-    """Runs compiled code eagerly as long as any recorder is open: what was compiled before has no hooks in it."""
-
-    def __init__(self) -> None:
-        self.lock, self.open, self.stance = threading.Lock(), 0, ExitStack()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            try:  # imports torch._dynamo, as the first torch.compile would
-                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
-            except RuntimeError as inside:
-                raise RecorderError(_INSIDE) from inside
-            self.open += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.open -= 1
-            if self.open == 0:
-                self.stance.close()
-
-
-_EAGER = _Eager()
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _is_of(name: str, chosen: Target) -> bool:

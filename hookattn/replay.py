@@ -134,8 +134,7 @@ def leaving_no_trace(module: nn.Module) -> Iterator[None]:
         finally:
             for m, own, kept in zip(inner, attributes, buffers):
                 _put_back(m, own)
-                m._buffers.clear()
-                m._buffers.update(kept)
+                _refill(m._buffers, kept)
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -152,8 +151,14 @@ def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None
         if isinstance(value, list):
             value[:] = contents
         elif contents is not None:
-            value.clear()
-            value.update(contents)
+            _refill(value, contents)
+
+
+def _refill(held: Any, contents: Any) -> None:
+    """Make a dict or a set hold what it held; never empty on the way, since another thread may be looking."""
+    for extra in [key for key in list(held) if key not in contents]:
+        held.discard(extra) if isinstance(held, set) else held.pop(extra)
+    held.update(contents)
 
 
 @dataclass(frozen=True, eq=False)

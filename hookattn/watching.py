@@ -17,6 +17,7 @@ from .calls import is_reading
 from .forwards import Running, caller_of_hook, is_a_forward
 from .hooks import Hook
 from .replay import SOFTMAX
+from .threads import Here
 
 _FORM = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm}
@@ -46,6 +47,7 @@ class Watching:
         self._on = ExitStack()
         self._call: Running | None = None
         self._over = False
+        self._here = Here()
 
     def hook(self, stack: ExitStack) -> None:
         """Put hooks on all modules; they come off with the stack."""
@@ -54,8 +56,8 @@ class Watching:
             stack.enter_context(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
             stack.enter_context(module.register_forward_hook(Hook(self._finish), always_call=True))
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:  # a hook taken off gets no kwargs
-        if self._over or not is_a_forward():
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._over or not is_a_forward() or not self._here():
             return
         if module is self._model and not (self._running and self._call):  # one that was interrupted ran no hook at its end
             self._on.close()
@@ -66,7 +68,7 @@ class Watching:
             self._running.append([module, self._enter(module, args, kwargs), False])
 
     def _finish(self, module: nn.Module, _: Any, output: Any) -> None:
-        if not self._running or self._running[-1][0] is not module:
+        if not self._running or not self._here() or self._running[-1][0] is not module:
             return
         module, kept, formed = self._running.pop()
         if formed:

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a room may import from those before it, and from itself
 ROOMS = [
     {"errors"},
-    {"classes", "functional", "hooks"},
+    {"classes", "functional", "hooks", "stamps", "absent", "threads", "eager"},
     {"calls", "indexing"},
     {"recipes"},
     {"replay", "tokens", "trace"},

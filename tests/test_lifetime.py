@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hookattn import AttentionRecorder, UnreadableError
+from hookattn.analysis import rollout
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -195,3 +196,52 @@ def test_what_called_from_remembers_goes_with_the_tensors(monkeypatch: pytest.Mo
         model(x)
     assert len(rec.maps) == 2
     assert [len(noted) for noted in made] == [0]
+
+
+def storages() -> int:
+    """How many pieces of memory the tensors alive lie in."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return len({t.untyped_storage().data_ptr() for t in tensors})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"keep": "maps"}, {"called_from": True}, {"keep": "maps", "called_from": True}], ids=str
+)
+def test_two_hundred_batches_that_are_read_hold_no_more_than_two(options: dict[str, Any], training: bool) -> None:
+    model, _ = tiny("vit", depth=2, batch=1)
+    nn.utils.parametrizations.spectral_norm(model.blocks[0].attn.qkv)  # type: ignore[index,union-attr]
+    model.train(training)
+    counts = []
+    with AttentionRecorder(model, **options) as rec, torch.no_grad():
+        for i in range(200):
+            model(torch.randn(1, 3, 64, 64))
+            rec.maps[0][:, :, 0], rec.maps[-1].image(), rollout(rec.maps)
+            if i in (1, 199):
+                counts.append(storages())
+    assert counts[1] == counts[0]
+
+
+def test_maps_that_are_kept_elsewhere_hold_nothing_on_the_device_of_the_model() -> None:
+    model, x = tiny("vit")
+    watch = Watch(model)
+    with torch.no_grad():
+        model(x)  # what is made once stays
+        before = storages()
+        with AttentionRecorder(model, keep="maps", device="meta", passes="all") as rec:
+            for _ in range(3):
+                model(x)
+            assert storages() <= before + 1  # all of meta is one
+            assert watch.alive == 0
+    assert [m.device.type for maps in rec.passes for m in maps.values()] == ["meta"] * 6
+    assert rec.maps[0].shape == rec.maps[0][...].shape == (2, 3, 17, 17)
+
+
+def test_inputs_that_are_kept_are_the_module_s_own_memory() -> None:
+    model, x = tiny("vit")
+    seen: list[Tensor] = []
+    model.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[index,union-attr]
+    with AttentionRecorder(model) as rec:
+        model(x)
+    assert rec.maps[1].x.untyped_storage().data_ptr() == seen[0].untyped_storage().data_ptr()
+    assert rec.maps[1].x.untyped_storage().nbytes() == seen[0].numel() * 4

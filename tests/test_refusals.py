@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -263,6 +264,18 @@ def test_softmaxes_that_are_no_map_are_refused_with_what_was_found(how: str, mes
         assert torch.equal(model(x), expected)
     with pytest.raises(UnreadableError, match=message):
         rec.maps[0][...]
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_module_that_is_replaced_inside_the_block_is_named(keep: Any) -> None:
+    model, x = tiny("vit", depth=3)
+    with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():
+        model.blocks[1].attn = copy.deepcopy(model.blocks[1].attn)
+        model(x)
+    assert list(rec.maps) == ["blocks.0.attn", "blocks.2.attn", "blocks.1.attn"]
+    assert rec.maps["blocks.2.attn"][...].isfinite().all()
+    with pytest.raises(UnreadableError, match=r"'blocks\.1\.attn' was replaced by another module inside the block"):
+        rec.maps["blocks.1.attn"][...]
 
 
 def test_every_refusal_can_be_caught_as_one() -> None:

@@ -1,0 +1,37 @@
+"""Where code runs: in which thread, and in which asyncio task if there is one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+
+
+class Here:
+    """The thread and the asyncio task it is made in, which are those a recorder was opened in.
+
+    A task that is over binds nothing any more: what was opened in it goes on in its thread.
+    """
+
+    def __init__(self) -> None:
+        self._thread, self._name = threading.get_ident(), threading.current_thread().name
+        task = _task()
+        self._task = None if task is None else weakref.ref(task)
+        self._task_name = "" if task is None else task.get_name()
+
+    def __call__(self) -> bool:
+        """Whether what runs now runs here."""
+        if threading.get_ident() != self._thread:
+            return False
+        task = None if self._task is None else self._task()
+        return task is None or task.done() or task is _task()
+
+    def __str__(self) -> str:
+        return f"thread {self._name!r}" + (f", task {self._task_name!r}" if self._task_name else "")
+
+
+def _task() -> asyncio.Task[object] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None
