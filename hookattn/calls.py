@@ -248,6 +248,11 @@ class Call(NamedTuple):
         if structure_of(self.target.inner) != self.target.structure:
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
+    def during_backward(self) -> Call:
+        """The same while backward runs, when FSDP has written the parameters of the forward anew."""
+        read, first = stamps([tensor for _, tensor in self.state], self.target.steps), len(self.tensors)
+        return self._replace(stamps=(*self.stamps[:first], *read, *self.stamps[first + len(read) :]))
+
     def _check_at_hand(self) -> None:
         """Raise if the values of what the call reads are elsewhere, before anything looks at them."""
         read = (*self.tensors, *(tensor for _, tensor in self.state), *_tensors(self.held))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .calls import Call
-from .errors import NoGradientError, UnreadableError
+from .errors import NoGradientError, StaleMapError, UnreadableError
 from .functional import Formed, Outer, Slope
 from .indexing import split_index
 from .replay import SDPA, MapMode, input_and_dim, interleaved, leaving_no_trace, over_keys, own_arguments, unfolded, who
@@ -38,7 +38,7 @@ class Gradient:
         self._call: Call | None = None
         self._whole: Tensor | None = None
         self._received: dict[int, Tensor] = {}
-        self._backward = -1
+        self._backward, self._lost = -1, ""
         self._sample: Tensor | None = None
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -83,10 +83,15 @@ class Gradient:
             self._backward, self._received = backward, {}
         self._received[place] = grad.detach()
         if call is not None:
-            self._whole = self._deliver(slope_of(call, self._received).gradient())
-            self._received = self._received if len(self._received) > 1 else {}
+            self._whole, self._lost = None, ""
+            try:
+                self._whole = self._deliver(slope_of(call.during_backward(), self._received).gradient())
+            except (UnreadableError, StaleMapError) as reason:  # backward goes on
+                self._lost = f"the gradient of {self.name!r} could not be computed during backward: {reason}"
 
     def _slope(self) -> Slope:
+        if self._lost:
+            raise UnreadableError(self._lost)
         if not self._received or self._call is None:
             raise NoGradientError(self._why_none())
         return slope_of(self._call, self._received)

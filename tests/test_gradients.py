@@ -177,7 +177,9 @@ def test_each_of_several_forwards_has_its_own_gradient() -> None:
 def test_dropout_of_the_map_is_in_the_gradient_or_the_gradient_is_refused() -> None:
     model, x = double("vit", attn_drop_rate=0.3)
     model.train()
-    rec = recorded(model, x)
+    rec, kept = recorded(model, x), recorded(model, x, keep="maps")
+    with pytest.raises(UnreadableError, match=r"during backward: .*inside the fused kernel"):
+        kept.maps[0].gradient[...]  # backward itself went on
     with pytest.raises(UnreadableError, match=r"drops out parts of its map inside the fused kernel.*attn_drop_rate=0"):
         rec.maps[0].gradient[...]
     for block in model.blocks:
@@ -273,9 +275,10 @@ class Grouped(nn.Module):
         return y[..., :3], y[..., 3:].sin()
 
 
-def test_groups_of_heads_and_outputs_that_are_asked_one_by_one() -> None:
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_groups_of_heads_and_outputs_that_are_asked_one_by_one(keep: Any) -> None:
     model, x = Grouped().double(), torch.randn(2, 5, 32, dtype=torch.float64)
-    with AttentionRecorder(model, gradients=True) as rec:
+    with AttentionRecorder(model, gradients=True, keep=keep) as rec:
         outputs = model(x)
     with reference.unfused(model) as maps:
         expected = model(x)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.multiprocessing as mp
 from models import randomise, tiny
 from reference import unfused
+from test_gradients import loss_of, own_gradients
 from test_recorder import NAMES, by_hand, maps_of, read_all, same
 from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
@@ -167,6 +169,25 @@ def train_fsdp1(original: bool, keep: str, x: Tensor) -> Any:
     return all(map(torch.equal, *steps))
 
 
+def checks_of_gradients(x: Tensor) -> Iterator[tuple[str, Any]]:
+    expected = own_gradients(model_of_all(), x)
+    wraps = {"ddp": DistributedDataParallel, **{what: partial(shard, what=what) for what in ("blocks", "attention", "root")}}
+    for name, wrap in wraps.items():
+        for keep in ("inputs", "maps"):
+            model = wrap(model_of_all())
+            with AttentionRecorder(model, gradients=True, keep=keep) as rec:
+                loss_of(model(x)).backward()
+            try:
+                found: Any = furthest({name: m.gradient[...] for name, m in rec.maps.items()}, expected)
+            except (StaleMapError, UnreadableError) as error:
+                found = f"{type(error).__name__}: {error}"
+            yield f"gradients {name} {keep}", found
+        with AttentionRecorder(model) as rec, torch.no_grad():
+            output = model(x)
+            with rec.edit({0: lambda attention: attention}):
+                yield f"edit {name}", float((model(x) - output).abs().max())
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -174,7 +195,7 @@ def work(rank: int, folder: str) -> None:
     )
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(rank + 1))
     found: dict[str, Any] = {}
-    for checks in (checks_of_ddp, checks_of_fsdp, checks_of_fsdp1):
+    for checks in CHECKS:
         try:
             found.update(checks(x))
         except Exception:
@@ -182,6 +203,9 @@ def work(rank: int, folder: str) -> None:
         distributed.barrier()
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
+
+
+CHECKS = (checks_of_ddp, checks_of_fsdp, checks_of_fsdp1, checks_of_gradients)
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +226,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     assert not hung, "the processes wait for each other"
     assert [process.exitcode for process in processes] == [0, 0]
     found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    for checks in (checks_of_ddp, checks_of_fsdp, checks_of_fsdp1):
+    for checks in CHECKS:
         assert checks.__name__ not in found[0], found[0].get(checks.__name__)
     return found
+
+
+def test_gradients_are_exact_under_ddp_and_fsdp_or_refused_and_edits_go_through(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert max(found[f"edit {name}"] for name in ("ddp", "blocks", "attention", "root")) < 1e-12
+        exact = ("ddp inputs", "ddp maps", "blocks maps", "root maps")
+        assert max(found[f"gradients {name}"] for name in exact) < 1e-12
+        assert matches(SHARDED, found["gradients blocks inputs"])
+        assert matches(SHARDED, found["gradients root inputs"])
+        assert matches("UnreadableError: the gradient .* during backward: .* sharded again", found["gradients attention maps"])
 
 
 SHARDED = r"StaleMapError: the map of .* is stale: its parameters are sharded again, as FSDP .*keep=\"maps\""
