@@ -370,7 +370,7 @@ class AttentionRecorder:
         """A map that is missing since another module stands where the one with our hooks stood."""
         maps = self._forwards.all[-1].maps if self._forwards.all else {}
         for name, module in self._chosen.items():
-            if name not in maps and module is not self.model and _module_at(self.model, name) is not module:
+            if name not in maps and module is not self.model and _module_at(self.model, name) not in (None, module):
                 reason = f"{name!r} was replaced by another module inside the block; open the block after that."
                 maps[name] = LostMap(reason, About(name, Setting(self.model, name), self._deliver))
 

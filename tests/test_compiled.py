@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from packaging.version import Version
 from reference import unfused
 from test_recorder import NAMES, Raises, read_all, same, untouched
 from torch import Tensor, nn
@@ -381,6 +382,11 @@ TRACES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
+OLD = Version(torch.__version__).release < (2, 7)
+if OLD:  # whose strict export takes no hook of anybody's on the model, and whose fx does not get through timm
+    TRACES = {how: trace for how, trace in TRACES.items() if how not in ("torch.export, strict", "torch.fx")}
+
+
 @pytest.mark.filterwarnings("ignore")  # each of them warns of something
 @pytest.mark.parametrize("options", [{}, {"keep": "maps", "passes": "all", "called_from": True}], ids=str)
 @pytest.mark.parametrize("how", TRACES)
@@ -548,6 +554,7 @@ def test_a_checkpoint_run_again_by_a_compiled_backward_is_no_forward(compiled_au
     assert len(rec.passes) == 1
 
 
+@pytest.mark.skipif(OLD, reason="flex attention of this torch runs under no mode")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_compiled_flex_attention_runs_in_the_block_and_is_refused_when_it_is_read() -> None:
     class FlexAttention(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from einops import rearrange
-from models import TINY, randomise, tiny
+from models import ANY_DTYPE, randomise, tiny
 from test_index import Largest
 from test_mechanisms import LAYOUTS, MODELS, lively, short_name
 from timm.layers import Attention
@@ -89,7 +89,7 @@ def double(name: str, **overrides: Any) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ANY_DTYPE)
 def test_the_gradient_is_that_of_the_unfused_path(name: str, keep: Any) -> None:
     model, x = double(name)
     compare(recorded(model, x, keep=keep), own_gradients(model, x))
