@@ -293,6 +293,11 @@ def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, de
     return Call(target, args, kwargs, modes, tensors, state, held, _stamps_of(target, tensors, state, held))
 
 
+def as_received(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
+    """A call with the arguments that hooks which came after ours have made of it."""
+    return capture(call.target, args, kwargs, detach=detach)._replace(modes=call.modes)
+
+
 def _random_streams(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 

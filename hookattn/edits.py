@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import Call, Target, capture, in_backward, is_reading, target
+from .calls import Call, Target, as_received, capture, in_backward, is_reading, target
 from .discovery import Layer, choose
 from .hooks import Hook, same_objects
 from .maps import source_of
@@ -85,7 +85,7 @@ class _Editing:
             return None
         call, seen = self._running.pop(get_ident())
         if not same_objects([*args, *kwargs.values()], seen):  # a hook that came after ours
-            call = capture(self._target, args, kwargs, detach=False)._replace(modes=call.modes)
+            call = as_received(call, args, kwargs, detach=False)
         with call.resumed():
             attention = source_of(call).narrow().probabilities()
         return replaced(call, self._edited(attention))

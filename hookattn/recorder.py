@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .calls import Call, Target, capture, in_backward, is_reading, target
+from .calls import Call, Target, as_received, capture, in_backward, is_reading, target
 from .discovery import Layer, Layers, choose, recordable
 from .eager import EAGER, INSIDE
 from .edits import Edit, Edits
@@ -258,12 +258,12 @@ class AttentionRecorder:
             if self._forwards.concerns_us():
                 forward = self._forwards.current(chosen.name)
                 name = _unused(chosen.name, forward.maps)
-                call = capture(chosen, args, kwargs, detach=self._detach)
+                call, given = capture(chosen, args, kwargs, detach=self._detach), [*args, *kwargs.values()]
                 m = forward.maps[name] = self._map(call, name, forward, self._site(args, kwargs))
                 if self._gradients:
-                    self._followed[get_ident(), module] = m.gradient, call, [*args, *kwargs.values()]
+                    self._followed[get_ident(), module] = m.gradient, call, given
                 if came_later(module, me()):
-                    self._look_again(chosen, name, args, kwargs, forward)
+                    self._look_again(call, given, name, forward)
             elif not is_reading():
                 self._run_again(chosen, args, kwargs)
 
@@ -271,27 +271,28 @@ class AttentionRecorder:
         me = weakref.ref(hook)  # a closure that held itself would be a cycle
         return hook
 
-    def _look_again(self, chosen: Target, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> None:
-        """Take what `forward` really received, once it has run, if a hook that came after ours changed it."""
-        seen = [*args, *kwargs.values()]
+    def _look_again(self, call: Call, given: list[Any], name: str, forward: Forward) -> None:
+        """Take what the module really received, once it has run, if a hook that came after ours changed it."""
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not self._forwards.is_here():
                 return
             handle.remove()
-            final = [*args, *kwargs.values()]
-            if not same_objects(final, seen):
-                call, before = capture(chosen, args, kwargs, detach=self._detach), forward.maps[name]
-                forward.maps[name] = self._map(call, name, forward, self._site(args, kwargs), before)
+            if not same_objects([*args, *kwargs.values()], given):
+                final, site = as_received(call, args, kwargs, detach=self._detach), self._site(args, kwargs)
+                forward.maps[name] = self._map(final, name, forward, site, forward.maps[name])
 
-        handle = chosen.module.register_forward_hook(Hook(after, takes=4), with_kwargs=True, always_call=True)
+        handle = call.target.module.register_forward_hook(Hook(after, takes=4), with_kwargs=True, always_call=True)
 
     def _run_again(self, chosen: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A checkpoint runs a module again in backward."""
+        saves, followed = self._keep == "maps" and not self._detach, self._gradients and in_backward()
+        if not saves and not followed:
+            return
         call = capture(chosen, args, kwargs, detach=self._detach)
-        if self._keep == "maps" and not self._detach:
-            self._map(call, chosen.name, Forward(), None)  # it must save what it saved before
-        if self._gradients and in_backward():
+        if saves:
+            self._map(call, chosen.name, Forward(), None)  # the same as in the forward
+        if followed:
             recorded = [m for forward in self._forwards.all for name, m in forward.maps.items() if _is_of(name, chosen)]
             waiting = (m.gradient for m in reversed(recorded) if m.gradient.waits_for(call))
             if (gradient := next(waiting, None)) is not None:
@@ -303,7 +304,7 @@ class AttentionRecorder:
             return
         gradient, call, seen = self._followed.pop((get_ident(), module))
         if not same_objects([*args, *kwargs.values()], seen):
-            call = capture(call.target, args, kwargs, detach=self._detach)._replace(modes=call.modes)
+            call = as_received(call, args, kwargs, detach=self._detach)
         gradient.follow(call, output)
 
     def _map(
