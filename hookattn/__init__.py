@@ -22,6 +22,7 @@ Rooms, an import may only point down:
     classes  functional   facts filed by class; the mathematics, the only softmax
     hooks  threads  eager what a recorder puts on modules, whose forwards it sees, what compiled code does meanwhile
     stamps  absent        what tells that a tensor has changed; that its values are not to be had
+    checkpoints           which activation checkpoint a module runs in
     errors
 """
 

@@ -23,7 +23,7 @@ def rollout(maps: Maps, *, residual: float = 0.5) -> Tensor:
 
     Args:
         maps: a recorder, or the maps of one forward, first layer first: `rec.maps`, or some of them. All have the same tokens
-            as queries and as keys.
+            as queries and as keys; attentions that run side by side in one block are taken for layers that follow each other.
         residual: r, the share that a token keeps of itself in every layer; 0.5 in the paper.
 
     Returns:

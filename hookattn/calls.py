@@ -248,10 +248,14 @@ class Call(NamedTuple):
         if structure_of(self.target.inner) != self.target.structure:
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
-    def during_backward(self) -> Call:
-        """The same while backward runs, when FSDP has written the parameters of the forward anew."""
+    def renewed(self) -> Call:
+        """The same right after its forward or during its backward: but for its arguments, it is not compared with before.
+
+        By then FSDP has written the parameters anew, and the forward may have counted its calls; the user has had no say.
+        """
         read, first = stamps([tensor for _, tensor in self.state], self.target.steps), len(self.tensors)
-        return self._replace(stamps=(*self.stamps[:first], *read, *self.stamps[first + len(read) :]))
+        renewed = (*self.stamps[:first], *read, *self.stamps[first + len(read) :])
+        return self._replace(stamps=renewed, target=self.target._replace(structure=structure_of(self.target.inner)))
 
     def _check_at_hand(self) -> None:
         """Raise if the values of what the call reads are elsewhere, before anything looks at them."""

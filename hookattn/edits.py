@@ -9,8 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import Call, Target, as_received, capture, in_backward, is_reading, target
+from .calls import Call, as_received, capture, in_backward, is_reading, target
+from .checkpoints import checkpoint_around
 from .discovery import Layer, choose
+from .errors import LayerNotFoundError
+from .gradients import fingerprint
 from .hooks import Hook, same_objects
 from .maps import source_of
 from .replay import replaced
@@ -20,7 +23,7 @@ Edit = Callable[[Tensor], Tensor]
 
 
 class Edits:
-    """The edits of a recorder that are on: those of one module follow each other in the order they were opened.
+    """The edits that a recorder has opened. Their hooks stay on until it closes, for checkpoints that backward runs again.
 
     Args:
         model: whose maps are edited.
@@ -28,11 +31,16 @@ class Edits:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._on: dict[str, _Editing] = {}
+        self._held = ExitStack()
+        self._modules: set[nn.Module] = set()
 
     @contextmanager
-    def open(self, edits: Mapping[Layer, Edit]) -> Iterator[None]:
+    def open(self, edits: Mapping[Layer, Edit], recorded: list[str]) -> Iterator[None]:
         """Put edited maps in place of modules' own; see `AttentionRecorder.edit`.
+
+        Args:
+            edits: by layer.
+            recorded: what positions count.
 
         Raises:
             LayerNotFoundError, UnreadableError: an edit is meant for a layer that is not there, or that forms no map.
@@ -40,64 +48,113 @@ class Edits:
         modules = {name or type(self._model).__name__: module for name, module in self._model.named_modules()}
         with ExitStack() as stack:
             for layer, edit in edits.items():
-                for name in choose(self._model, layer).readable:
-                    if name not in self._on:
-                        self._on[name] = _Editing(target(name, modules[name]))
-                    stack.enter_context(self._on[name].with_one_more(edit))
+                for name in self._named(layer, recorded):
+                    module = modules[name]
+                    if module not in self._modules:
+                        self._held.enter_context(_held(name, module))
+                        self._modules.add(module)
+                    stack.enter_context(_ON[module].with_one_more(edit))
             yield
+
+    def close(self) -> None:
+        """Take the hooks off, unless another recorder edits the module too."""
+        self._modules.clear()
+        self._held.close()
+
+    def _named(self, layer: Layer, recorded: list[str]) -> list[str]:
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            return list(choose(self._model, layer).readable)
+        if not -len(recorded) <= layer < len(recorded):
+            raise LayerNotFoundError(f"there is no layer {layer} to edit: {len(recorded)} are recorded.")
+        return [recorded[layer]]
+
+
+@contextmanager
+def _held(name: str, module: nn.Module) -> Iterator[None]:
+    """A module has one pair of hooks, whoever edits it."""
+    editing = _ON.setdefault(module, _Editing(name, module))
+    editing.holders += 1
+    editing.hook()
+    try:
+        yield
+    finally:
+        editing.holders -= 1
+        if editing.holders == 0:
+            _ON.pop(module).hooks.close()
+
+
+def stay_first(module: nn.Module) -> None:
+    """What hooks that were put on just now see of a module is its edited output."""
+    if (editing := _ON.get(module)) is not None:
+        editing.hook()
 
 
 class _Editing:
     """The hooks of one module: one that keeps what it is called with, one that replaces its output.
 
-    Forwards of other threads and tasks are let through as they are.
+    Each edit is for the forwards of the thread and task that opened it, and for what checkpoints run again of them.
     """
 
-    def __init__(self, chosen: Target) -> None:
-        self._target = chosen
-        self._here = Here()
-        self._edits: list[Edit] = []
-        self._hooks = ExitStack()
-        self._running: dict[int, tuple[Call, list[Any]]] = {}
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.holders, self.hooks = 0, ExitStack()
+        self._name, self._module = name, module
+        self._open: list[tuple[Edit, Here]] = []
+        self._running: dict[int, tuple[Call, list[Any], list[Edit]]] = {}
+        self._in_checkpoints: dict[bytes, list[Edit]] = {}
+
+    def hook(self) -> None:
+        """Put the hooks on, or on again: the one at the end before those of others."""
+        self.hooks.close()
+        self.hooks.enter_context(self._module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+        self.hooks.enter_context(self._module.register_forward_hook(Hook(self._end, takes=4), prepend=True, with_kwargs=True))
 
     @contextmanager
     def with_one_more(self, edit: Edit) -> Iterator[None]:
-        """The hooks are on as long as there is an edit."""
-        module = self._target.module
-        if not self._edits:
-            self._target, self._here = target(self._target.name, module), Here()  # as it is now
-            self._hooks.enter_context(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
-            self._hooks.enter_context(module.register_forward_hook(Hook(self._end, takes=4), prepend=True, with_kwargs=True))
-        self._edits.append(edit)
+        opened = (edit, Here())
+        self._open.append(opened)
         try:
             yield
         finally:
-            del self._edits[self._edits.index(edit)]
-            if not self._edits:
-                self._hooks.close()
+            self._open = [each for each in self._open if each is not opened]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self._target.module and not is_reading() and (self._here() or in_backward()):
-            self._running[get_ident()] = capture(self._target, args, kwargs, detach=False), [*args, *kwargs.values()]
+        if is_reading() or module is not self._module:
+            return
+        self._running.pop(get_ident(), None)  # of a forward that raised
+        edits = [edit for edit, is_here in self._open if is_here()]
+        checkpoint = checkpoint_around()
+        if not edits and checkpoint is None:
+            return
+        call = capture(target(self._name, module), args, kwargs, detach=False)
+        if checkpoint is not None and in_backward():
+            edits = self._in_checkpoints.get(fingerprint(call, checkpoint), [])
+        elif checkpoint is not None:
+            self._in_checkpoints[fingerprint(call, checkpoint)] = edits
+        if edits:
+            self._running[get_ident()] = call, [*args, *kwargs.values()], edits
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if is_reading() or module is not self._target.module or get_ident() not in self._running:
+        if is_reading() or module is not self._module or get_ident() not in self._running:
             return None
-        call, seen = self._running.pop(get_ident())
-        if not same_objects([*args, *kwargs.values()], seen):  # a hook that came after ours
+        call, given, edits = self._running.pop(get_ident())
+        if not same_objects([*args, *kwargs.values()], given):  # a hook that came after ours
             call = as_received(call, args, kwargs, detach=False)
+        call = call.renewed()
         with call.resumed():
             attention = source_of(call).narrow().probabilities()
-        return replaced(call, self._edited(attention))
+        return replaced(call, self._edited(attention, edits))
 
-    def _edited(self, attention: Tensor) -> Tensor:
+    def _edited(self, attention: Tensor, edits: list[Edit]) -> Tensor:
         edited = attention.clone()  # what is written into is not what autograd has saved
-        for edit in self._edits:
+        for edit in edits:
             edited = edit(edited)
             if not isinstance(edited, Tensor) or edited.shape != attention.shape:
                 got = f"one of shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else type(edited).__name__
                 raise ValueError(
-                    f"the edit of {self._target.name!r} returned no map of shape {tuple(attention.shape)} but {got}: take the "
-                    "map, change it, and return it."
+                    f"the edit of {self._name!r} returned no map of shape {tuple(attention.shape)} but {got}: take the map, "
+                    "change it, and return it."
                 )
         return edited.to(attention)
+
+
+_ON: dict[nn.Module, _Editing] = {}

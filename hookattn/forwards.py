@@ -14,6 +14,7 @@ from torch import nn
 from .calls import in_backward, is_reading
 from .discovery import nearest
 from .errors import LayerNotFoundError
+from .gradients import Backwards
 from .layouts import Images
 from .maps import AttentionMap
 from .threads import Here
@@ -26,12 +27,14 @@ class Forward:
         maps: by name, in the order the modules ran.
         images: the pictures that each part of the model looks at, those of the whole model under None.
         closed: whether it was a call of the model that has returned.
+        backwards: which backward was the last to reach it.
     """
 
     def __init__(self) -> None:
         self.maps: dict[str, AttentionMap] = {}
         self.images: dict[nn.Module | None, Images] = {}
         self.closed = False
+        self.backwards = Backwards()
 
 
 class Forwards:
@@ -82,7 +85,7 @@ class Forwards:
         if self._depth and not self._call:
             self._depth = 0
         if self._depth == 0:
-            self._begin(caller_of_hook())
+            self._begin(Running(caller_of_hook(), held=True))
             self._images.clear()
         self._depth += 1
 
@@ -105,11 +108,11 @@ class Forwards:
         """Let go of the frame that a forward is a call of."""
         self._call = None
 
-    def _begin(self, frame: FrameType | None) -> Forward:
+    def _begin(self, call: Running | None) -> Forward:
         if not self._keep_all:
             self.all.clear()
         self.all.append(Forward())
-        self._call = None if frame is None else Running(frame)
+        self._call = call
         return self.all[-1]
 
     def _running_forward(self, name: str) -> Forward:
@@ -120,7 +123,7 @@ class Forwards:
         by_hand = frame is None and self._call is None
         if by_hand and last is not None and not last.closed and name not in last.maps:
             return last
-        return self._begin(frame)
+        return self._begin(None if frame is None else Running(frame, held=False))
 
     def _outermost_method(self) -> FrameType | None:
         """The frame of the outermost method of the model's class on the stack."""
@@ -198,16 +201,19 @@ def is_a_forward() -> bool:
 class Running:
     """True as long as a frame is on the stack.
 
-    The frame is marked, and the mark lives as long as the call does; a reference to the frame would keep its variables alive.
+    Args:
+        frame: the frame.
+        held: whether to hold on to the frame, where the end of its call is announced. Otherwise it is marked, and the mark
+            lives as long as the call does, unless a debugger takes it away: a reference to the frame would keep its variables
+            alive.
     """
 
-    def __init__(self, frame: FrameType) -> None:
-        if frame.f_trace is None:
+    def __init__(self, frame: FrameType, *, held: bool) -> None:
+        self._mark: Callable[[], object] = lambda: frame
+        if not held and frame.f_trace is None:
             frame.f_trace = _Mark()
-        if isinstance(frame.f_trace, _Mark):
-            self._mark: Callable[[], object] = weakref.ref(frame.f_trace)
-        else:  # a debugger has put its own there
-            self._mark = lambda: frame
+        if not held and isinstance(frame.f_trace, _Mark):
+            self._mark = weakref.ref(frame.f_trace)
 
     def __bool__(self) -> bool:
         mark = self._mark()

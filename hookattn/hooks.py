@@ -39,7 +39,7 @@ class Hook:
 
 def is_traced() -> bool:
     """Whether modules run to be compiled, exported or traced: what they are called with has no values to read."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or _is_fx_tracing():
+    if torch.compiler.is_dynamo_compiling() or torch._C._is_tracing() or _is_fx_tracing():  # each of this thread
         return True
     return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
 

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from .calls import Call, Target, as_received, capture, in_backward, is_reading, target
 from .discovery import Layer, Layers, choose, recordable
 from .eager import EAGER, INSIDE
-from .edits import Edit, Edits
+from .edits import Edit, Edits, stay_first
 from .errors import NoMapError, RecorderError, StaleMapError, UnreadableError
 from .forwards import Forward, Forwards, Maps, why_empty
-from .gradients import Gradient
+from .gradients import Gradient, made_again
 from .hooks import Hook, came_later, same_objects
 from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stems_of, trunk_of
 from .maps import About, AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
@@ -53,7 +53,7 @@ class AttentionRecorder:
         keep: "inputs" keeps what a module was called with (a reference, no copy) and computes maps when asked; "maps" computes
             them while the model runs and lets the input go.
         passes: "last" keeps the last forward only, "all" keeps each, as `rec.passes[i]`.
-        device, dtype: where maps go and as what; None for where and as what they are computed.
+        device, dtype: where maps and gradients go and as what; None for where and as what they are computed.
         detach: True cuts maps off from the autograd graph; False leaves them in it.
         called_from: walk the stack at each call, for `m.called_from`.
         gradients: follow backward to the output of each module, for `m.gradient`.
@@ -79,7 +79,7 @@ class AttentionRecorder:
         called_from: bool = False,
         gradients: bool = False,
     ) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             raise RecorderError(INSIDE)
         if keep not in ("inputs", "maps"):
             raise ValueError(f'keep={keep!r} is not known: keep="inputs" or keep="maps".')
@@ -119,6 +119,7 @@ class AttentionRecorder:
         hooks, self._hooks = self._hooks, None
         self._forwards.leave()
         self._followed.clear()
+        self._edits.close()
         if hooks is not None:
             hooks.close()
 
@@ -158,12 +159,13 @@ class AttentionRecorder:
 
         The module runs fused as always; its output is then computed once more from the edited map, in the graph of the
         forward, and takes the place of its own. All other modules run fused. `rec.maps` shows what each module formed itself,
-        before the edit; `m.gradient` is that with respect to the map that was used.
+        before the edit; `m.gradient` is that with respect to the map that was used. Hooks of others inside the module run
+        several times. Where activations are checkpointed, call backward before the block of the recorder ends.
 
         Args:
-            edits: what to make of a map, by the layers it is done in (names, globs, positions as in `layers`): functions of a
-                map (batch, heads, queries, keys), which they may write into, that return one of the same shape. Rows need not
-                sum to 1.
+            edits: what to make of a map, by the layers it is done in (names and globs as in `layers`, positions among
+                `rec.layers`): functions of a map (batch, heads, queries, keys), which they may write into, that return one of
+                the same shape. Rows need not sum to 1. Several edits of one map follow each other.
 
         Raises:
             RecorderError: the recorder is not open.
@@ -172,7 +174,7 @@ class AttentionRecorder:
         """
         if self._hooks is None:
             raise RecorderError("the recorder is not open: edit inside its block, `with AttentionRecorder(model) as rec:`.")
-        return self._edits.open(edits)
+        return self._edits.open(edits, self.layers)
 
     def verify(self, tolerance: float | None = None) -> float:
         """Verify every map of the last forward, see `AttentionMap.verify`.
@@ -213,6 +215,7 @@ class AttentionRecorder:
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             if self._gradients:
                 stack.enter_context(module.register_forward_hook(Hook(self._follow, takes=4), prepend=True, with_kwargs=True))
+                stay_first(module)
         for module, trunks in stems_of(self._trunks.values()).items():
             see = self._seeing(module, trunks)
             stack.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
@@ -293,9 +296,9 @@ class AttentionRecorder:
         if saves:
             self._map(call, chosen.name, Forward(), None)  # the same as in the forward
         if followed:
-            recorded = [m for forward in self._forwards.all for name, m in forward.maps.items() if _is_of(name, chosen)]
-            waiting = (m.gradient for m in reversed(recorded) if m.gradient.waits_for(call))
-            if (gradient := next(waiting, None)) is not None:
+            forwards = ([m for name, m in forward.maps.items() if _is_of(name, chosen)] for forward in self._forwards.all[::-1])
+            gradient = made_again(([m.gradient for m in maps] for maps in forwards), call)
+            if gradient is not None:
                 self._followed[get_ident(), chosen.module] = gradient, call, [*args, *kwargs.values()]
 
     def _follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -315,8 +318,9 @@ class AttentionRecorder:
         around = None if (block := self._blocks[chosen]) is None else self._around.get(block)
         facts = {} if block is None else plain_facts(block)
         setting = Setting(self.model, chosen, images, sizes_of(call.args, call.kwargs), around, facts)
-        gradient = Gradient(name, self._deliver, at_once=self._keep == "maps") if self._gradients else None
-        gradient = gradient if before is None or gradient is None else before.gradient
+        gradient = before.gradient if self._gradients and before is not None else None
+        if self._gradients and gradient is None:
+            gradient = Gradient(name, self._deliver, forward.backwards, at_once=self._keep == "maps")
         about = About(name, setting, self._deliver, site, gradient)
         captured = CapturedMap(call, about)
         if self._keep == "inputs":

@@ -14,14 +14,15 @@ class Here:
     """
 
     def __init__(self) -> None:
-        self._thread, self._name = threading.get_ident(), threading.current_thread().name
+        thread = threading.current_thread()
+        self._thread, self._name = weakref.ref(thread), thread.name
         task = _task()
         self._task = None if task is None else weakref.ref(task)
         self._task_name = "" if task is None else task.get_name()
 
     def __call__(self) -> bool:
         """Whether what runs now runs here."""
-        if threading.get_ident() != self._thread:
+        if threading.current_thread() is not self._thread():  # numbers of threads are used again
             return False
         task = None if self._task is None else self._task()
         return task is None or task.done() or task is _task()

@@ -62,7 +62,7 @@ class Watching:
         if module is self._model and not (self._running and self._call):  # one that was interrupted ran no hook at its end
             self._on.close()
             self._running.clear()
-            self._call = Running(caller_of_hook())
+            self._call = Running(caller_of_hook(), held=True)
             self._on.enter_context(self._mode)
         if module is self._model or self._running:
             self._running.append([module, self._enter(module, args, kwargs), False])
@@ -74,6 +74,7 @@ class Watching:
         if formed:
             self._leave(module, kept, output)
         if not self._running:
+            self._call = None
             self._on.close()
             self._over = output is not None  # a forward that raised is watched again
             self._end(self._over)

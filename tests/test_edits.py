@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -229,6 +230,97 @@ def test_hooks_of_others_come_before_and_after_an_edit() -> None:
         got = model(x)
     with torch.no_grad(), unfused_and_edited(model, 0, cubed):
         near(got, model(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_runs_again_is_edited_as_its_forward_was(reentrant: bool) -> None:
+    """Wherever backward is called: after the edit, in another one, or in another thread."""
+    model, x = tiny("vit")
+    model, x = model.double(), x.double().requires_grad_()
+    plain = gradients(model(x), model)
+    with unfused_and_edited(model, 1, cubed):
+        edited = gradients(model(x), model)
+    for block in model.blocks:
+        block.forward = lambda x, own=block.forward, **_: checkpoint(own, x, use_reentrant=reentrant)
+
+    def check(end: Tensor, expected: list[Tensor]) -> None:
+        model.zero_grad()
+        end.square().sum().backward()
+        for got, want in zip([p.grad for p in model.parameters() if p.grad is not None], expected):
+            near(got, want)
+
+    with AttentionRecorder(model) as rec:
+        before = model(x)
+        with rec.edit({1: cubed}):
+            output, other = model(x), model(x)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(lambda: check(model(x), plain)).result()
+            check(before, plain)
+            check(other, edited)
+        after = model(x)
+        with rec.edit({1: uniform}):
+            check(output, edited)
+            check(after, plain)
+
+
+def test_edits_of_two_recorders_follow_each_other_and_gradients_are_those_of_what_was_used() -> None:
+    model, x = tiny("vit")
+    model, x = model.double(), x.double()
+    used: list[Tensor] = []
+
+    def note(attention: Tensor) -> Tensor:
+        used.append(attention)
+        return attention
+
+    with AttentionRecorder(model) as one, AttentionRecorder(model) as two:
+        three = AttentionRecorder(model, gradients=True)
+        with one.edit({1: cubed}), two.edit({1: lambda a: note(without_head(a))}), three:
+            output = model(x)
+        end = output.square().sum()
+        end.backward(retain_graph=True)
+        with two.edit({1: cubed}), one.edit({1: without_head}):
+            near(model(x), output)
+    near(three.maps[1].gradient[...], torch.autograd.grad(end, used[0])[0])
+
+
+def test_positions_count_what_is_recorded() -> None:
+    model, x = tiny("vit", depth=3)
+    with torch.no_grad(), AttentionRecorder(model, layers=["blocks.2"]) as rec:
+        with rec.edit({0: cubed}):
+            got = model(x)
+        with rec.edit({"blocks.2.attn": cubed}):
+            assert torch.equal(model(x), got)
+        with pytest.raises(LayerNotFoundError, match="no layer 1 to edit: 1 are recorded"), rec.edit({1: cubed}):
+            pass
+
+
+class Counts(Attention):
+    calls = 0
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        self.calls += 1
+        return super().forward(x, **options)
+
+
+def test_a_module_that_counts_its_calls_is_edited_and_counts_them() -> None:
+    module, x = Counts(48, 3), torch.randn(2, 7, 48, requires_grad=True)
+    with AttentionRecorder(module, gradients=True, keep="maps") as rec:
+        expected = module(x)
+        with rec.edit({0: lambda a: a}):
+            near(module(x), expected, 1e-6)
+            expected.sum().backward()
+    assert module.calls == 2
+
+
+def test_a_forward_that_was_broken_off_leaves_no_edit_behind() -> None:
+    model, x = tiny("vit")
+    with torch.no_grad(), AttentionRecorder(model) as rec:
+        expected = model(x)
+        broken = model.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
+        with rec.edit({0: cubed}), broken, pytest.raises(ZeroDivisionError):
+            model(x)
+        assert torch.equal(model(x), expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_what_cannot_be_edited_is_refused_and_nothing_is_left() -> None:

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a room may import from those before it, and from itself
 ROOMS = [
     {"errors"},
-    {"classes", "functional", "hooks", "stamps", "absent", "threads", "eager"},
+    {"classes", "functional", "hooks", "stamps", "absent", "threads", "eager", "checkpoints"},
     {"calls", "indexing"},
     {"recipes"},
     {"replay", "tokens", "trace"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,11 @@ from test_index import Largest
 from test_mechanisms import LAYOUTS, MODELS, lively, short_name
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from hookattn import AttentionRecorder, NoGradientError, RecorderError, StaleMapError, UnreadableError
+from hookattn.analysis import relevance
 from hookattn.recipes import find_recipe
 
 NAMES = ["blocks.0.attn", "blocks.1.attn"]
@@ -288,6 +291,17 @@ def test_groups_of_heads_and_outputs_that_are_asked_one_by_one(keep: Any) -> Non
         compare(rec, {rec.layers[0]: torch.autograd.grad(end, maps, retain_graph=True)[0]})
 
 
+class Held(nn.Module):
+    """Attention that returns its output in an object."""
+
+    @dataclass
+    class Output:
+        y: Tensor
+
+    def forward(self, x: Tensor) -> Output:
+        return self.Output(nn.functional.scaled_dot_product_attention(x, x, x))
+
+
 class Odd(nn.Module):
     """Attention under another name: found by watching the first forward."""
 
@@ -341,12 +355,72 @@ def test_what_is_missing_is_said_with_what_to_type() -> None:
     with AttentionRecorder(model, gradients=True) as rec:
         model(x)
     assert repr(rec.maps[0].gradient) == "Gradient('blocks.0.attn', not arrived)"
-    with pytest.raises(NoGradientError, match=r"no backward has reached 'blocks.0.attn'.*backward\(\)"):
+    with pytest.raises(NoGradientError, match=r"no gradient has reached 'blocks.0.attn'.*backward\(\)"):
         rec.maps[0].gradient[...]
     with AttentionRecorder(model, gradients=True) as rec, torch.no_grad():
         model(x)
     with pytest.raises(NoGradientError, match=r"without a graph: call the model without torch.no_grad\(\)"):
         rec.maps[0].gradient.shape  # noqa: B018
+    holder = nn.Sequential(nn.Linear(4, 4), Held())
+    with AttentionRecorder(holder, gradients=True) as rec:
+        holder(torch.randn(2, 5, 4)).y.sum().backward()
+    with pytest.raises(NoGradientError, match="returned no tensor"):
+        rec.maps[0].gradient[...]
+
+
+def test_a_gradient_that_the_last_backward_did_not_reach_is_not_mixed_with_those_it_did() -> None:
+    model, x = double("vit", depth=4)
+    with AttentionRecorder(model, gradients=True) as rec:
+        _, (early, late) = model.forward_intermediates(x, indices=[1, 3])
+    loss_of(late).backward(retain_graph=True)
+    assert rec.maps[3].gradient[...].abs().max() > 0
+    loss_of(early).backward()
+    assert rec.maps[1].gradient[...].abs().max() > 0
+    for ask in (lambda: rec.maps[3].gradient[...], lambda: relevance(rec)):
+        with pytest.raises(NoGradientError, match=r"the last backward did not reach 'blocks.2.attn'|'blocks.3.attn'"):
+            ask()
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_gradient_of_a_gradient_is_refused(keep: Any) -> None:
+    model, x = double("vit")
+    expected = own_gradients(model, x)
+    x.requires_grad_()
+    with AttentionRecorder(model, gradients=True, keep=keep) as rec, sdpa_kernel(SDPBackend.MATH):
+        end = loss_of(model(x))
+        (first,) = torch.autograd.grad(end, x, create_graph=True)
+        compare(rec, expected)
+        (end + first.square().sum()).backward()
+    with pytest.raises(UnreadableError, match="create_graph=True"):
+        rec.maps[0].gradient[...]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_give_each_backward_and_each_pass_its_own_gradient(reentrant: bool, keep: Any) -> None:
+    model, x = double("vit")
+    x.requires_grad_()
+    expected = [own_gradients(model, x, partial(loss_of, which=which)) for which in (0, 1)]
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=reentrant)
+        block.forward = lambda x, run=block.forward, **_: run(x)
+    with AttentionRecorder(model, gradients=True, keep=keep) as rec:
+        output = model(x)
+        for which in (0, 1):
+            loss_of(output, which).backward(retain_graph=True)
+            compare(rec, expected[which])
+    with AttentionRecorder(model, gradients=True, keep=keep, passes="all") as rec:
+        ends = [loss_of(model(x), which) for which in (0, 1)]
+        with torch.no_grad():
+            model(x)
+        for end in ends:
+            end.backward()
+    for maps, each in zip(rec.passes, expected):
+        for name, m in maps.items():
+            torch.testing.assert_close(m.gradient[...], each[name], rtol=1e-9, atol=1e-9)
+    with pytest.raises(NoGradientError, match="without a graph"):
+        rec.passes[2][0].gradient[...]
 
 
 def test_a_step_makes_gradients_stale_unless_they_are_kept() -> None:
@@ -359,30 +433,60 @@ def test_a_step_makes_gradients_stale_unless_they_are_kept() -> None:
     compare(kept, expected)
 
 
-@pytest.mark.parametrize("keep", ["inputs", "maps"])
-def test_a_recorder_that_is_dropped_leaves_nothing_behind_and_a_graph_that_is_dropped_no_input(keep: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"keep": "maps", "detach": False}], ids=str)
+@pytest.mark.parametrize("name", ["vit", "relpos", "differential"])
+def test_reading_gradients_leaves_no_tensor_for_the_garbage_collector(name: str, options: dict[str, Any]) -> None:
+    model, x = tiny(name)
+    if name == "relpos":
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    gc.collect()
     gc.disable()
     try:
-        model, x = tiny("vit")
-        seen: list[weakref.ref[Tensor]] = []
-        handle = model.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+        counts = []
+        for _ in range(4):
+            rec = recorded(model, x, **options)
+            for m in rec.maps.values():
+                m.gradient[:, 0], m.gradient.shape
+            del rec, m
+            model.zero_grad()
+            counts.append(sum(type(thing) is Tensor for thing in gc.get_objects()))
+        assert counts[1] == counts[3]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_recorder_that_is_dropped_leaves_nothing_behind_and_one_that_keeps_maps_no_input(keep: Any) -> None:
+    model, x = tiny("vit")
+    storages: list[weakref.ref[Any]] = []
+    handle = model.blocks[1].attn.register_forward_pre_hook(
+        lambda _, args: storages.append(args[0].untyped_storage()._weak_ref())
+    )
+    gc.disable()
+    try:
         rec = recorded(model, x, keep=keep)
         alive = weakref.ref(rec)
         rec.maps[0].gradient[...]
-        assert (seen[0]() is None) or keep == "inputs"
+        m = rec.maps[1]
+        del rec
+        assert alive() is None
+        assert is_freed(storages[0]) == (keep == "maps")
+        if keep == "maps":
+            assert m.gradient[...].shape == m.shape
+        del m
+        assert is_freed(storages[0])
         with AttentionRecorder(model, gradients=True, keep=keep) as second:
             output = model(x)
         followed = weakref.ref(second.maps[0].gradient)
         del second
         assert followed() is None  # though the graph is there
         assert output.grad_fn is not None
-        m = rec.maps[1]
-        del rec
-        assert alive() is None
-        if keep == "maps":
-            assert m.gradient[...].shape == m.shape
-        del m
-        assert seen[0]() is None
         handle.remove()
     finally:
         gc.enable()
+
+
+def is_freed(storage: Any) -> bool:
+    """Whether a weak reference to a storage is that of memory given back."""
+    return bool(torch.UntypedStorage._expired(storage))

@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import linecache
+import pdb
 import pickle
 import sys
 import weakref
@@ -222,6 +223,21 @@ def test_a_debugger_changes_nothing(call: str) -> None:
             getattr(model, call)(-x)
         finally:
             sys.settrace(before)
+    assert [list(maps) for maps in rec.passes] == [NAMES, NAMES]
+
+
+def test_a_breakpoint_in_the_middle_of_a_forward_changes_nothing() -> None:
+    model, x = tiny("vit")
+
+    def stop(*_: Any) -> None:
+        debugger = pdb.Pdb(stdin=io.StringIO("c\n"), stdout=io.StringIO(), nosigint=True, readrc=False)
+        debugger.set_trace(sys._getframe())
+
+    before = sys.gettrace()
+    with AttentionRecorder(model, passes="all") as rec, torch.no_grad(), model.blocks[1].norm1.register_forward_hook(stop):
+        for image in (x, -x):
+            model(image)
+    sys.settrace(before)
     assert [list(maps) for maps in rec.passes] == [NAMES, NAMES]
 
 
