@@ -10,7 +10,7 @@ Rooms, an import may only point down:
     demo  plot            the demo's model and scenes; matplotlib
     analysis  testing     pure functions of maps; the conformance test of a recipe
     inspection            what of a model can be read, and how
-    recorder              the only file that touches a model
+    recorder              what touches a model, with watching and edits, and leaves it as it was
     watching              which modules form maps, where names do not tell
     forwards  edits       what counts as one forward; maps put in place of the own
     discovery             which modules are attention

@@ -128,8 +128,10 @@ class _Editing:
         call = capture(target(self._name, module), args, kwargs, detach=False)
         if checkpoint is not None and in_backward():
             edits = self._in_checkpoints.get(fingerprint(call, checkpoint), [])
-        elif checkpoint is not None:
+        elif checkpoint is not None and edits:
             self._in_checkpoints[fingerprint(call, checkpoint)] = edits
+        elif checkpoint is not None:
+            self._in_checkpoints.pop(fingerprint(call, checkpoint), None)  # of a checkpoint that had the same number
         if edits:
             self._running[get_ident()] = call, [*args, *kwargs.values()], edits
 

@@ -16,7 +16,7 @@ from .checkpoints import checkpoint_around
 from .errors import NoGradientError, StaleMapError, UnreadableError
 from .functional import Formed, Outer, Slope
 from .indexing import split_index
-from .replay import SDPA, MapMode, input_and_dim, interleaved, leaving_no_trace, over_keys, own_arguments, unfolded, who
+from .replay import SDPA, MapMode, input_and_dim, interleaved, over_keys, run_under, unfolded, who
 
 _FEW = 256
 
@@ -124,8 +124,9 @@ class Gradient:
                 self.refuse(f"its gradient could not be computed during backward: {reason}")
 
     def _slope(self) -> Slope:
-        if self._missing() or self._call is None:
-            raise NoGradientError(self._missing())
+        missing = self._missing()
+        if missing or self._call is None:
+            raise NoGradientError(missing)
         return slope_of(self._call, self._received)
 
     def _missing(self) -> str:
@@ -201,10 +202,8 @@ def slope_of(call: Call, received: Mapping[int, Tensor]) -> Slope:
     """
     module = call.target.module
     with call.resumed(), torch.enable_grad():
-        with leaving_no_trace(module), _Variables(module, len(call.x)) as run:
-            call.restore_random_streams()
-            args, kwargs = own_arguments(module, call.args, call.kwargs)
-            outputs = pytree.tree_leaves(module.forward(*args, **kwargs))
+        output, run = run_under(call, _Variables(module, len(call.x)))
+        outputs = pytree.tree_leaves(output)
         sites = run.fused_sites or run.softmax_sites
         if not sites or not all(isinstance(outputs[place], Tensor) for place in received):
             raise UnreadableError(

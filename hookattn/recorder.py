@@ -1,4 +1,4 @@
-"""AttentionRecorder: the only thing here that touches a model, and it does so between `with` and the end of the block."""
+"""AttentionRecorder: what touches a model, with `watching` and `edits`, between `with` and the end of the block."""
 
 from __future__ import annotations
 

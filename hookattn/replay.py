@@ -71,8 +71,8 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
         UnreadableError: the forward forms no map that another could be put in place of.
     """
     with call.resumed():
-        own, watch = _run(call, Watch(call.target.module))
-        return own, _run(call, Inject(watch, attention))[0]
+        own, watch = run_under(call, Watch(call.target.module))
+        return own, run_under(call, Inject(watch, attention))[0]
 
 
 def replaced(call: Call, attention: Tensor) -> Any:
@@ -90,11 +90,11 @@ def replaced(call: Call, attention: Tensor) -> Any:
     """
     with call.resumed():
         with torch.no_grad():
-            watch = _run(call, Watch(call.target.module, as_called=True))[1]
-        return _run(call, Inject(watch, attention, as_called=True))[0]
+            watch = run_under(call, Watch(call.target.module, as_called=True))[1]
+        return run_under(call, Inject(watch, attention, as_called=True))[0]
 
 
-def _run(call: Call, mode: Mode) -> tuple[Any, Mode]:
+def run_under(call: Call, mode: Mode) -> tuple[Any, Mode]:
     """What a call's forward returns under a mode, and the mode."""
     module = call.target.module
     with leaving_no_trace(module), mode:
