@@ -20,6 +20,7 @@ Rooms, an import may only point down:
     recipes/              how queries and keys come out of a call
     calls  indexing       a captured call; what an index asks for
     classes  functional   facts filed by class; the mathematics, the only softmax
+    projected             queries and keys that are cut to what is asked for before they are computed
     hooks  threads  eager what a recorder puts on modules, whose forwards it sees, what compiled code does meanwhile
     stamps  absent        what tells that a tensor has changed; that its values are not to be had
     checkpoints           which activation checkpoint a module runs in

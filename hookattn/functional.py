@@ -13,11 +13,9 @@ from typing import Union
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-Pick = Union[slice, Tensor]
-"""What narrows one axis: a slice or a 1-d tensor of indices."""
-
-ALL = slice(None)
+from .projected import ALL, Pick, Projected, formed
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +23,7 @@ class QK:
     """Queries and keys of one attention call: softmax(q k^T * scale + bias) over the keys the mask lets through.
 
     Attributes:
-        q: (batch, heads, queries, head_dim), normalised and rotated, not yet scaled.
+        q: (batch, heads, queries, head_dim), normalised and rotated, not yet scaled; `Projected` where that is all.
         k: (batch, heads, keys, head_dim), likewise.
         scale: a number, or a tensor that broadcasts to (batch, heads, queries, 1); None stands for head_dim ** -0.5.
         bias: float tensor that broadcasts to (batch, heads, queries, keys), or several, added to the scaled scores.
@@ -88,25 +86,39 @@ class QK:
     def probabilities(self) -> Tensor:
         """The map: (batch, heads, queries, keys), in `dtype`, rows that sum to 1.
 
-        The query is scaled before the product, and everything after the projections is done in `dtype`, under autocast
-        too: half-precision scores overflow, and half-precision rows do not sum to 1. A row that the mask or the bias
-        closes throughout is zero, as `scaled_dot_product_attention` has it.
+        Everything after the projections is done in `dtype`, under autocast too: half-precision scores overflow, and
+        half-precision rows do not sum to 1. A row that the mask or the bias closes throughout is zero, as
+        `scaled_dot_product_attention` has it.
         """
         if self.is_causal:
             return self.narrow().probabilities()
-        with exactly(self.q.device):
-            scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
-            scores = (self.q.to(self.dtype) * scale) @ self.k.to(self.dtype).transpose(-2, -1)
-            if self.mix is not None:
-                scores = torch.einsum("g h, b h q k -> b g q k", self.mix.to(self.dtype), scores)
+        q, k = formed(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else formed(self.k)
+        with exactly(q.device):
+            scores = self._products(q.to(self.dtype), k)
+            writable = _is_ours_alone(scores, *self.biases)
             for bias in self.biases:
-                scores = scores + bias.to(self.dtype)
+                scores = scores.add_(bias.to(self.dtype)) if writable else scores + bias.to(self.dtype)
             if self.mask is not None:
-                scores = scores.masked_fill(~self.mask, float("-inf"))
-            if not self.biases and self.mask is None:
-                return scores.softmax(-1)
-            closed = (scores == float("-inf")).all(-1, keepdim=True)
-            return scores.softmax(-1).masked_fill(closed, 0.0)
+                scores = (scores.masked_fill_ if writable else scores.masked_fill)(~self.mask, float("-inf"))
+            closed = None if not self.biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
+            attention = torch.softmax(scores, -1, out=scores) if writable else scores.softmax(-1)
+            if closed is None:
+                return attention
+            return (attention.masked_fill_ if writable else attention.masked_fill)(closed, 0.0)
+
+    def _products(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scaled, mixed q k^T: (batch, heads, queries, keys); but for a constant in each row if k is absorbed."""
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if isinstance(scale, Tensor):
+            q, scale = q * scale, 1.0
+        if isinstance(k, Projected):
+            absorbed = torch.einsum("b h q d, h d c -> b h q c", q * scale, k.weight.to(q.dtype))
+            scores = absorbed.flatten(1, 2) @ k.x.to(q.dtype).mT
+        else:
+            k = k.to(q.dtype).expand(*q.shape[:2], -1, -1)
+            scores = torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale)
+        scores = scores.view(*q.shape[:3], k.shape[2])
+        return scores if self.mix is None else torch.einsum("g h, b h q k -> b g q k", self.mix.to(q.dtype), scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +227,29 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:
+    if isinstance(tensor, Projected):
+        return tensor.narrowed(batch, heads, rows)
     return tensor[batch][:, heads][:, :, rows]
+
+
+def _is_cheaper_absorbed(q: Tensor, k: Tensor) -> bool:
+    """Whether scores take fewer products as (q W) x^T than as q (x W^T)^T.
+
+    With k = x W^T + b the scores of a query are q W x^T + q b: the last term is the same for all keys and drops out of the
+    softmax, so a few queries need no keys. Per image and head the products are queries * (head_dim * features +
+    features * keys), or keys * (features * head_dim + head_dim * queries).
+    """
+    if not isinstance(k, Projected):
+        return False
+    queries, keys, width, features = q.shape[2], k.shape[2], k.shape[3], k.x.shape[2]
+    return queries * features * (width + keys) < keys * width * (features + queries)
+
+
+def _is_ours_alone(*scores: Tensor) -> bool:
+    """Whether scores may be added up and written to in place: neither autograd nor `torch.func` follows what is done."""
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in scores))
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import ALL, Pick
+from .projected import ALL, Pick
 
 
 def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:

@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from .absent import is_left_behind
 from .calls import Call
 from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
-from .functional import ALL, Source, largest_difference
+from .functional import Source, largest_difference
 from .gradients import Gradient
 from .indexing import split_index
 from .layouts import Setting, axes_of, tokens_of
+from .projected import ALL
 from .recipes import find_recipe
 from .replay import inject, leaving_no_trace, replayed
 from .tokens import Query, Size, Tokens

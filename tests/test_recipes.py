@@ -46,7 +46,7 @@ def test_recipe_is_replay_is_the_unfused_softmax(name: str) -> None:
     maps = record(model, x)
     assert len(maps) == sum(find_recipe(module) is not None for module in model.modules()) > 0
     for m in maps:
-        torch.testing.assert_close(m[...], own_softmax(m), rtol=0, atol=1e-6)
+        torch.testing.assert_close(m[...], own_softmax(m), rtol=0, atol=2e-6)
         torch.testing.assert_close(m[...], replay_of(m), rtol=0, atol=1e-6)
         torch.testing.assert_close(m[...].sum(-1), torch.ones(m.shape[:3]), rtol=0, atol=1e-6)
         assert m.shape == m[...].shape

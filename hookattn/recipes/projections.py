@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import TypeGuard, Union
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple, TypeGuard, Union
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+
+from ..projected import Projected, is_bare
+
+_AXES = r"\([^()]*\)|[^\s()]+"
 
 
 def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, **axes: int) -> tuple[Tensor, ...]:
@@ -31,6 +37,9 @@ def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, *
     """
     if not (is_plain_linear(layer) or is_plain_conv(layer)):
         return torch.unbind(rearrange(layer(x), pattern, parts=of, **axes))[:parts]
+    plan = _plan(pattern)
+    if plan is not None and (isinstance(layer, nn.Linear) or _is_pointwise(layer)) and is_bare(x, layer.weight, layer.bias):
+        return _lazily(layer, x, pattern, plan, parts, {"parts": of, **axes})
     rows = _rows(layer.weight, pattern, parts, of, axes)
     weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
     if isinstance(layer, nn.Linear):
@@ -38,6 +47,48 @@ def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, *
     else:
         y = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
     return torch.unbind(rearrange(y, pattern, parts=parts, **axes))
+
+
+def project_heads(layer: nn.Module, x: Tensor, heads: int) -> Tensor:
+    """(batch, heads, tokens, head_dim) of (batch, tokens, features) by a layer that makes nothing else."""
+    return project(layer, x, "b n (parts h d) -> parts b h n d", parts=1, of=1, h=heads)[0]
+
+
+class _Plan(NamedTuple):
+    """How a pattern of `project` takes x and a weight apart, if what comes out is (parts, batch, heads, tokens, head_dim)."""
+
+    x: str
+    weight: str
+    bias: str
+    packed: tuple[str, ...]
+
+
+@lru_cache
+def _plan(pattern: str) -> _Plan | None:
+    left, _, right = pattern.partition("->")
+    out, packed = re.findall(_AXES, right), re.search(r"\(([^()]*\bparts\b[^()]*)\)", left)
+    if packed is None or len(out) != 5 or (out[0], out[2], out[4]) != ("parts", "h", "d"):
+        return None
+    names = packed.group(1).split()
+    if sorted(names) != ["d", "h", "parts"]:
+        return None
+    taken = f"{left.replace(packed.group(0), 'c')} -> {out[1]} {out[3]} c"
+    return _Plan(taken, f"({' '.join(names)}) c -> parts h d c", f"({' '.join(names)}) -> parts h d", tuple(names))
+
+
+def _lazily(
+    layer: nn.Linear | nn.Conv2d, x: Tensor, pattern: str, plan: _Plan, parts: int, axes: dict[str, int]
+) -> tuple[Tensor, ...]:
+    """The first parts, not computed yet."""
+    packed = {name: size for name, size in axes.items() if name in plan.packed}
+    weight = rearrange(layer.weight.flatten(1), plan.weight, **packed)
+    bias = None if layer.bias is None else rearrange(layer.bias, plan.bias, **packed)
+    tokens = rearrange(x, plan.x, **{name: size for name, size in axes.items() if name not in plan.packed})
+
+    def part(i: int) -> Callable[[Tensor], Tensor]:
+        return lambda y: rearrange(y, pattern, **axes)[i]
+
+    return tuple([Projected(tokens, weight[i], None if bias is None else bias[i], (layer, part(i))) for i in range(parts)])
 
 
 def scale_of(module: nn.Module) -> float | Tensor | None:
@@ -55,6 +106,11 @@ def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
 def is_plain_conv(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a layer is a convolution and nothing else, each of whose channels sees all of the input."""
     return type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and _is_untouched(layer)
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    """Whether each place is projected by itself."""
+    return layer.kernel_size == (1, 1) == layer.stride and layer.padding in ((0, 0), "valid", "same")
 
 
 def _is_untouched(layer: nn.Module) -> bool:
