@@ -13,6 +13,7 @@ Rooms, an import may only point down:
     recorder              what touches a model, with watching and edits, and leaves it as it was
     watching              which modules form maps, where names do not tell
     forwards  edits       what counts as one forward; maps put in place of the own
+    passing               maps made of the queries and keys that a module projects itself
     discovery             which modules are attention
     maps                  AttentionMap, read when sliced
     layouts/  gradients   where the queries and keys of a class lie on the image; what backward brings to a map

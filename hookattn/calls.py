@@ -236,7 +236,7 @@ class Call(NamedTuple):
 
     def check_fresh(self) -> None:
         """Raise StaleMapError if the map of this call can no longer be computed, UnreadableError if not here."""
-        self._check_at_hand()
+        self.check_at_hand()
         now = _stamps_of(self.target, self.tensors, self.state, self.held)
         if now != self.stamps:
             names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
@@ -257,8 +257,8 @@ class Call(NamedTuple):
         renewed = (*self.stamps[:first], *read, *self.stamps[first + len(read) :])
         return self._replace(stamps=renewed, target=self.target._replace(structure=structure_of(self.target.inner)))
 
-    def _check_at_hand(self) -> None:
-        """Raise if the values of what the call reads are elsewhere, before anything looks at them."""
+    def check_at_hand(self) -> None:
+        """Raise StaleMapError or UnreadableError if the values of what the call reads are elsewhere; nothing looks at them."""
         read = (*self.tensors, *(tensor for _, tensor in self.state), *_tensors(self.held))
         who = f"{self.target.name!r} ({type(self.target.module).__name__})"
         if any(map(is_left_behind, read)):

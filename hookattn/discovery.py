@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -181,3 +181,13 @@ def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names if len(names) <= 8 else [*names[:4], "...", *names[-2:]]) or "nothing"
+
+
+def replaced(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Names under which another module stands in a model by now."""
+    for name, module in chosen.items():
+        try:
+            if model.get_submodule(name) is not module and module is not model:
+                yield name
+        except AttributeError:  # nothing stands there
+            continue

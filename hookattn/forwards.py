@@ -36,6 +36,12 @@ class Forward:
         self.closed = False
         self.backwards = Backwards()
 
+    def unused(self, name: str) -> str:
+        """What to call the map of a module's next call: `name`, then `name#1`, `name#2`, ..."""
+        if name not in self.maps:
+            return name
+        return next(n for i in range(1, len(self.maps) + 1) if (n := f"{name}#{i}") not in self.maps)
+
 
 class Forwards:
     """The forwards of a model, told apart while they run.

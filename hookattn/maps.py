@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .absent import is_left_behind
 from .calls import Call
-from .errors import RecorderError, TokenError, UnfaithfulMapError, UnreadableError
+from .errors import RecorderError, StaleMapError, TokenError, UnfaithfulMapError, UnreadableError
 from .functional import Source, largest_difference
 from .gradients import Gradient
 from .indexing import split_index
@@ -295,14 +295,20 @@ class CapturedMap(AttentionMap):
             picks, rest = split_index(index, source.shape)
             return source.narrow(*picks).probabilities()[rest]
 
-    def at_once(self) -> Tensor:
-        """The whole map, while the call is about to run or has just run.
+    def at_once(self) -> AttentionMap:
+        """The whole map or why there is none, while the call is about to run or has just run."""
+        try:
+            return self.kept(self._read(...))
+        except (UnreadableError, StaleMapError) as reason:
+            return self.lost(reason)
 
-        Raises:
-            StaleMapError: the module has changed its own input meanwhile.
-        """
-        with self._call.resumed():
-            return self._about.deliver(source_of(self._call).narrow().probabilities())
+    def lost(self, reason: Exception) -> LostMap:
+        """This map if it could not be computed."""
+        return LostMap(str(reason), self._about)
+
+    def kept(self, attention: Tensor) -> KeptMap:
+        """This map once it was computed."""
+        return KeptMap(self._about.deliver(attention), self._about)
 
 
 class KeptMap(AttentionMap):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, Union
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar, Union
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,79 @@ Pick = Union[slice, Tensor]
 ALL = slice(None)
 
 
+class AwaitedError(Exception):
+    """A projection is to be formed that a module is about to make itself.
+
+    Attributes:
+        layer: the layer that it will call.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(f"waits for {type(layer).__name__}")
+        self.layer = layer
+
+
+class Heard:
+    """What the layers of a module have put out since it was called.
+
+    Args:
+        given: the tensors it was called with.
+    """
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        self._given = given
+        self._outputs: dict[nn.Module, Tensor] = {}
+
+    def note(self, layer: nn.Module, x: Any, output: Any) -> bool:
+        """Note what a layer makes of x, if that is what the module was called with."""
+        if not self._is_given(x) or not isinstance(output, Tensor):
+            return False
+        self._outputs[layer] = output.detach()
+        return True
+
+    def output(self, own: Own) -> Tensor | None:
+        """What a projection is taken from; None where the module makes it of something else than what it was called with.
+
+        Raises:
+            AwaitedError: the layer has not been called yet.
+        """
+        if not self._is_given(own.x):
+            return None
+        if own.layer not in self._outputs:
+            raise AwaitedError(own.layer)
+        return self._outputs[own.layer]
+
+    def _is_given(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and any(x is t or _is_same(x, t) for t in self._given)
+
+
+_heard: ContextVar[Heard | None] = ContextVar("heard", default=None)
+
+
+@contextmanager
+def hearing(heard: Heard) -> Iterator[None]:
+    """Take projections from what was heard of a module's own layers, for as long as the block lasts."""
+    token = _heard.set(heard)
+    try:
+        yield
+    finally:
+        _heard.reset(token)
+
+
+class Own(NamedTuple):
+    """Where a module has made a projection itself.
+
+    Attributes:
+        layer: the layer that it calls.
+        x: what it calls it with.
+        part: takes the projection from what the layer puts out.
+    """
+
+    layer: nn.Module
+    x: Tensor
+    part: Callable[[Tensor], Tensor]
+
+
 class Projected(Tensor):
     """(batch, heads, tokens, head_dim), a linear projection of x that is formed once something is computed with it.
 
@@ -27,14 +101,13 @@ class Projected(Tensor):
         x: (batch, tokens, features).
         weight: (heads, head_dim, features).
         bias: (heads, head_dim), or None.
-        own: the layer that a module calls for this, with what takes it from the output of that layer; None where there is
-            none, or where it is narrowed.
+        own: where the module makes it itself; None where no layer does, and where it is narrowed.
     """
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
-    own: tuple[nn.Module, Callable[[Tensor], Tensor]] | None
+    own: Own | None
     _formed: Tensor | None
     _cast: bool
 
@@ -44,7 +117,7 @@ class Projected(Tensor):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        own: tuple[nn.Module, Callable[[Tensor], Tensor]] | None = None,
+        own: Own | None = None,
     ) -> Projected:
         shape = (len(x), len(weight), x.shape[1], weight.shape[1])
         device = x.device.type
@@ -56,13 +129,23 @@ class Projected(Tensor):
 
     def narrowed(self, batch: Pick = ALL, heads: Pick = ALL, tokens: Pick = ALL) -> Tensor:
         """The same for some images, heads and tokens."""
+        if batch is ALL and heads is ALL and tokens is ALL:
+            return self
         if self._formed is not None:
             return self._formed[batch][:, heads][:, :, tokens]
         bias = None if self.bias is None else self.bias[heads]
         return Projected(self.x[batch][:, tokens], self.weight[heads], bias)
 
     def formed(self) -> Tensor:
-        """The tensor itself; formed once."""
+        """The tensor itself; formed once.
+
+        Raises:
+            AwaitedError: the module is about to form it.
+        """
+        heard = _heard.get()
+        if self._formed is None and heard is not None and self.own is not None:
+            output = heard.output(self.own)
+            self._formed = None if output is None else self.own.part(output)
         if self._formed is None:
             bias = None if self.bias is None else self.bias.flatten()
             with self._modes():
@@ -101,6 +184,16 @@ _ABOUT = {
 def formed(value: T) -> T:
     """A tensor itself, formed if it was not."""
     return value.formed() if isinstance(value, Projected) else value  # type: ignore[return-value]
+
+
+def _is_same(x: Tensor, other: Tensor) -> bool:
+    """Whether two tensors show the same memory in the same way, as a tensor and itself detached do."""
+    if x.shape != other.shape or x.stride() != other.stride() or x.dtype != other.dtype:
+        return False
+    try:
+        return x.data_ptr() == other.data_ptr() != 0
+    except RuntimeError:  # a tensor without storage
+        return False
 
 
 def is_bare(*tensors: Tensor | None) -> bool:

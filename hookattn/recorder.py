@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .calls import Call, Target, as_received, capture, in_backward, is_reading, target
-from .discovery import Layer, Layers, choose, recordable
+from .discovery import Layer, Layers, choose, recordable, replaced
 from .eager import EAGER, INSIDE
 from .edits import Edit, Edits, stay_first
-from .errors import NoMapError, RecorderError, StaleMapError, UnreadableError
+from .errors import NoMapError, RecorderError
 from .forwards import Forward, Forwards, Maps, why_empty
 from .gradients import Gradient, made_again
 from .hooks import Hook, came_later, same_objects
 from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stems_of, trunk_of
-from .maps import About, AttentionMap, CapturedMap, Delivery, KeptMap, LostMap
+from .maps import About, AttentionMap, CapturedMap, Delivery, LostMap
+from .passing import Passing
 from .threads import Here
 from .trace import CallSite, Origins, call_site
 from .watching import Watching
@@ -100,6 +102,7 @@ class AttentionRecorder:
         self._blocks: dict[str, nn.Module | None] = {}
         self._around: dict[nn.Module, Any] = {}
         self._watched = ExitStack()
+        self._passing: Passing | None = None
         self._hooks: ExitStack | None = None
         self._forwards = Forwards(self.model, keep_all=passes == "all")
         for name, module in found.readable.items():
@@ -210,9 +213,12 @@ class AttentionRecorder:
 
     def _hook_chosen(self, stack: ExitStack) -> None:
         """The hooks of attention modules, of what images go into first and of blocks that cut windows."""
+        self._passing = Passing(stack.enter_context(ExitStack())) if self._keep == "maps" and self._detach else None
         for name, module in self._chosen.items():
             hook = self._recording(target(name, module))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if self._passing is not None:
+                stack.enter_context(module.register_forward_hook(Hook(self._passing.end), always_call=True))
             if self._gradients:
                 stack.enter_context(module.register_forward_hook(Hook(self._follow, takes=4), prepend=True, with_kwargs=True))
                 stay_first(module)
@@ -237,7 +243,7 @@ class AttentionRecorder:
         def leave(module: nn.Module, seen: tuple[Call, CallSite | None], output: Any) -> None:
             self._choose(names[module], module)
             forward = self._forwards.current(names[module])
-            name = _unused(names[module], forward.maps)
+            name = forward.unused(names[module])
             m = forward.maps[name] = self._map(seen[0], name, forward, seen[1])
             if self._gradients:
                 m.gradient.follow(seen[0], output)
@@ -260,12 +266,17 @@ class AttentionRecorder:
                 return  # a copy of the model
             if self._forwards.concerns_us():
                 forward = self._forwards.current(chosen.name)
-                name = _unused(chosen.name, forward.maps)
+                name = forward.unused(chosen.name)
                 call, given = capture(chosen, args, kwargs, detach=self._detach), [*args, *kwargs.values()]
-                m = forward.maps[name] = self._map(call, name, forward, self._site(args, kwargs))
+                m = forward.maps[name] = self._captured(call, name, forward, self._site(args, kwargs))
+                later = came_later(module, me())
+                if self._passing is not None and not later and not any(call.modes.training):
+                    self._passing.keep(m, partial(forward.maps.__setitem__, name))
+                elif self._keep == "maps":
+                    forward.maps[name] = m.at_once()
                 if self._gradients:
                     self._followed[get_ident(), module] = m.gradient, call, given
-                if came_later(module, me()):
+                if later:
                     self._look_again(call, given, name, forward)
             elif not is_reading():
                 self._run_again(chosen, args, kwargs)
@@ -313,6 +324,12 @@ class AttentionRecorder:
     def _map(
         self, call: Call, name: str, forward: Forward, site: CallSite | None, before: AttentionMap | None = None
     ) -> AttentionMap:
+        captured = self._captured(call, name, forward, site, before)
+        return captured if self._keep == "inputs" else captured.at_once()
+
+    def _captured(
+        self, call: Call, name: str, forward: Forward, site: CallSite | None, before: AttentionMap | None = None
+    ) -> CapturedMap:
         chosen = call.target.name
         images = forward.images.get(self._trunks[chosen], forward.images.get(None))
         around = None if (block := self._blocks[chosen]) is None else self._around.get(block)
@@ -321,14 +338,7 @@ class AttentionRecorder:
         gradient = before.gradient if self._gradients and before is not None else None
         if self._gradients and gradient is None:
             gradient = Gradient(name, self._deliver, forward.backwards, at_once=self._keep == "maps")
-        about = About(name, setting, self._deliver, site, gradient)
-        captured = CapturedMap(call, about)
-        if self._keep == "inputs":
-            return captured
-        try:
-            return KeptMap(captured.at_once(), about)
-        except (UnreadableError, StaleMapError) as reason:
-            return LostMap(str(reason), about)
+        return CapturedMap(call, About(name, setting, self._deliver, site, gradient))
 
     def _site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSite | None:
         if self._origins is None:
@@ -374,26 +384,11 @@ class AttentionRecorder:
     def _tell_what_was_replaced(self) -> None:
         """A map that is missing since another module stands where the one with our hooks stood."""
         maps = self._forwards.all[-1].maps if self._forwards.all else {}
-        for name, module in self._chosen.items():
-            if name not in maps and module is not self.model and _module_at(self.model, name) not in (None, module):
-                reason = f"{name!r} was replaced by another module inside the block; open the block after that."
-                maps[name] = LostMap(reason, About(name, Setting(self.model, name), self._deliver))
-
-
-def _module_at(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+        for name in [name for name in replaced(self.model, self._chosen) if name not in maps]:
+            reason = f"{name!r} was replaced by another module inside the block; open the block after that."
+            maps[name] = LostMap(reason, About(name, Setting(self.model, name), self._deliver))
 
 
 def _is_of(name: str, chosen: Target) -> bool:
     """Whether a map is one of a module's."""
     return name == chosen.name or name.startswith(f"{chosen.name}#")
-
-
-def _unused(name: str, taken: Mapping[str, AttentionMap]) -> str:
-    """The name of a call: `name`, then `name#1`, `name#2`, ..."""
-    if name not in taken:
-        return name
-    return next(n for i in range(1, len(taken) + 1) if (n := f"{name}#{i}") not in taken)

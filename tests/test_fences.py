@@ -26,7 +26,7 @@ ROOMS = [
     {"layouts", "gradients"},
     {"maps"},
     {"discovery"},
-    {"forwards", "edits"},
+    {"forwards", "edits", "passing"},
     {"watching"},
     {"recorder"},
     {"analysis", "testing", "inspection"},

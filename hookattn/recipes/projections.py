@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..projected import Projected, is_bare
+from ..hooks import is_ours
+from ..projected import Own, Projected, is_bare
 
 _AXES = r"\([^()]*\)|[^\s()]+"
 
@@ -88,7 +89,9 @@ def _lazily(
     def part(i: int) -> Callable[[Tensor], Tensor]:
         return lambda y: rearrange(y, pattern, **axes)[i]
 
-    return tuple([Projected(tokens, weight[i], None if bias is None else bias[i], (layer, part(i))) for i in range(parts)])
+    return tuple(
+        [Projected(tokens, weight[i], None if bias is None else bias[i], Own(layer, x, part(i))) for i in range(parts)]
+    )
 
 
 def scale_of(module: nn.Module) -> float | Tensor | None:
@@ -114,10 +117,10 @@ def _is_pointwise(layer: nn.Conv2d) -> bool:
 
 
 def _is_untouched(layer: nn.Module) -> bool:
-    """Whether nobody has replaced the forward of a layer or put a hook on it."""
+    """Whether nobody but a recorder has put a hook on a layer, or replaced its forward."""
     return (
         "forward" not in vars(layer)
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and all(is_ours(hook) for hooks in (layer._forward_hooks, layer._forward_pre_hooks) for hook in hooks.values())
         and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
     )
 
