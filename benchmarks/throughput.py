@@ -12,8 +12,8 @@ With --pairs the base is measured anew before each case (A B A C A D ...): twice
 
 First, what a case returns is compared with the softmaxes of the same model in float64, on its unfused path: what is wrong,
 empty, raises or does not fit into memory is reported as that and is not timed. The error is ||got - right|| over
-||right - 1/keys||, so that a flat map has an error of 1. Parameters are random, and scores wide enough for maps that are
-not flat.
+||right - 1/keys||, so that a flat map has an error of 1, and for statistics over ||right - its mean||. Parameters are
+random, and scores wide enough for maps that are not flat.
 
 Time is taken by CUDA events on a GPU, and by a clock on a CPU. Memory is the peak above what was held before the call, of what
 torch allocates: `max_memory_allocated` on a GPU, the sum over the profiler's memory events on a CPU.
@@ -43,11 +43,14 @@ from typing import Any
 
 import timm
 import torch
+from einops import rearrange
 from timm.utils.attention_extract import AttentionExtract
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionRecorder
+from hookattn.statistics import entropy, head_mean, mean_attention_distance, received
+from hookattn.statistics import statistics as statistics_of
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "timm", "einops", "hookattn", "transformers", "vit-pytorch", "torchlens")
@@ -116,7 +119,7 @@ class Case:
     Attributes:
         key, title: its name, and in words.
         base: key of the case it is divided by.
-        reads: "rows", "head", "maps" or "gradients" of all layers, or "" for nothing.
+        reads: "rows", "head", "maps", "statistics" or "gradients" of all layers, or "" for nothing.
         family: whose model it runs: the one that `reference_of` gives its right maps of.
         grad: whether it runs with grad.
         peer: whether it is somebody else's way.
@@ -205,10 +208,11 @@ def keep_maps_cpu(s: Setup) -> Iterator[Run]:
     yield from read_after(s, ..., keep="maps", device="cpu")
 
 
-@case("statistics without maps: entropy, head mean, attention received, distance")
+@case("statistics without maps: entropy, attention received, head mean, distance", reads="statistics")
 def statistics_without_maps(s: Setup) -> Iterator[Run]:
-    raise NotHereError("hookattn does not have them yet")
-    yield from fused(s)
+    model, wanted = s.ready(), (entropy, received, head_mean, mean_attention_distance)
+    with AttentionRecorder(model) as rec:
+        yield lambda x: (model(x), [found for m in rec.maps.values() for found in statistics_of(m, *wanted)])
 
 
 @case("forward and backward of the fused model alone", base="backward", grad=True)
@@ -490,7 +494,32 @@ def reference_of(model: nn.Module, x: Tensor, grad: bool) -> dict[str, list[Tens
     if grad:
         return {"gradients": [out.grad for out in found.outputs if out.grad is not None]}
     maps = found.outputs
-    return {"maps": maps, "rows": [m[:, :, 0] for m in maps], "head": [m[:, 0] for m in maps]}
+    right = {"maps": maps, "rows": [m[:, :, 0] for m in maps], "head": [m[:, 0] for m in maps]}
+    if isinstance(model, (timm.models.VisionTransformer, timm.models.SwinTransformer)):
+        right["statistics"] = [figure for m, at in zip(maps, centres_of(model, x.shape[-1])) for figure in figures_of(m, at)]
+    return right
+
+
+def centres_of(model: Any, size: int) -> Iterator[Tensor]:
+    """(windows, patches, 2), layer by layer: y and x of the centre of each patch in pixels."""
+    if isinstance(model, timm.models.VisionTransformer):
+        cuts = [(size // model.patch_embed.patch_size[0], None, 0)] * len(model.blocks)
+    else:
+        blocks = [block for layer in model.layers for block in layer.blocks]
+        cuts = [(b.input_resolution[0], b.window_size[0], b.shift_size[0]) for b in blocks]
+    for side, window, shift in cuts:
+        middles = (torch.arange(side, dtype=torch.float64) + 0.5) * size / side
+        grid = torch.stack(torch.meshgrid(middles, middles, indexing="ij"), dim=-1).roll((-shift, -shift), (0, 1))
+        yield rearrange(grid, "(h p) (w q) yx -> (h w) (p q) yx", p=window or side, q=window or side)
+
+
+def figures_of(attention: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, attention received, head mean and mean attention distance of a whole map, whose patches come last."""
+    windows, patches, _ = centres.shape
+    to_patches = rearrange(attention[..., -patches:, -patches:], "(b w) h q k -> b w h q k", w=windows)
+    apart = torch.cdist(centres, centres)[:, None].to(attention)
+    distance = ((to_patches * apart).sum(-1) / to_patches.sum(-1)).mean((1, 3))
+    return torch.special.entr(attention).sum(-1), attention.mean(2), attention.mean(1), distance
 
 
 def judged(reads: str, got: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> tuple[str, float | None]:
@@ -503,7 +532,7 @@ def judged(reads: str, got: Sequence[Tensor], right: Sequence[Tensor], tolerance
         return f"wrong: {len(got)} of {tuple(got[0].shape)}, not {len(right)} of {tuple(right[0].shape)}", None
     worst = 0.0
     for g, r in zip(got, right):
-        flat = 0.0 if reads == "gradients" else 1 / r.shape[-1]
+        flat = 0.0 if reads == "gradients" else float(r.mean()) if reads == "statistics" else 1 / r.shape[-1]
         error = float((g[: len(r)].to(r) - r).norm() / (r - flat).norm())
         worst = max(worst, error) if error == error else float("inf")
     return ("right" if worst <= tolerance else f"wrong: off by {worst:.2g}"), worst

@@ -8,8 +8,8 @@ Rooms, an import may only point down:
 
     cli                   the only file that prints
     demo  plot            the demo's model and scenes; matplotlib
-    analysis  testing     pure functions of maps; the conformance test of a recipe
-    inspection            what of a model can be read, and how
+    analysis  statistics  pure functions of maps; figures of a map that is never held whole
+    testing  inspection   the conformance test of a recipe; what of a model can be read, and how
     recorder              what touches a model, with watching and edits, and leaves it as it was
     watching              which modules form maps, where names do not tell
     forwards  edits       what counts as one forward; maps put in place of the own
@@ -20,10 +20,12 @@ Rooms, an import may only point down:
     replay  tokens  trace the map a forward forms; prefix tokens, grids, windows; who calls an attention module with what
     recipes/              how queries and keys come out of a call
     calls  indexing       a captured call; what an index asks for
+    chunks                what a map is computed from, a chunk of rows at a time
     classes  functional   facts filed by class; the mathematics, the only softmax
     projected             queries and keys that are cut to what is asked for before they are computed
     hooks  threads  eager what a recorder puts on modules, whose forwards it sees, what compiled code does meanwhile
     stamps  absent        what tells that a tensor has changed; that its values are not to be had
+    arguments             what a module was called with, as it is kept
     checkpoints           which activation checkpoint a module runs in
     errors
 """

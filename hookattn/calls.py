@@ -7,21 +7,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 
 from .absent import is_freed, is_left_behind, is_spread
+from .arguments import kept, tensors_in
 from .errors import StaleMapError, UnreadableError
 from .hooks import is_ours
-from .stamps import SAMPLES, Steps, Values, counted_steps, stamp_of_argument, stamps
+from .stamps import SAMPLES, Samples, Steps, counted_steps, stamps, stamps_of_arguments
 
-_FEW = 16
-_COMPARED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (int, float, bool, str)
+_TRAINING = attrgetter("training")
 INTERNAL = set(vars(nn.Module()))
 _HARMLESS = ("training", "fused_attn", "call_super_init", "_is_full_backward_hook", "_is_torch_compile")
 _NOTHING = object()
@@ -53,8 +53,10 @@ class Target(NamedTuple):
         slots: where each tensor of the state, the statistics and the moving buffers hangs: a dict of a module, the key, the
             tensor.
         parts: the same and where each submodule, number and forward of an instance's own hangs.
-        samples: a few values of each parameter, as views, in groups of one dtype and device.
-        caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name.
+        bare: attributes of the modules that have no forward of their own.
+        samples: a few values of each parameter.
+        caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name, and
+            None, as `hold_now` has it while it is empty.
         hooks: dicts of the hooks of all modules below this one.
         structure: what `structure_of` gave when all this was looked up.
         steps: counts the steps of optimizers on parameters.
@@ -68,8 +70,9 @@ class Target(NamedTuple):
     moving: tuple[tuple[str, nn.Module, str], ...]
     slots: tuple[tuple[dict[str, Any], str, Tensor], ...]
     parts: tuple[tuple[dict[str, Any], str, Any], ...]
-    samples: tuple[tuple[Tensor, ...], ...]
-    caches: tuple[tuple[dict[str, Any], str], ...]
+    bare: tuple[dict[str, Any], ...]
+    samples: Samples
+    caches: tuple[tuple[dict[str, Any], str, None], ...]
     hooks: tuple[dict[int, Any], ...]
     structure: list[Any]
     steps: Steps
@@ -84,16 +87,28 @@ class Target(NamedTuple):
 
     def hold_now(self) -> tuple[tuple[dict[str, Any], str, Any], ...]:
         """What a call may change as it runs: caches and moving buffers as they are before, each with where it hangs."""
-        held = [(holder, name, _copied(holder.get(name))) for holder, name in self.caches]
+        held: list[tuple[dict[str, Any], str, Any]] = []
+        for empty in self.caches:
+            holder, name, _ = empty
+            held.append(empty if (value := holder.get(name)) is None else (holder, name, _copied(value)))
         moved = [(m._buffers, name, m._buffers[name]) for _, m, name in self.moving if m.training]
-        return (*held, *((holder, name, buffer.clone()) for holder, name, buffer in moved if buffer is not None))
+        return (*held, *[(holder, name, buffer.clone()) for holder, name, buffer in moved if buffer is not None])
 
     def up_to_date(self) -> Target:
         """The same, looked up again if the module is another one than it was: tensors swapped, layers wrapped, numbers set."""
-        for holder, key, value in self.parts:
-            if holder.get(key) is not value:
-                return target(self.name, self.module)
-        return self
+        return self if self._is_up_to_date() else target(self.name, self.module)
+
+    def _is_up_to_date(self) -> bool:
+        try:
+            for holder, key, value in self.parts:
+                if holder[key] is not value:
+                    return False
+        except KeyError:
+            return False
+        for attributes in self.bare:
+            if "forward" in attributes:
+                return False
+        return not self.samples.are_left()
 
 
 def target(name: str, module: nn.Module) -> Target:
@@ -105,23 +120,20 @@ def target(name: str, module: nn.Module) -> Target:
     apart = {name for name, _, _ in (*statistics, *moving)}
     named = [*module.named_parameters(), *module.named_buffers()]
     state = tuple((n, tensor) for n, tensor in named if n not in apart)
-    samples: dict[Any, list[Tensor]] = {}
-    for parameter in module.parameters():
-        plain = type(parameter) is nn.Parameter and parameter.dtype in _COMPARED and parameter.device.type != "meta"
-        if plain and parameter.is_contiguous():
-            few = parameter.detach().view(-1)[:: max(1, parameter.numel() // _FEW - 1 | 1)]  # odd, to meet many columns
-            samples.setdefault((parameter.dtype, parameter.device), []).append(few)
+    samples = Samples(module.parameters())
     holders: list[dict[str, Any]] = [holder for m in inner for holder in (m._parameters, m._buffers)]
     slots = tuple((holder, key, tensor) for holder in holders for key, tensor in holder.items() if tensor is not None)
     parts: list[tuple[dict[str, Any], str, Any]] = [*slots]
     parts += [(vars(m), name, value) for m in inner for name, value in vars(m).items() if _is_number(name, value)]
     parts += [(m._modules, name, child) for m in inner for name, child in m._modules.items()]
-    parts += [(vars(m), "forward", vars(m).get("forward")) for m in inner]
-    caches = tuple((vars(m), name) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
+    parts += [(vars(m), "forward", vars(m)["forward"]) for m in inner if "forward" in vars(m)]
+    bare = tuple(vars(m) for m in inner if "forward" not in vars(m))
+    caches = tuple((vars(m), name, None) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
     hooks = tuple(hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks))
-    groups = tuple(map(tuple, samples.values()))
     structure, steps = structure_of(inner), counted_steps()
-    return Target(name, module, inner, state, statistics, moving, slots, tuple(parts), groups, caches, hooks, structure, steps)
+    return Target(
+        name, module, inner, state, statistics, moving, slots, tuple(parts), bare, samples, caches, hooks, structure, steps
+    )
 
 
 def _moving_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -150,6 +162,8 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
 
 def _hooks_of_others(target: Target) -> list[int]:
     """Hooks below the module, which change what is read; those of a recorder do not."""
+    if not any(target.hooks):
+        return []
     return [id(hook) for hooks in target.hooks if hooks for hook in list(hooks.values()) if not is_ours(hook)]
 
 
@@ -259,7 +273,7 @@ class Call(NamedTuple):
 
     def check_at_hand(self) -> None:
         """Raise StaleMapError or UnreadableError if the values of what the call reads are elsewhere; nothing looks at them."""
-        read = (*self.tensors, *(tensor for _, tensor in self.state), *_tensors(self.held))
+        read = (*self.tensors, *(tensor for _, tensor in self.state), *tensors_in(self.held))
         who = f"{self.target.name!r} ({type(self.target.module).__name__})"
         if any(map(is_left_behind, read)):
             raise UnreadableError(
@@ -283,18 +297,19 @@ class Call(NamedTuple):
 
 def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
     """Keep a call: the arguments themselves (no copy), and what it takes to resume it later."""
-    if detach:
-        args, kwargs = _detached(args), _detached(kwargs)
-    tensors = tuple(_tensors((*args, *kwargs.values())))
-    grad = torch.is_grad_enabled() and not detach
-    autocast = _autocast(tensors[0].device.type) if tensors else None
+    (args, kwargs), tensors = kept(args, kwargs, detach=detach)
     target = target.up_to_date()
-    training = tuple([m.training for m in target.inner])
-    random = _random_streams(tensors[0].device) if tensors and any(training) else None
-    state = target.read_now()
-    modes = Modes(grad, autocast, training, random)
-    held = target.hold_now()
+    modes, state, held = modes_of(target, tensors, detach=detach), target.read_now(), target.hold_now()
     return Call(target, args, kwargs, modes, tensors, state, held, _stamps_of(target, tensors, state, held))
+
+
+def modes_of(target: Target, tensors: tuple[Tensor, ...], *, detach: bool) -> Modes:
+    """The modes that a call with some tensors comes under."""
+    grad, training = torch.is_grad_enabled() and not detach, tuple(map(_TRAINING, target.inner))
+    if not tensors:
+        return Modes(grad, None, training, None)
+    random = _random_streams(tensors[0].device) if True in training else None
+    return Modes(grad, _autocast("cpu" if tensors[0].is_cpu else tensors[0].device.type), training, random)
 
 
 def as_received(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
@@ -311,9 +326,10 @@ def _stamps_of(
 ) -> tuple[Any, ...]:
     """One stamp for each argument and each tensor of the state, one for caches, one for some values, one for hooks."""
     steps = target.steps
-    arguments, read = [stamp_of_argument(t, steps) for t in tensors], stamps([t for _, t in state], steps)
-    cached = stamps(list(_tensors([value for _, _, value in held])), steps) if held else []
-    return (*arguments, *read, cached, _few_values(target), _hooks_of_others(target))
+    arguments, read = stamps_of_arguments(tensors, steps), stamps([t for _, t in state], steps)
+    filled = [value for _, _, value in held if value is not None]
+    cached = stamps(list(tensors_in(filled)), steps) if filled else filled
+    return (*arguments, *read, cached, target.samples.take(), _hooks_of_others(target))
 
 
 def _is_cache(value: Any) -> bool:
@@ -325,41 +341,17 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, (dict, list, set)) else value
 
 
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach() if value.requires_grad else value
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple([_detached(v) for v in value])
-    if type(value) is dict:
-        return {k: _detached(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, dict)):
-        return pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, value)
-    return value
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple, dict)):
-            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def _few_values(target: Target) -> Values:
-    """Some values of every parameter: a fused optimizer changes them without counting a version."""
-    return Values(*[torch.cat(group) for group in target.samples])
-
-
 def _autocast(device: str) -> tuple[str, bool, torch.dtype, bool] | None:
-    if not _autocast_exists(device):
-        return None
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return device, enabled, dtype, torch.is_autocast_cache_enabled()
+    off = _no_autocast(device)
+    if off is None or not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return off
+    return device, True, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
 
 
 @lru_cache
-def _autocast_exists(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+def _no_autocast(device: str) -> tuple[str, bool, torch.dtype, bool] | None:
+    """Autocast that is off, where a device has it: the dtype is that of no operation then."""
+    return (device, False, torch.get_autocast_dtype(device), False) if torch.amp.is_autocast_available(device) else None
 
 
 @contextmanager

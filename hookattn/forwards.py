@@ -71,9 +71,9 @@ class Forwards:
 
     def concerns_us(self) -> bool:
         """Whether a module that is called now belongs to a forward that is recorded: one where the recorder was opened."""
-        if not is_a_forward():
+        if in_backward() or is_reading():
             return False
-        if not self.is_here():
+        if self.here is not None and not self.here():
             self.elsewhere[str(Here())] = None
             return False
         return True
@@ -106,8 +106,9 @@ class Forwards:
     def current(self, name: str) -> Forward:
         """The forward that a call of the module `name` belongs to; a new one where it belongs to none before."""
         forward = self._running_forward(name)
-        forward.images.update(self._images)
-        self._images.clear()
+        if self._images:
+            forward.images.update(self._images)
+            self._images.clear()
         return forward
 
     def leave(self) -> None:
@@ -220,15 +221,25 @@ class Running:
             frame.f_trace = _Mark()
         if not held and isinstance(frame.f_trace, _Mark):
             self._mark = weakref.ref(frame.f_trace)
+        self._above = 1  # how many frames above the one that asked last; the next layer is called from as deep
 
     def __bool__(self) -> bool:
         mark = self._mark()
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and mark is not None:
-            if mark is frame or mark is frame.f_trace:
-                return True
-            frame = frame.f_back
-        return False
+        if mark is None:
+            return False
+        try:
+            likely = sys._getframe(self._above)
+        except ValueError:  # the stack is not that deep
+            likely = sys._getframe(1)
+        if mark is likely or mark is likely.f_trace:
+            return True
+        frame, above = sys._getframe(1), 1  # not our own frame, which would hold itself
+        while mark is not frame and mark is not frame.f_trace:
+            if frame.f_back is None:
+                return False
+            frame, above = frame.f_back, above + 1
+        self._above = above
+        return True
 
 
 class _Mark:

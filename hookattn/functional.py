@@ -83,6 +83,10 @@ class QK:
             mix=None if self.mix is None else self.mix[heads],
         )
 
+    def formed(self) -> QK:
+        """The same with queries and keys computed, for a map that is made in several steps."""
+        return replace(self, q=formed(self.q), k=formed(self.k))
+
     def probabilities(self) -> Tensor:
         """The map: (batch, heads, queries, keys), in `dtype`, rows that sum to 1.
 
@@ -146,13 +150,51 @@ class Scores:
         """The same for some images, heads and queries."""
         return replace(self, scores=_pick(self.scores, batch, heads, rows))
 
+    def formed(self) -> Scores:
+        """The same."""
+        return self
+
     def probabilities(self) -> Tensor:
         """The map: (batch, heads, queries, keys), in `dtype`; a row that is closed throughout is NaN, as in the module."""
         with exactly(self.scores.device):
             return self.scores.to(self.dtype).softmax(-1)
 
 
-Source = Union[QK, Scores]
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A map that has been formed before.
+
+    Attributes:
+        attention: (batch, heads, queries, keys).
+    """
+
+    attention: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, keys = self.attention.shape
+        return batch, heads, queries, keys
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the map is kept in."""
+        return self.attention.dtype
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Known:
+        """The same for some images, heads and queries."""
+        return Known(_pick(self.attention, batch, heads, rows))
+
+    def formed(self) -> Known:
+        """The same."""
+        return self
+
+    def probabilities(self) -> Tensor:
+        """The map: (batch, heads, queries, keys), as it is kept."""
+        return self.attention
+
+
+Source = Union[QK, Scores, Known]
 """What a map is computed from."""
 
 

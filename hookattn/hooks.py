@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.fx import _symbolic_trace
 
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
@@ -39,9 +40,11 @@ class Hook:
 
 def is_traced() -> bool:
     """Whether modules run to be compiled, exported or traced: what they are called with has no values to read."""
-    if torch.compiler.is_dynamo_compiling() or torch._C._is_tracing() or _is_fx_tracing():  # each of this thread
+    if is_dynamo_compiling() or torch._C._is_tracing():  # each of this thread
         return True
-    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+    if nn.Module.__call__ is not nn.Module._wrapped_call_impl and _is_fx_tracing():  # FX puts its own in place
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
 
 
 def is_ours(hook: Any) -> bool:
@@ -56,9 +59,8 @@ def same_objects(values: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def came_later(module: nn.Module, ours: Hook | None) -> bool:
     """Whether somebody put a forward-pre-hook on after ours, which may change x once we have seen it."""
-    for hook in reversed(list(module._forward_pre_hooks.values())):
-        if hook is ours:
-            return False
-        if not is_ours(hook):
+    hooks = list(module._forward_pre_hooks.values())
+    while hooks and (last := hooks.pop()) is not ours:
+        if not is_ours(last):
             return True
     return False

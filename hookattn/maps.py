@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,13 @@ from torch.utils import _pytree as pytree
 
 from .absent import is_left_behind
 from .calls import Call
+from .chunks import Visit, mean_of_rows, visit_chunks
 from .errors import RecorderError, StaleMapError, TokenError, UnfaithfulMapError, UnreadableError
-from .functional import Source, largest_difference
+from .functional import Known, Source, largest_difference
 from .gradients import Gradient
 from .indexing import split_index
 from .layouts import Setting, axes_of, tokens_of
-from .projected import ALL
+from .projected import ALL, Pick
 from .recipes import find_recipe
 from .replay import inject, leaving_no_trace, replayed
 from .tokens import Query, Size, Tokens
@@ -30,8 +32,7 @@ _CHUNK = 2**24
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
-@dataclass(frozen=True, eq=False)
-class About:
+class About(NamedTuple):
     """What every map knows of its call.
 
     Attributes:
@@ -95,9 +96,20 @@ class AttentionMap:
     def __getitem__(self, index: Any) -> Tensor:
         return self._about.deliver(self._read(index))
 
+    def _opened(self) -> AbstractContextManager[Source]:
+        """What the map is computed from, and the modes of the call for as long as the block lasts."""
+        raise NotImplementedError
+
     def _read(self, index: Any) -> Tensor:
         """An index of the map, as computed."""
-        raise NotImplementedError
+        with self._opened() as source:
+            picks, rest = split_index(index, source.shape)
+            return source.narrow(*picks).probabilities()[rest]
+
+    def _in_chunks(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
+        """Have a part of the map, as computed, visited chunk by chunk in the modes of the call; see `Chunks`."""
+        with self._opened() as source:
+            visit_chunks(source.narrow(batch, heads, rows), _CHUNK, visit)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -231,33 +243,11 @@ class AttentionMap:
                 f"{query!r} is not among the queries: this map has {len(queries)}, which are not the {len(keys)} tokens it "
                 f"looks at. {queries.choices()}"
             ) from error
-        pixels = keys.lay_out(self._mean_of_rows(picked, selected))
+        pixels = keys.lay_out(mean_of_rows(self._in_chunks, self.shape[0], picked, selected))
         if size is not None:
             height, width = (size, size) if isinstance(size, int) else size
             pixels = torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in keys.image_by_image(pixels)])
         return self._about.deliver(pixels if heads is None else pixels.mean(1))
-
-    def _mean_of_rows(self, heads: slice, selected: Tensor) -> Tensor:
-        """(images, windows, heads, keys): the share of each window in the mean of the selected rows of an image.
-
-        Never more than a chunk of rows is computed at a time, and of windows no others than those that hold a selected row.
-        """
-        windows = selected.shape[1]
-        weight = selected / selected.sum((1, 2), keepdim=True).clamp(min=1)
-        asked, rows = (selected.any(0).any(axis).nonzero().flatten().tolist() or [0] for axis in (1, 0))
-        only = slice(asked[0], None, windows) if len(asked) == 1 else ALL
-        weight = weight[:, asked] if len(asked) == 1 else weight
-        images = self.shape[0] // windows
-        weight = weight.expand(images, -1, -1).flatten(0, 1)[:, None, :, None]
-        step = max(1, _CHUNK // max(1, len(weight) * len(range(self.shape[1])[heads]) * self.shape[3]))
-        total: Any = 0.0
-        for start in range(rows[0], rows[-1] + 1, step):
-            part = self._read((only, heads, slice(start, min(start + step, rows[-1] + 1))))
-            total = total + (part * weight[:, :, start : start + part.shape[2]].to(part)).sum(2)
-        found: Tensor = total.unflatten(0, (images, len(asked) if len(asked) == 1 else windows))
-        if found.shape[1] == windows:
-            return found
-        return F.pad(found, (0, 0, 0, 0, asked[0], windows - 1 - asked[0]))
 
 
 class CapturedMap(AttentionMap):
@@ -289,11 +279,10 @@ class CapturedMap(AttentionMap):
     def device(self) -> torch.device:  # type: ignore[override]
         return self._form[2]
 
-    def _read(self, index: Any) -> Tensor:
+    @contextmanager
+    def _opened(self) -> Iterator[Source]:
         with self._call.resumed():
-            source = source_of(self._call)
-            picks, rest = split_index(index, source.shape)
-            return source.narrow(*picks).probabilities()[rest]
+            yield source_of(self._call)
 
     def at_once(self) -> AttentionMap:
         """The whole map or why there is none, while the call is about to run or has just run."""
@@ -321,11 +310,11 @@ class KeptMap(AttentionMap):
         self.shape = batch, heads, queries, keys
         self.dtype, self.device = attention.dtype, attention.device
 
-    def _read(self, index: Any) -> Tensor:
+    @contextmanager
+    def _opened(self) -> Iterator[Source]:
         if is_left_behind(self._attention):
             raise UnreadableError(f"{self.name!r} ran under torch.vmap, which has returned; return m[...] from what is mapped.")
-        picks, rest = split_index(index, self.shape)
-        return self._attention[picks][rest]
+        yield Known(self._attention)
 
 
 class LostMap(AttentionMap):
@@ -335,7 +324,7 @@ class LostMap(AttentionMap):
         super().__init__(about)
         self._reason = reason
 
-    def _read(self, index: Any) -> Tensor:
+    def _opened(self) -> AbstractContextManager[Source]:
         raise UnreadableError(self._reason)
 
     @property

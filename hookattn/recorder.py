@@ -267,7 +267,7 @@ class AttentionRecorder:
             if self._forwards.concerns_us():
                 forward = self._forwards.current(chosen.name)
                 name = forward.unused(chosen.name)
-                call, given = capture(chosen, args, kwargs, detach=self._detach), [*args, *kwargs.values()]
+                call = capture(chosen, args, kwargs, detach=self._detach)
                 m = forward.maps[name] = self._captured(call, name, forward, self._site(args, kwargs))
                 later = came_later(module, me())
                 if self._passing is not None and not later and not any(call.modes.training):
@@ -275,9 +275,9 @@ class AttentionRecorder:
                 elif self._keep == "maps":
                     forward.maps[name] = m.at_once()
                 if self._gradients:
-                    self._followed[get_ident(), module] = m.gradient, call, given
+                    self._followed[get_ident(), module] = m.gradient, call, [*args, *kwargs.values()]
                 if later:
-                    self._look_again(call, given, name, forward)
+                    self._look_again(call, [*args, *kwargs.values()], name, forward)
             elif not is_reading():
                 self._run_again(chosen, args, kwargs)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 SAMPLES = 4096
+_FEW = 16
+_AT_HAND = ("cpu",)  # where values are read without waiting for anything
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 class Steps:
@@ -49,21 +53,34 @@ def counted_steps() -> Steps:
     return found
 
 
-def stamps(tensors: list[Tensor], steps: Steps) -> list[tuple[int, int, int]]:
+def stamps(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[int, int, int]]:
     """What changes when a tensor is written to, moved or stepped on."""
-    taken = steps.taken
     try:
-        return [(t._version, (at := t.data_ptr()), taken.get(at or id(t), 0)) for t in tensors]
-    except RuntimeError:  # an inference tensor counts no versions, a fake or wrapped one has no address
+        return _quick_stamps(tensors, steps.taken)
+    except RuntimeError:
         return [_stamp(t, steps) for t in tensors]
 
 
-def stamp_of_argument(tensor: Tensor, steps: Steps) -> tuple[Any, ...]:
-    """The same of an argument; inference tensors count no versions, so up to 4096 of their values are kept and compared."""
+def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[Any, ...]]:
+    """The same of arguments; inference tensors count no versions, so up to 4096 of their values are kept and compared."""
+    try:
+        return [*_quick_stamps(tensors, steps.taken)]
+    except RuntimeError:
+        return [(_many_values(t), *_stamp(t, steps)) for t in tensors]
+
+
+def _quick_stamps(tensors: Sequence[Tensor], taken: dict[int, int]) -> list[tuple[int, int, int]]:
+    """An inference tensor raises, since it counts no versions, and a fake or wrapped one, since it has no address."""
+    if not taken:
+        return [(t._version, t.data_ptr(), 0) for t in tensors]
+    return [(t._version, (at := t.data_ptr()), taken.get(at or id(t), 0)) for t in tensors]
+
+
+def _many_values(tensor: Tensor) -> Values | None:
     if not tensor.is_inference() or tensor.device.type == "meta" or tensor.is_nested:
-        return _stamp(tensor, steps)
+        return None
     values = tensor.reshape(-1)
-    return (Values(values[:: max(1, values.numel() // SAMPLES)].clone()), *_stamp(tensor, steps))
+    return Values(values[:: max(1, values.numel() // SAMPLES)].clone())
 
 
 def _stamp(tensor: Tensor, steps: Steps) -> tuple[int, int, int]:
@@ -91,3 +108,37 @@ class Values:
         )
 
     __hash__ = object.__hash__
+
+
+class Samples:
+    """Some values of each parameter, which tell of writes that count no version: through `.data`, or by a CUDA graph.
+
+    They are bits of the parameters themselves, so that NaN equals NaN. On the CPU they are read without an operator and kept as
+    numbers; on other devices one kernel for all values of a size puts them side by side, and nobody waits for it.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        plain = [p for p in parameters if type(p) is nn.Parameter and p.dtype in _BITS and p.device.type != "meta"]
+        self._parameters = [p for p in plain if p.is_contiguous()]
+        self._addresses = [p.data_ptr() for p in self._parameters]
+        few = [_few_bits(p) for p in self._parameters]
+        self._at_hand = [bits for bits in few if bits.device.type in _AT_HAND]
+        elsewhere: dict[Any, list[Tensor]] = {}
+        for bits in few:
+            if bits.device.type not in _AT_HAND:
+                elsewhere.setdefault((bits.dtype, bits.device), []).append(bits)
+        self._elsewhere = list(elsewhere.values())
+
+    def are_left(self) -> bool:
+        """Whether a parameter lies elsewhere now, as it does when its model was moved or has got another dtype."""
+        return [*map(Tensor.data_ptr, self._parameters)] != self._addresses
+
+    def take(self) -> tuple[list[list[int]], Values | None]:
+        """The values as they are now."""
+        numbers: list[list[int]] = [*map(Tensor.tolist, self._at_hand)]
+        return numbers, Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
+
+
+def _few_bits(parameter: Tensor) -> Tensor:
+    """A view of some values as integers; the step is odd, to meet many columns."""
+    return parameter.detach().view(-1)[:: max(1, parameter.numel() // _FEW - 1 | 1)].view(_BITS[parameter.dtype])

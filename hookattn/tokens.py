@@ -111,6 +111,23 @@ class Tokens:
         laid = given.new_zeros(*given.shape[:2], area + 1).scatter_add(-1, places, given)
         return rearrange(laid[..., :area], "b h (r c) -> b h r c", r=self.grid_size[0])
 
+    def centres(self, cell_size: tuple[float, float]) -> Tensor:
+        """Where the tokens lie on the image, in float64.
+
+        Args:
+            cell_size: (height, width) of a cell of the grid in pixels.
+
+        Returns:
+            (images or 1, windows, tokens, spread, 2), the y and x in pixels of the centre of each place a token stands for; NaN
+            for prefix tokens and padding.
+        """
+        places = rearrange(self.patches, "i w (n spread) -> i w n spread", spread=self.spread)
+        columns = max(1, self.grid_size[1])
+        cells = torch.stack((places // columns, places % columns), dim=-1)
+        centres = (cells + 0.5) * torch.tensor(cell_size, dtype=torch.float64)
+        centres = centres.masked_fill(places[..., None] < 0, torch.nan)
+        return F.pad(centres, (0, 0, 0, 0, len(self.prefix), 0), value=torch.nan)
+
     def image_by_image(self, pixels: Tensor) -> Iterator[Tensor]:
         """Pictures on the grid in groups of one size: each cut to what its image covers, where images differ in that."""
         if self.places is None or len(self.places) == 1:

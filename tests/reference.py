@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,3 +102,41 @@ def unfused(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for module in fused:
             module.fused_attn = True
+
+
+def entropy(attention: Tensor) -> Tensor:
+    """-sum_k p log p of each row of (batch, heads, queries, keys), number by number, 0 log 0 = 0."""
+    rows = [sum(-p * math.log(p) for p in row if p > 0) for row in attention.flatten(0, 2).tolist()]
+    return torch.tensor(rows, dtype=torch.float64).reshape(attention.shape[:3])
+
+
+def received(attention: Tensor) -> Tensor:
+    """What each key of (batch, heads, queries, keys) gets from the queries on average."""
+    return sum(attention[:, :, i].double() for i in range(attention.shape[2])) / attention.shape[2]
+
+
+def head_mean(attention: Tensor) -> Tensor:
+    """The mean of (batch, heads, queries, keys) over heads."""
+    return sum(attention[:, i].double() for i in range(attention.shape[1])) / attention.shape[1]
+
+
+Point = tuple[float, float]
+
+
+def attention_distance(attention: Tensor, queries: list[Point | None], keys: list[Point | None]) -> list[float]:
+    """Of the rows of one head, (queries, keys), that give something to a place: how far that is on average.
+
+    Dosovitskiy et al. 2021, appendix D.7; points are (y, x), None is nowhere.
+    """
+    found = []
+    for row, start in zip(attention.tolist(), queries):
+        weights = [(p, end) for p, end in zip(row, keys) if end is not None]
+        if start is not None and sum(p for p, _ in weights) > 0:
+            reach = sum(p * math.dist(start, end) for p, end in weights)
+            found.append(reach / sum(p for p, _ in weights))
+    return found
+
+
+def centres(rows: int, columns: int, height: float, width: float) -> list[Point]:
+    """(y, x) of the middle of each cell of a grid, row by row, where a cell has this height and width."""
+    return [((i + 0.5) * height, (j + 0.5) * width) for i in range(rows) for j in range(columns)]

@@ -19,8 +19,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a room may import from those before it, and from itself
 ROOMS = [
     {"errors", "projected"},
-    {"classes", "functional", "hooks", "stamps", "absent", "threads", "eager", "checkpoints"},
-    {"calls", "indexing"},
+    {"classes", "functional", "hooks", "stamps", "absent", "arguments", "threads", "eager", "checkpoints"},
+    {"calls", "indexing", "chunks"},
     {"recipes"},
     {"replay", "tokens", "trace"},
     {"layouts", "gradients"},
@@ -29,7 +29,7 @@ ROOMS = [
     {"forwards", "edits", "passing"},
     {"watching"},
     {"recorder"},
-    {"analysis", "testing", "inspection"},
+    {"analysis", "statistics", "testing", "inspection"},
     {"plot", "demo"},
     {"cli"},
     {"__main__"},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import TokenError
 from ..tokens import Size, Tokens, whole
-from .sizes import size_after
+from .sizes import pair, size_after
 
 _EMBEDDINGS = ("patch_embed", "embeds", "pixel_embed")
 _STEMS = (*_EMBEDDINGS, "patch_embeddings", "embeddings", "conv_proj", "to_patch_embedding", "conv1", "stem")
 _CLASS = ("cls_token", "class_token", "class_embedding")
 _DISTILLED = ("dist_token", "distillation_token")
 _REGISTERS = ("reg_token", "register_tokens")
+_PLAIN = frozenset({int, float, bool, str, type(None)})
 _VOCABULARY = ("token_embedding", "word_embeddings", "text_embeddings", "embed_tokens", "wte")
 
 
@@ -29,10 +30,12 @@ class Patches(NamedTuple):
     Attributes:
         coordinates: (images, patches, 2), the row and column of each patch.
         valid: (images, patches), False where there is only padding.
+        patch_size: (height, width) of a patch in pixels, where the patches themselves tell.
     """
 
     coordinates: Tensor
     valid: Tensor
+    patch_size: Size | None = None
 
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
@@ -42,8 +45,7 @@ Images = Union[tuple[int, int, int], Patches, None]
 """(images, height, width), images that came as patches, or None where none were seen."""
 
 
-@dataclass(frozen=True, eq=False)
-class Setting:
+class Setting(NamedTuple):
     """What surrounds a call of an attention module.
 
     Attributes:
@@ -58,9 +60,9 @@ class Setting:
     model: nn.Module
     name: str
     images: Images = None
-    given: Given = field(default_factory=lambda: ((), {}))
+    given: Given = ((), {})
     around: Given | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def module(self) -> Any:
@@ -76,6 +78,34 @@ class Setting:
     def image_size(self) -> Size | None:
         """(height, width) of the images; None where none were seen, or each has its own."""
         return None if self.images is None or isinstance(self.images, Patches) else self.images[1:]
+
+    def cell_size(self, grid_size: Size) -> tuple[float, float]:
+        """(height, width) in pixels of a cell of a grid that covers the image.
+
+        The image is as it came into the part of the model that cuts it. A grid of its patches has cells of their size, also
+        where they reach over the border of the image or leave some of it out.
+
+        Raises:
+            TokenError: the size of the image or of its patches is not known.
+        """
+        patch = patch_size(self.trunk)
+        if isinstance(self.images, Patches):
+            patch = self.images.patch_size or patch
+            if patch is None:
+                raise TokenError(
+                    f"the {type(self.trunk).__name__} around {self.name!r} was given patches and has no `patch_size`, so they "
+                    "have no size in pixels; set that attribute to (height, width), or slice the map itself, m[...]."
+                )
+            return patch
+        if self.image_size is None:
+            raise TokenError(
+                f"no image was seen before {self.name!r} ran, so its tokens have no place in pixels; inside the block of the "
+                "recorder, call the model on images (batch, channels, height, width), or slice the map itself, m[...]."
+            )
+        height, width = (side / n for side, n in zip(self.image_size, grid_size))
+        if patch and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, self.image_size, patch)):
+            return patch
+        return height, width
 
     def path(self) -> Iterator[nn.Module]:
         """The module and all that hold it, outwards to the model."""
@@ -144,7 +174,7 @@ def plain_facts(module: nn.Module) -> dict[str, Any]:
 class AsItWas:
     """A module whose numbers are those of an earlier time, all else as it is."""
 
-    def __init__(self, module: nn.Module, facts: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, facts: Mapping[str, Any]) -> None:
         self._module, self._facts = module, facts
 
     def __getattr__(self, name: str) -> Any:
@@ -153,23 +183,36 @@ class AsItWas:
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
     """The images among what a model or its stem is called with: (batch, channels, height, width), or patches of them."""
-    named = {**kwargs, **(args[0] if args and isinstance(args[0], dict) else {})}
+    named = {**kwargs, **args[0]} if args and isinstance(args[0], dict) else kwargs
+    if named and (patches := _patches_in(args, named)) is not None:
+        return patches
+    for value in (*args, *named.values()):
+        if isinstance(value, Tensor) and value.dim() == 4:
+            images, _, height, width = value.shape
+            return images, height, width
+    return None
+
+
+def _patches_in(args: tuple[Any, ...], named: Mapping[str, Any]) -> Patches | None:
+    """The patches of images among arguments, told by the names of some."""
     coordinates, valid = named.get("patch_coord"), named.get("patch_valid")
     if isinstance(coordinates, Tensor):
         everywhere = torch.ones(coordinates.shape[:2], dtype=torch.bool)
-        return Patches(coordinates, valid if isinstance(valid, Tensor) else everywhere)
+        patches = next((a for a in (*args, *named.values()) if isinstance(a, Tensor) and a.dim() == 5), None)
+        size = None if patches is None else (int(patches.shape[2]), int(patches.shape[3]))
+        return Patches(coordinates, valid if isinstance(valid, Tensor) else everywhere, size)
     shapes, patches = named.get("spatial_shapes"), named.get("pixel_values")
     if isinstance(shapes, Tensor) and isinstance(patches, Tensor) and patches.dim() == 3:
         rows, columns = shapes.cpu().long().T[..., None]
         numbers = torch.arange(patches.shape[1]).expand(len(patches), -1)
         return Patches(torch.stack((numbers // columns, numbers % columns), dim=-1), numbers < rows * columns)
-    images = next((a for a in (*args, *named.values()) if isinstance(a, Tensor) and a.dim() == 4), None)
-    return None if images is None else (len(images), int(images.shape[-2]), int(images.shape[-1]))
+    return None
 
 
 def sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     """What a module is called with, tensors by their sizes."""
-    return tuple([_size(a) for a in args]), {name: _size(a) for name, a in kwargs.items()}
+    given = tuple([a.shape if type(a) is Tensor else _size(a) for a in args])
+    return given, {name: a if type(a) in _PLAIN else _size(a) for name, a in kwargs.items()}
 
 
 def argument(module: nn.Module, given: Given, name: str) -> Any:
@@ -226,6 +269,13 @@ def prefix_names(trunk: nn.Module) -> tuple[str, ...]:
     names += ["dist"] * (first(_DISTILLED) is not None) + numbered("reg", first(_REGISTERS))
     count = next((n for m in holders if isinstance(n := getattr(m, "num_prefix_tokens", None), int)), len(names))
     return tuple((names + [f"prefix{i}" for i in range(len(names), count)])[:count])
+
+
+def patch_size(trunk: nn.Module) -> Size | None:
+    """(height, width) in pixels of the patches a model cuts its image into; None where it does not say."""
+    holders = [trunk, *(m for name in _STEMS if isinstance(m := getattr(trunk, name, None), nn.Module))]
+    sizes = (pair(size) for m in holders if isinstance(size := getattr(m, "patch_size", None), (int, tuple, list)))
+    return next(((int(size[0]), int(size[1])) for size in sizes if len(size) == 2), None)
 
 
 def grid_size(trunk: Any, image_size: Size | None, patches: int, *, exactly: bool = False) -> Size | None:

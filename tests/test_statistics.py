@@ -1,0 +1,480 @@
+"""Figures taken over chunks of rows, against the same of the whole map, number by number."""
+
+from __future__ import annotations
+
+import math
+import pydoc
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from models import randomise, tiny
+from test_layouts import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, naflex, swin_places
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+import hookattn.maps
+from hookattn import AttentionMap, AttentionRecorder, StaleMapError, TokenError, UnreadableError
+from hookattn.calls import is_reading
+from hookattn.layouts import Setting
+from hookattn.statistics import Statistic, Sum, entropy, head_mean, mean_attention_distance, received, statistics
+
+PLAIN = {entropy: reference.entropy, received: reference.received, head_mean: reference.head_mean}
+FOUR = (*PLAIN, mean_attention_distance)
+NAMES = [statistic.__name__ for statistic in FOUR]
+
+
+def record(model: nn.Module, x: Any, layer: Any = 0, **options: Any) -> AttentionMap:
+    """One map of a model."""
+    with AttentionRecorder(model, **options) as rec, torch.set_grad_enabled(not options.get("detach", True)):
+        model(x)
+    return rec.maps[layer]
+
+
+class Own(nn.Module):
+    """Attention no recipe knows: by SDPA, closed where a mask says so, or by its own softmax."""
+
+    def __init__(self, mask: Tensor | None = None, *, fused: bool = True) -> None:
+        super().__init__()
+        self.qkv, self.mask, self.fused = nn.Linear(16, 48), mask, fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        scores = q @ k.transpose(-2, -1)
+        return (scores if self.mask is None else scores.masked_fill(~self.mask, float("-inf"))).softmax(-1) @ v
+
+
+def own(**options: Any) -> tuple[nn.Module, Tensor]:
+    return randomise(Own(**options)).eval(), torch.randn(3, 11, 16)
+
+
+def closed(rows: int, keys: int) -> Tensor:
+    """(rows, keys): every query may attend to some keys, the second to none."""
+    mask = torch.rand(rows, keys) < 0.6
+    mask[:, 0] = True
+    mask[1] = False
+    return mask
+
+
+def of(name: str, size: tuple[int, int], **options: Any) -> Callable[[], tuple[nn.Module, Tensor]]:
+    return lambda: (build(name, **options), torch.randn(2, 3, *size).double())
+
+
+MECHANISMS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], Any]] = {
+    "plain": (lambda: tiny("vit", batch=3), 1),
+    "registers": (lambda: tiny("vit_registers"), -1),
+    "two softmaxes": (of("convit_tiny", (48, 48), img_size=48, local_up_to_layer=1, depth=1), 0),
+    "relative positions": (lambda: tiny("relpos"), 0),
+    "talking heads": (of("cait_xxs24_224", (32, 48), img_size=(32, 48), depth=1), 0),
+    "class attention": (of("cait_xxs24_224", (32, 48), img_size=(32, 48), depth=1), -1),
+    "pooling": (of("vit_base_patch16_siglip_224", (48, 64), **VIT, img_size=(48, 64)), -1),
+    "shifted windows": (of("swin_tiny_patch4_window7_224", (40, 72), **SWIN, img_size=(40, 72)), 1),
+    "pooled keys": (of("pvt_v2_b0", (64, 96), **SHRUNK), "stages.1.blocks.0.attn"),
+    "channels": (of("xcit_nano_12_p16_224", (32, 48), img_size=(32, 48), depth=1), 0),
+    "replay": (own, 0),
+    "replay of a softmax": (partial(own, fused=False), 0),
+    "closed rows": (lambda: own(mask=closed(11, 11)), 0),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 500, 10**9])
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_figures_of_chunks_are_those_of_the_whole_map(
+    monkeypatch: pytest.MonkeyPatch, name: str, keep: Any, chunk: int
+) -> None:
+    make, layer = MECHANISMS[name]
+    m = record(*make(), layer, keep=keep)
+    whole = m[...]
+    monkeypatch.setattr(hookattn.maps, "_CHUNK", chunk)
+    for found, (statistic, expected) in zip(statistics(m, *PLAIN), PLAIN.items()):
+        torch.testing.assert_close(found, expected(whole).to(whole), rtol=1e-5, atol=1e-6)
+        assert torch.equal(statistic(m), found)
+
+
+def test_figures_are_what_they_are_called() -> None:
+    m = record(*tiny("vit"))
+    torch.testing.assert_close(received(m).sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(head_mean(m).sum(-1), torch.ones(2, 17))
+    one_hot, flat = (hookattn.maps.KeptMap(a.expand(2, 3, 17, 17), m._about) for a in (torch.eye(17), torch.tensor(1 / 17)))
+    assert (entropy(one_hot) == 0).all()
+    torch.testing.assert_close(entropy(flat), torch.full((2, 3, 17), 17.0).log())
+    assert torch.equal(mean_attention_distance(one_hot), torch.zeros(2, 3))
+
+
+# Distances
+
+
+def distances(m: AttentionMap, queries: list[Any], keys: list[Any]) -> Tensor:
+    """(images, heads), where all tokens of the image are one window."""
+    images = m[...].tolist()
+    rows = [[reference.attention_distance(torch.tensor(h, dtype=torch.float64), queries, keys) for h in i] for i in images]
+    return torch.tensor([[sum(head) / len(head) for head in heads] for heads in rows], dtype=torch.float64)
+
+
+@pytest.fixture(params=[1, 3 * 25 * 7, 10**9], ids="chunk {}".format)
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(hookattn.maps, "_CHUNK", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("size", "patch"),
+    [((48, 80), (16, 16)), ((48, 80), (8, 16)), ((39, 66), (16, 16))],
+    ids=["square patches", "wide patches", "padded at the border"],
+)
+@pytest.mark.usefixtures("chunk")
+def test_distances_are_between_centres_of_patches(keep: Any, prefix: int, size: Any, patch: Any) -> None:
+    options = VIT | {"patch_size": patch, "class_token": prefix > 0, "reg_tokens": max(0, prefix - 1), "global_pool": "avg"}
+    model = build("vit_tiny_patch16_224", **options, img_size=(48, 80), dynamic_img_size=True, dynamic_img_pad=True)
+    m = record(model, torch.randn(2, 3, *size).double(), keep=keep)
+    tokens = [None] * prefix + reference.centres(48 // patch[0], 5, *patch)
+    torch.testing.assert_close(mean_attention_distance(m), distances(m, tokens, tokens), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (3, 5), (1, 2)])
+def test_cells_are_patches_where_a_grid_is_of_patches_and_else_parts_of_the_image(grid: tuple[int, int]) -> None:
+    model = nn.Module()
+    model.patch_embed = nn.Conv2d(3, 8, 16, 16)
+    assert Setting(model, "patch_embed", (1, 47, 79)).cell_size(grid) == (47 / grid[0], 79 / grid[1])
+    model.patch_embed.patch_size = 16
+    cell = Setting(model, "patch_embed", (1, 47, 79)).cell_size(grid)  # 2 x 4 and a rest, or 3 x 5 and padding
+    assert cell == ((47, 39.5) if grid == (1, 2) else (16, 16))
+
+
+@pytest.mark.parametrize("block", [0, 1], ids=["plain", "shifted"])
+@pytest.mark.usefixtures("chunk")
+def test_distances_in_windows_are_those_on_the_image(block: int) -> None:
+    model = build("swin_tiny_patch4_window7_224", **SWIN, img_size=(40, 72))
+    m = record(model, torch.randn(2, 3, 40, 72).double(), block)
+    places = swin_places(model.get_submodule(m.name.removesuffix(".attn")), 10, 18)  # padding says -1
+    assert (places < 0).any()
+    at = reference.centres(10, 18, 4, 4)
+    expected = torch.zeros(2, 2, dtype=torch.float64)
+    for image, attention in enumerate(m[...].unflatten(0, (2, -1))):
+        for head in range(2):
+            found = []
+            for window, numbers in zip(attention[:, head], places.tolist()):
+                points = [at[n] if n >= 0 else None for n in numbers]
+                found += reference.attention_distance(window, points, points)
+            assert len(found) == 180
+            expected[image, head] = sum(found) / 180
+    torch.testing.assert_close(mean_attention_distance(m), expected, rtol=1e-9, atol=0)
+
+
+def from_pictures(m: AttentionMap, size: tuple[int, int]) -> Tensor:
+    """(images, heads): each query's picture, measured on the image."""
+    (rows, columns), keys = m.query_tokens.grid_size, m.tokens.grid_size
+    starts, ends = (reference.centres(r, c, size[0] / r, size[1] / c) for r, c in ((rows, columns), keys))
+    found = []
+    for start, query in zip(starts, [(i, j) for i in range(rows) for j in range(columns)]):
+        picture = m.image(query, heads=None).double()
+        apart = torch.tensor([math.dist(start, end) for end in ends], dtype=torch.float64).reshape(keys)
+        found.append((picture * apart).sum((2, 3)) / picture.sum((2, 3)))
+    return torch.stack(found).mean(0)
+
+
+NEXTVIT = "timm.models.nextvit.NextTransformerBlock"
+POOLED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], Any, tuple[int, int]]] = {
+    "pvt": (of("pvt_v2_b0", (64, 96), **SHRUNK), "stages.1.blocks.0.attn", (64, 96)),
+    "queries pooled": (of("sam2_hiera_tiny", (64, 96), embed_dim=16), "blocks.1.attn", (64, 96)),
+    "a grid of windows": (of("test_maxvit", (64, 96), img_size=(64, 96)), "stages.0.blocks.0.attn_grid.attn", (64, 96)),
+    "padded windows": (
+        of("samvit_base_patch16_224", (96, 112), depth=1, embed_dim=48, num_heads=3, window_size=4, img_size=(96, 112)),
+        0,
+        (96, 112),
+    ),
+    "keys that are no cells": (
+        lambda: (build(NEXTVIT, in_chs=64, out_chs=128, drop_path=0.0, sr_ratio=2), torch.randn(2, 64, 7, 9).double()),
+        0,
+        (7, 9),
+    ),
+    "halos": (
+        lambda: (
+            build("timm.layers.halo_attn.HaloAttn", dim=16, num_heads=2, block_size=4, halo_size=2),
+            torch.randn(2, 16, 8, 12).double(),
+        ),
+        0,
+        (8, 12),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.usefixtures("chunk")
+def test_distances_are_those_on_the_pictures_of_all_queries(name: str) -> None:
+    make, layer, size = POOLED[name]
+    m = record(*make(), layer)
+    torch.testing.assert_close(mean_attention_distance(m).double(), from_pictures(m, size), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_distances_between_grids_of_two_sizes_leave_the_class_token_out(prefix: int) -> None:
+    options = MVIT | {"kernel_q": (3, 3), "stride_q": (2, 2), "kernel_kv": (3, 3), "stride_kv": (4, 4)}
+    model = build("timm.models.mvitv2.MultiScaleAttention", [8, 12], **options, has_cls_token=bool(prefix))
+    m = record(model, torch.randn(2, prefix + 96, 16).double())
+    with pytest.raises(TokenError, match="no image was seen"):
+        mean_attention_distance(m)
+    m._about = m._about._replace(setting=m._about.setting._replace(images=(2, 128, 96)))
+    queries, keys = ([None] * prefix + reference.centres(r, c, 128 / r, 96 / c) for r, c in ((4, 6), (2, 3)))
+    torch.testing.assert_close(mean_attention_distance(m), distances(m, queries, keys), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", [None, (8, 16)], ids=["patches of the model's size", "patches of a size of their own"])
+@pytest.mark.usefixtures("chunk")
+def test_distances_of_images_of_their_own_grids_are_each_on_its_own(size: Any) -> None:
+    if size is None:
+        m, size = naflex(class_token=True)[0].maps["blocks.0.attn"], (16, 16)
+    else:
+        model = build("naflexvit_base_patch16_map", **VIT, class_token=True, reg_tokens=0, enable_patch_interpolator=True)
+        batch = as_patches([torch.randn(3, 16 * h, 16 * w).double() for h, w in SIZES], 16, 14)
+        batch["patches"] = torch.randn(3, 14, *size, 3).double()
+        m = record(model, batch)
+    for image, (rows, columns) in enumerate(SIZES):
+        tokens = [None, *reference.centres(rows, columns, *size), *[None] * (14 - rows * columns)]
+        for head, attention in enumerate(m[image]):
+            found = reference.attention_distance(attention, tokens, tokens)
+            assert len(found) == rows * columns
+            torch.testing.assert_close(float(mean_attention_distance(m)[image, head]), sum(found) / len(found))
+
+
+def test_a_patch_that_looks_at_no_patch_is_left_out_of_the_mean_distance() -> None:
+    model, x = tiny("vit_registers")
+    m = record(model.double(), x.double())
+    tokens = [None] * 5 + reference.centres(4, 4, 14, 14)
+    attention = m[...].clone()
+    attention[:, 0, 7, 5:] = 0
+    attention[1, 2, :, 5:] = 0
+    m = hookattn.maps.KeptMap(attention, m._about)
+    got = mean_attention_distance(m)
+    found = reference.attention_distance(attention[0, 0], tokens, tokens)
+    assert len(found) == 15
+    torch.testing.assert_close(float(got[0, 0]), sum(found) / 15)
+    assert got.isnan().nonzero().tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("name", ["class attention", "pooling", "channels", "replay"])
+def test_distances_that_are_none_are_refused_with_what_to_do(name: str) -> None:
+    make, layer = MECHANISMS[name]
+    m = record(*make(), layer)
+    with pytest.raises(TokenError, match=r"m\.image|m\[\.\.\.\]"):
+        statistics(m, entropy, mean_attention_distance)
+
+
+def test_distances_of_patches_of_no_known_size_are_refused() -> None:
+    rec, _ = naflex()
+    del rec.model.embeds.patch_size
+    with pytest.raises(TokenError, match="has no `patch_size`"):
+        mean_attention_distance(rec.maps["blocks.0.attn"])
+
+
+# How it is read
+
+
+def peak_of(run: Callable[[], Any]) -> int:
+    """Bytes that are allocated at the same time while something runs, above what was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as p:
+        run()
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("wanted", [[statistic] for statistic in FOUR] + [list(FOUR)], ids=[*NAMES, "all"])
+def test_no_more_than_a_chunk_is_held(monkeypatch: pytest.MonkeyPatch, wanted: list[Statistic], keep: Any) -> None:
+    model, _ = tiny("vit", img_size=512, patch_size=16, embed_dim=12, depth=1)
+    m = record(model, torch.randn(2, 3, 512, 512), keep=keep)
+    assert m.shape == (2, 3, 1025, 1025)
+    chunk = 3 * 1025 * 80
+    monkeypatch.setattr(hookattn.maps, "_CHUNK", chunk)
+    results = sum(result.nbytes for result in statistics(m, *wanted))
+    projected = 4 * 2 * 1025 * 36 * 3  # queries and keys, and what they come from
+    few = 4 * 4 * chunk  # as scores, as probabilities, as what is made of them
+    assert few < m[...].nbytes / 6
+    assert peak_of(lambda: statistics(m, *wanted)) <= results + projected + few
+
+
+def test_queries_and_keys_are_computed_once_for_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = record(*tiny("vit", batch=1))
+
+    def products() -> int:
+        with Counting() as counted:
+            statistics(m, *FOUR)
+        return counted.linear
+
+    assert products() > 0
+    at_once = products()
+    monkeypatch.setattr(hookattn.maps, "_CHUNK", 1)
+    assert products() == at_once
+
+
+class Counting(TorchFunctionMode):
+    """Counts linear layers."""
+
+    linear = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.linear += func is F.linear
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, None], ids=str)
+def test_figures_go_where_slices_go(dtype: Any, keep: Any) -> None:
+    model, x = tiny("vit")
+    m, exact = record(model, x, dtype=dtype, keep=keep), record(model, x)
+    for found, right in zip(statistics(m, *FOUR), statistics(exact, *FOUR)):
+        assert found.dtype == m.dtype == m[...].dtype
+        tolerance = 2e-3 if dtype == torch.float16 else 1e-6
+        torch.testing.assert_close(found.float(), right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "inference", "half", "train"])
+def test_figures_are_those_of_the_modes_of_the_call(mode: str) -> None:
+    model, x = tiny("vit", attn_drop_rate=0.2, proj_drop_rate=0.2)
+    if mode == "half":
+        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    model.train(mode == "train")
+    autocast = torch.autocast("cpu", enabled=mode == "autocast")
+    with AttentionRecorder(model) as rec, autocast, torch.inference_mode(mode == "inference"), torch.no_grad():
+        model(x)
+    whole = rec.maps[1][...]
+    with torch.autocast("cpu"):
+        for found, expected in zip(statistics(rec.maps[1], *PLAIN), PLAIN.values()):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected(whole).float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_autocast_does_not_touch_what_is_added_up(keep: Any) -> None:
+    """A statistic of one's own: how alike the columns are."""
+
+    def alike(m: AttentionMap) -> Sum:
+        batch, heads, _, keys = m.shape
+
+        def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
+            total[items] += chunk.mT @ chunk
+
+        return Sum((batch, heads, keys, keys), add)
+
+    with torch.autocast("cpu"):
+        m = record(*tiny("vit"), keep=keep)
+        found = Statistic(alike)(m)
+    torch.testing.assert_close(found, m[...].mT @ m[...], rtol=1e-5, atol=1e-6)
+
+
+class BreakDownError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_statistic_that_breaks_down_leaves_nothing_behind(keep: Any) -> None:
+    model, x = tiny("vit")
+    with torch.autocast("cpu"):
+        m = record(model, x, keep=keep)
+    model.train()
+
+    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
+        assert keep == "maps" or (is_reading() and not torch.is_grad_enabled() and not model.blocks[0].attn.training)
+        raise BreakDownError
+
+    with pytest.raises(BreakDownError):
+        statistics(m, entropy, Statistic(lambda m: Sum((1,), add)))
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+    assert not is_reading()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def naive_distance(attention: Tensor) -> Tensor:
+    """Mean attention distance of a whole map of 5 prefix tokens and 4 x 4 patches of 14 x 14 pixels."""
+    at = torch.tensor(reference.centres(4, 4, 14, 14), dtype=torch.float64)
+    patches = attention[:, :, 5:, 5:]
+    return (patches * torch.cdist(at, at)).sum(-1).div(patches.sum(-1)).mean(-1)
+
+
+WHOLE: dict[Statistic, Callable[[Tensor], Tensor]] = {
+    entropy: lambda a: -(a * a.log()).sum(-1),
+    received: lambda a: a.mean(2),
+    head_mean: lambda a: a.mean(1),
+    mean_attention_distance: naive_distance,
+}
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("statistic", FOUR, ids=NAMES)
+def test_gradients_are_those_through_the_whole_map(monkeypatch: pytest.MonkeyPatch, statistic: Statistic, keep: Any) -> None:
+    model, x = tiny("vit_registers")
+    model, x = model.double(), x.double().requires_grad_()
+    with AttentionRecorder(model, detach=False, keep=keep) as rec:
+        model(x)
+    m = rec.maps[1]
+    expected = WHOLE[statistic](m[...])
+    weight = torch.randn_like(expected)
+    wanted = [x, *model.blocks[1].attn.qkv.parameters()]
+    right = torch.autograd.grad((expected * weight).sum(), wanted, retain_graph=True)
+    monkeypatch.setattr(hookattn.maps, "_CHUNK", 3 * 21 * 4)
+    found = statistic(m)
+    torch.testing.assert_close(found, expected)
+    got = torch.autograd.grad((found * weight).sum(), wanted)
+    assert all(grad.abs().max() > 1e-9 for grad in got)
+    torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["by SDPA", "by its own softmax"])
+def test_the_gradient_of_entropy_is_zero_where_a_key_is_closed(fused: bool) -> None:
+    mask = closed(11, 11)
+    mask[1, 3] = True
+    model, x = own(mask=mask, fused=fused)
+    model, x = model.double(), x.double().requires_grad_()
+    m = record(model, x, detach=False)
+    assert (m[...] == 0).any()
+    (got,) = torch.autograd.grad(entropy(m).sum(), x)
+    attention = m[...]
+    logarithms = attention.where(attention > 0, 1.0).log()  # 0 log 1 = 0 where a key is closed
+    (right,) = torch.autograd.grad(-(attention * logarithms).sum(), x)
+    torch.testing.assert_close(got, right)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # a kernel that PyTorch has no batching rule for
+def test_figures_can_be_had_under_vmap() -> None:
+    model, x = tiny("vit", batch=3)
+
+    def figures(x: Tensor) -> tuple[Tensor, ...]:
+        with AttentionRecorder(model) as rec, sdpa_kernel(SDPBackend.MATH):
+            model(x[None])
+        return statistics(rec.maps[1], *FOUR)
+
+    for found, right in zip(torch.func.vmap(figures)(x), statistics(record(model, x, 1), *FOUR)):
+        torch.testing.assert_close(found[:, 0], right)
+
+
+def test_figures_of_a_map_that_is_lost_or_stale_say_why() -> None:
+    model, x = tiny("vit")
+    m = record(model, x)
+    lost = hookattn.maps.LostMap("the dog ate it", m._about)
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight.add_(1)
+    for statistic in FOUR:
+        with pytest.raises(UnreadableError, match="the dog ate it"):
+            statistic(lost)
+        with pytest.raises(StaleMapError, match=r"qkv\.weight"):
+            statistic(m)
+
+
+def test_help_on_a_statistic_says_what_it_is() -> None:
+    for statistic, shape in zip(
+        FOUR, ("(batch, heads, queries)", "(batch, heads, keys)", "(batch, queries, keys)", "(images, heads)")
+    ):
+        assert shape in pydoc.plain(pydoc.render_doc(statistic))
+        assert statistic.__name__ in repr(statistic)
