@@ -1,0 +1,260 @@
+"""What is read is what is paid for, in operations and elements counted; and what is cut short is still right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from models import TINY, randomise, tiny
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from hookattn import AttentionRecorder
+from hookattn.projected import Projected
+
+B, N, H, D = 2, 37, 4, 8
+C = H * D
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def plain(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    module = randomise(nn.Sequential(Attention(C, H, qkv_bias=True, **options)).eval()).double()
+    assert isinstance(module[0], Attention)
+    return module
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of products as PyTorch's counter does, whose hooks on all modules would be hooks of others here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.count += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def operations(run: Callable[[], Any]) -> int:
+    with Operations() as seen:
+        run()
+    return seen.count
+
+
+SCORES = 2 * N * N * D  # of one head of one image
+READINGS: dict[str, tuple[Any, int]] = {
+    "the row of one token": ((slice(None), slice(None), 0), B * H * 2 * (C * D + D * C + C * N)),
+    "that of one head": ((slice(None), 1, 0), B * 2 * (C * D + D * C + C * N)),
+    "one head": ((slice(None), 1), B * (2 * 2 * N * C * D + SCORES)),
+    "one image": (0, 2 * 2 * N * C * C + H * SCORES),
+    "all rows": (..., B * (2 * 2 * N * C * C + H * SCORES)),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_operations_are_those_of_what_is_read(reading: str) -> None:
+    index, expected = READINGS[reading]
+    with AttentionRecorder(model := plain()) as rec, torch.no_grad():
+        model(torch.randn(B, N, C).double())
+    assert operations(lambda: rec.maps[0][index]) == expected
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_maps_that_are_kept_are_made_of_the_projections_of_the_forward(norm: bool) -> None:
+    model, x = plain(qk_norm=norm, norm_layer=nn.LayerNorm), torch.randn(B, N, C).double()
+    with torch.no_grad():
+        alone = operations(lambda: model(x))
+        with AttentionRecorder(model, keep="maps") as rec:
+            assert operations(lambda: model(x)) == alone + B * H * SCORES
+        kept = rec.maps[0][...]
+        with AttentionRecorder(model) as rec:
+            model(x)
+    torch.testing.assert_close(kept, rec.maps[0][...], rtol=0, atol=1e-12)
+
+
+def test_a_row_of_many_tokens_forms_nothing_larger_than_x() -> None:
+    tokens = 16_384
+    with AttentionRecorder(model := plain().float()) as rec, torch.no_grad():
+        model(torch.randn(1, tokens, C))
+    with Largest() as seen, torch.no_grad():
+        row = rec.maps[0][:, :, 0]
+    assert seen.elements <= H * tokens
+    torch.testing.assert_close(row.sum(-1), torch.ones(1, H))
+
+
+def test_scores_are_formed_once_and_written_over() -> None:
+    with AttentionRecorder(model := plain()) as rec, torch.no_grad():
+        model(torch.randn(B, N, C).double())
+    m = rec.maps[0]
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+        m[...]
+    assert profile.profiler is not None
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert sum(size >= B * H * N * N * 8 for size in sizes) == 1
+
+
+# And still right
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_rows_heads_and_images_are_those_of_the_whole(name: str) -> None:
+    """In float64, where the order of sums makes no difference."""
+    model, x = tiny(name)
+    with AttentionRecorder(model.double()) as rec, torch.no_grad():
+        model(x.double())
+    for m in rec.maps.values():
+        whole = m[...]
+        for index in [(slice(None), slice(None), 0), (slice(None), -1), 0, (slice(None), slice(0, 2), [1, 0]), (-1, 0, -1)]:
+            torch.testing.assert_close(m[index], whole[index], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_maps_that_are_kept_are_the_softmaxes_of_the_module(name: str) -> None:
+    model, x = tiny(name)
+    model, x = model.double(), x.double()
+    with AttentionRecorder(model, keep="maps") as rec, torch.no_grad():
+        model(x)
+    with AttentionRecorder(model) as late, torch.no_grad():
+        model(x)
+    assert list(rec.maps) == list(late.maps)
+    for kept, m in zip(rec.maps.values(), late.maps.values(), strict=True):
+        with reference.unfused(module := m.call.target.module) as maps, torch.no_grad():
+            module.forward(*m.call.args, **m.call.kwargs)
+        torch.testing.assert_close(kept[...], m[...], rtol=0, atol=1e-11)
+        if len(maps) == 1 and maps[0].shape == kept.shape:
+            torch.testing.assert_close(kept[...], maps[0], rtol=0, atol=1e-9)
+
+
+def test_a_constant_that_all_keys_of_a_query_have_drops_out() -> None:
+    model, x = plain().float(), torch.randn(B, N, C)
+    with torch.no_grad():
+        model[0].qkv.bias[C : 2 * C] = 100.0  # type: ignore[index,union-attr]
+        with AttentionRecorder(model) as rec:
+            model(x)
+        exact = copy.deepcopy(model).double()
+        q, k, _ = exact[0].qkv(x.double()).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)  # type: ignore[index,operator]
+    expected = (q @ k.mT * D**-0.5).softmax(-1)[:, :, 0]
+    torch.testing.assert_close(rec.maps[0][:, :, 0].double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("index", [(slice(None), slice(None), 0), ...], ids=["a row", "all rows"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_what_is_read_is_no_further_from_float64_than_eager(
+    dtype: torch.dtype, index: Any, autocast: bool
+) -> None:
+    model, x = plain().float(), torch.randn(B, N, C)
+    if not autocast:
+        model, x = model.to(dtype), x.to(dtype)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad(), AttentionRecorder(exact) as right:
+        exact(x.double())
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast), AttentionRecorder(model) as rec:
+        model(x)
+        with reference.unfused(model[0]) as maps:  # type: ignore[index]
+            model(x)
+    expected = right.maps[0][index]
+    ours, eager = ((m.double() - expected).pow(2).mean().sqrt() for m in (rec.maps[0][index], maps[0][index]))
+    assert ours <= 1.02 * eager
+
+
+@pytest.mark.parametrize("index", [(slice(None), slice(None), 0), ...], ids=["a row", "all rows"])
+def test_gradients_through_what_is_read_are_those_of_the_formula(index: Any) -> None:
+    model, x = plain(), torch.randn(B, N, C).double().requires_grad_()
+    with AttentionRecorder(model, detach=False) as rec:
+        model(x)
+    parameters = [x, *model[0].qkv.parameters()]  # type: ignore[index,union-attr]
+    weight = torch.randn_like(rec.maps[0][index])
+    got = torch.autograd.grad((rec.maps[0][index] * weight).sum(), parameters)
+    q, k, _ = model[0].qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)  # type: ignore[index,operator]
+    expected = torch.autograd.grad(((q @ k.mT * D**-0.5).softmax(-1)[index] * weight).sum(), parameters)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own formulas
+def test_tangents_go_through_what_is_read() -> None:
+    model, x, t = plain(), torch.randn(B, N, C).double(), torch.randn(B, N, C).double()
+    model[0].fused_attn = False  # type: ignore[index,union-attr]  # the fused kernel has no tangents on the CPU
+
+    def read(x: Tensor) -> Tensor:
+        with AttentionRecorder(model, detach=False) as rec:
+            model(x)
+        read: Tensor = rec.maps[0][...]
+        return read
+
+    step = 1e-6
+    with torch.no_grad():
+        expected = (read(x + step * t) - read(x - step * t)) / (2 * step)
+    torch.testing.assert_close(torch.func.jvp(read, (x,), (t,))[1], expected, rtol=0, atol=1e-7)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(read(forward_ad.make_dual(x, t))).tangent
+    assert tangent is not None
+    torch.testing.assert_close(tangent, expected, rtol=0, atol=1e-7)
+
+
+class Twice(Attention):
+    """Calls its projection with something else first."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.qkv(x * 3)
+        return super().forward(x, *args, **kwargs)
+
+
+class Around(Attention):
+    """Calls no layer of its own."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", [Twice, Around])
+def test_a_module_that_projects_in_another_way_than_its_recipe_is_read_all_the_same(
+    kind: type[Attention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hookattn import maps, recipes
+
+    monkeypatch.setattr(maps, "find_recipe", lambda _: recipes.plain.attention)
+    torch.manual_seed(0)
+    model, x = randomise(nn.Sequential(kind(C, H, qkv_bias=True)).eval()).double(), torch.randn(B, N, C).double()
+    with torch.no_grad():
+        with AttentionRecorder(model, keep="maps") as rec:
+            model(x)
+        q, k, _ = model[0].qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)  # type: ignore[operator]
+    torch.testing.assert_close(rec.maps[0][...], (q @ k.mT * D**-0.5).softmax(-1), rtol=0, atol=1e-12)
+
+
+def test_a_projection_is_a_tensor_to_whoever_computes_with_it() -> None:
+    x, weight, bias = torch.randn(2, 5, 6), torch.randn(3, 4, 6, requires_grad=True), torch.randn(3, 4)
+    expected = torch.einsum("b n c, h d c -> b h n d", x, weight) + bias[:, None]
+    projected = Projected(x, weight, bias)
+    assert (projected.shape, projected.dtype, len(projected), projected.dim()) == ((2, 3, 5, 4), torch.float32, 2, 4)
+    torch.testing.assert_close(torch.cat([projected * 1, projected]), torch.cat([expected, expected]))
+    torch.testing.assert_close(projected.narrowed(slice(1, 2), torch.tensor([2, 0]), slice(3)), expected[1:, [2, 0], :3])
+    assert projected.requires_grad
+    assert Projected(torch.randn(0, 5, 6), weight, None).sum() == 0
