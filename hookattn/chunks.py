@@ -73,5 +73,5 @@ def mean_of_rows(chunks: Chunks, batch: int, heads: slice, selected: Tensor) -> 
         sums[items.start] = sums[items.start] + share if items.start in sums else share
 
     chunks(add, only, heads, within)
-    found = torch.cat(list(sums.values())).unflatten(0, (batch // windows, -1))  # type: ignore[no-untyped-call]
+    found = torch.cat(list(sums.values())).unflatten(0, (batch // windows, 1 if len(asked) == 1 else windows))  # type: ignore[no-untyped-call]
     return F.pad(found, (0, 0, 0, 0, asked[0], windows - 1 - asked[0])) if found.shape[1] < windows else found

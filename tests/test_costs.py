@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from hookattn import AttentionRecorder
+from hookattn import AttentionRecorder, RecorderError
 from hookattn.projected import Projected
 
 B, N, H, D = 2, 37, 4, 8
@@ -247,6 +247,8 @@ def test_a_module_that_projects_in_another_way_than_its_recipe_is_read_all_the_s
             model(x)
         q, k, _ = model[0].qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)  # type: ignore[operator]
     torch.testing.assert_close(rec.maps[0][...], (q @ k.mT * D**-0.5).softmax(-1), rtol=0, atol=1e-12)
+    with pytest.raises(RecorderError, match="was let go"):
+        assert rec.maps[0].x
 
 
 def test_a_projection_is_a_tensor_to_whoever_computes_with_it() -> None:

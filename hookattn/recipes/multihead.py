@@ -10,6 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..functional import QK
+from .projections import multiply
 from .registry import recipe
 
 
@@ -26,13 +27,14 @@ def multihead_attention(
     is_causal: bool = False,
 ) -> QK:
     batched = query.dim() == 3
-    order = "b n (h d) -> b h n d" if self.batch_first or not batched else "n b (h d) -> b h n d"
     if not batched:
         query, key = query.unsqueeze(0), key.unsqueeze(0)
+    elif not self.batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
     q_weight, k_weight = projection_weights(self)
     q_bias, k_bias = (None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[:2]
-    q = rearrange(F.linear(query, q_weight, q_bias), order, h=self.num_heads)
-    k = rearrange(F.linear(key, k_weight, k_bias), order, h=self.num_heads)
+    q = multiply(query, q_weight, q_bias, self.num_heads)
+    k = multiply(key, k_weight, k_bias, self.num_heads)
     if self.bias_k is not None:
         k = torch.cat((k, repeat(self.bias_k, "1 1 (h d) -> b h 1 d", b=len(k), h=self.num_heads)), dim=2)
     if self.add_zero_attn:

@@ -12,28 +12,27 @@ from torch import Tensor
 
 from ..functional import QK
 from .plain import additive_or_bool
-from .projections import project, scale_of
+from .projections import project, project_heads, scale_of
 from .registry import recipe
 
 
 @recipe("timm.models.cait.ClassAttn")
 def class_attention(self: Any, x: Tensor) -> QK:
     q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)
-    k = rearrange(self.k(x), "b n (h d) -> b h n d", h=self.num_heads)
+    k = project_heads(self.k, x, self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.crossvit.CrossAttention")
 def crossvit_attention(self: Any, x: Tensor) -> QK:
-    q = rearrange(self.wq(x[:, 0:1]), "b n (h d) -> b h n d", h=self.num_heads)
-    k = rearrange(self.wk(x), "b n (h d) -> b h n d", h=self.num_heads)
+    q, k = project_heads(self.wq, x[:, 0:1], self.num_heads), project_heads(self.wk, x, self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
 @recipe("timm.models.volo.ClassAttention")
 def volo_class_attention(self: Any, x: Tensor) -> QK:
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
-    q = rearrange(self.q(x[:, :1]), "b n (h d) -> b h n d", h=self.num_heads)
+    q = project_heads(self.q, x[:, :1], self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 

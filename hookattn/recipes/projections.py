@@ -55,6 +55,14 @@ def project_heads(layer: nn.Module, x: Tensor, heads: int) -> Tensor:
     return project(layer, x, "b n (parts h d) -> parts b h n d", parts=1, of=1, h=heads)[0]
 
 
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """The same by parameters that are in no layer: weight (heads * head_dim, features), bias (heads * head_dim)."""
+    if not is_bare(x, weight, bias):
+        return rearrange(F.linear(x, weight, bias), "b n (h d) -> b h n d", h=heads)
+    by_head = None if bias is None else rearrange(bias, "(h d) -> h d", h=heads)
+    return Projected(x, rearrange(weight, "(h d) c -> h d c", h=heads), by_head)
+
+
 class _Plan(NamedTuple):
     """How a pattern of `project` takes x and a weight apart, if what comes out is (parts, batch, heads, tokens, head_dim)."""
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..functional import QK
 from .plain import additive_or_bool
-from .projections import project, scale_of
+from .projections import project, project_heads, scale_of
 from .registry import recipe
 
 
 @recipe("timm.models.pvt_v2.Attention")
 def pvt_v2_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
-    q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.num_heads)
+    q = project_heads(self.q, x, self.num_heads)
     if self.pool is not None:
         x = self.act(self.norm(flat(self.sr(self.pool(unflat(x, feat_size))))))
     elif self.sr is not None:
@@ -32,7 +32,7 @@ def pvt_v2_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
 
 @recipe("timm.models.twins.GlobalSubSampleAttn")
 def global_sub_sample_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK:
-    q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.num_heads)
+    q = project_heads(self.q, x, self.num_heads)
     if self.sr is not None:
         x = self.norm(flat(self.sr(unflat(x, size))))
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
@@ -41,10 +41,10 @@ def global_sub_sample_attention(self: Any, x: Tensor, size: tuple[int, int]) -> 
 
 @recipe("timm.models.nextvit.EfficientAttention")
 def nextvit_attention(self: Any, x: Tensor) -> QK:
-    q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.num_heads)
+    q = project_heads(self.q, x, self.num_heads)
     if self.sr is not None:
         x = rearrange(self.norm(self.sr(rearrange(x, "b n c -> b c n"))), "b c n -> b n c")
-    k = rearrange(self.k(x), "b n (h d) -> b h n d", h=self.num_heads)
+    k = project_heads(self.k, x, self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 

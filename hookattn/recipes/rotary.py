@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ..functional import QK
 from .plain import additive_or_bool
-from .projections import project, scale_of
+from .projections import multiply, project, project_heads, scale_of
 from .registry import recipe
 
 
@@ -40,8 +39,7 @@ def eva_attention(
     if self.qkv is not None:
         q, k = project_with_biases(self, x)
     else:
-        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.num_heads)
-        k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", h=self.num_heads)
+        q, k = project_heads(self.q_proj, x, self.num_heads), project_heads(self.k_proj, x, self.num_heads)
     dtype = k.dtype
     q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
@@ -81,12 +79,12 @@ def project_with_biases(self: Any, x: Tensor) -> tuple[Tensor, ...]:
     pattern = "b n (parts h d) -> parts b h n d"
     if self.q_bias is None:
         return project(self.qkv, x, pattern, parts=2, of=3, h=self.num_heads)
-    bias = torch.cat((self.q_bias, self.k_bias))
     if self.qkv_bias_separate:
+        bias = torch.cat((self.q_bias, self.k_bias))
         qk = torch.cat(project(self.qkv, x, "b n (parts c) -> parts b n c", parts=2, of=3), dim=-1) + bias
-    else:
-        qk = F.linear(x, self.qkv.weight[: len(bias)], bias)
-    return torch.unbind(rearrange(qk, pattern, parts=2, h=self.num_heads))
+        return torch.unbind(rearrange(qk, pattern, parts=2, h=self.num_heads))
+    q_weight, k_weight, _ = self.qkv.weight.chunk(3)
+    return multiply(x, q_weight, self.q_bias, self.num_heads), multiply(x, k_weight, self.k_bias, self.num_heads)
 
 
 def rotate_patches(self: Any, q: Tensor, rope: Tensor) -> Tensor:
