@@ -135,7 +135,11 @@ class Samples:
 
     def take(self) -> tuple[list[list[int]], Values | None]:
         """The values as they are now."""
-        numbers: list[list[int]] = [*map(Tensor.tolist, self._at_hand)]
+        try:
+            numbers: list[list[int]] = [*map(Tensor.tolist, self._at_hand)]
+        except RuntimeError:  # older versions of PyTorch, inside a transform of torch.func
+            with torch._C._DisableFuncTorch():
+                numbers = [*map(Tensor.tolist, self._at_hand)]
         return numbers, Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
 
 

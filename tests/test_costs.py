@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from models import TINY, randomise, tiny
+from models import ANY_DTYPE, randomise, tiny
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -120,7 +120,7 @@ def test_scores_are_formed_once_and_written_over() -> None:
 # And still right
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ANY_DTYPE)
 def test_rows_heads_and_images_are_those_of_the_whole(name: str) -> None:
     """In float64, where the order of sums makes no difference."""
     model, x = tiny(name)
@@ -132,7 +132,7 @@ def test_rows_heads_and_images_are_those_of_the_whole(name: str) -> None:
             torch.testing.assert_close(m[index], whole[index], rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ANY_DTYPE)
 def test_maps_that_are_kept_are_the_softmaxes_of_the_module(name: str) -> None:
     model, x = tiny(name)
     model, x = model.double(), x.double()
