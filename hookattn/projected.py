@@ -121,8 +121,8 @@ class Projected(Tensor):
     ) -> Projected:
         shape = (len(x), len(weight), x.shape[1], weight.shape[1])
         device = x.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if cast and x.dtype != torch.float64 else weight.dtype
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device)
         self._cast, self.x, self.weight, self.bias, self.own, self._formed = cast, x, weight, bias, own, None
         return self

@@ -260,3 +260,13 @@ def test_a_projection_is_a_tensor_to_whoever_computes_with_it() -> None:
     torch.testing.assert_close(projected.narrowed(slice(1, 2), torch.tensor([2, 0]), slice(3)), expected[1:, [2, 0], :3])
     assert projected.requires_grad
     assert Projected(torch.randn(0, 5, 6), weight, None).sum() == 0
+
+
+def test_a_projection_in_float64_stays_what_it_is_under_autocast_and_when_it_is_formed_outside() -> None:
+    x, weight = torch.randn(2, 5, 6).double(), torch.randn(3, 4, 6).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, outside = Projected(x, weight), Projected(x, weight)
+        inside.formed()
+    for projected in (inside, outside):
+        assert projected.dtype == projected.formed().dtype == torch.float64
+        torch.testing.assert_close(projected * 1, torch.einsum("b n c, h d c -> b h n d", x, weight))

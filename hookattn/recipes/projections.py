@@ -17,6 +17,7 @@ from ..hooks import is_ours
 from ..projected import Own, Projected, is_bare
 
 _AXES = r"\([^()]*\)|[^\s()]+"
+_PACKED = r"\(([^()]*\bparts\b[^()]*)\)"
 
 
 def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, **axes: int) -> tuple[Tensor, ...]:
@@ -75,7 +76,7 @@ class _Plan(NamedTuple):
 @lru_cache
 def _plan(pattern: str) -> _Plan | None:
     left, _, right = pattern.partition("->")
-    out, packed = re.findall(_AXES, right), re.search(r"\(([^()]*\bparts\b[^()]*)\)", left)
+    out, packed = re.findall(_AXES, right), re.search(_PACKED, left)
     if packed is None or len(out) != 5 or (out[0], out[2], out[4]) != ("parts", "h", "d"):
         return None
     names = packed.group(1).split()
@@ -135,7 +136,7 @@ def _is_untouched(layer: nn.Module) -> bool:
 
 def _rows(weight: Tensor, pattern: str, parts: int, of: int, axes: dict[str, int]) -> Union[slice, Tensor]:
     """Which rows of a weight make the first parts."""
-    packed = re.search(r"\(([^()]*\bparts\b[^()]*)\)", pattern.split("->")[0])
+    packed = re.search(_PACKED, pattern.split("->")[0])
     names = packed.group(1).split() if packed else ["parts"]
     if names[0] == "parts":
         return slice(len(weight) // of * parts)
