@@ -30,7 +30,6 @@ import json
 import os
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -61,15 +60,14 @@ from throughput import (
     Setup,
     alive,
     attentions_of,
+    begun,
     collect,
     globbed,
     judged,
-    machine,
     peak_of,
     say,
     spread,
     timed,
-    versions,
     visit,
 )
 from torch import Tensor
@@ -363,16 +361,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    results: dict[str, Any] = {"machine": machine(options.device), "versions": versions(), "runs": []}
-    if options.append and options.out.exists():
-        before = json.loads(options.out.read_text())
-        if any(before[k] != results[k] for k in ("machine", "versions")):
-            raise SystemExit(f"{options.out} is of another machine or of other versions: leave out --append, or give --out.")
-        results["runs"] = before["runs"]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results = begun(options)
     for dtype in options.dtypes:
         run = one_run(dtype, options)
         say(run["stated"])

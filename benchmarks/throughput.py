@@ -813,8 +813,8 @@ def globbed(patterns: str, names: Any) -> list[str]:
     return found
 
 
-def main() -> None:
-    options = parsed()
+def begun(options: argparse.Namespace) -> dict[str, Any]:
+    """Results without runs, or with those of the file if they are added to; threads are set, and the folder is there."""
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -825,6 +825,12 @@ def main() -> None:
             raise SystemExit(f"{options.out} is of another machine or of other versions: leave out --append, or give --out.")
         results["runs"] = before["runs"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    return results
+
+
+def main() -> None:
+    options = parsed()
+    results = begun(options)
     for name in options.models:
         for dtype in options.dtypes:
             for mode in options.modes:
