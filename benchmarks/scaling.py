@@ -306,10 +306,21 @@ def stated(points: Sequence[dict[str, Any]], memory: int) -> str:
     )
 
 
-def one_run(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All points in one dtype."""
+def run_so_far(dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All points in one dtype: what there is after each of them, and once more when the peaks have been measured again."""
     load, began, before = os.getloadavg(), time.time(), peaks(options.device, DTYPES[dtype])
-    points = []
+    points: list[dict[str, Any]] = []
+
+    def so_far(after: dict[str, float] | None) -> dict[str, Any]:
+        best = before if after is None else {kind: max(before[kind], after[kind]) for kind in before}
+        run: dict[str, Any] = {"dtype": dtype, "width": options.width, "heads": options.heads, "memory_limit": options.memory}
+        run |= {
+            "load_average": {"before": load[0], "after": os.getloadavg()[0]},
+            "minutes": round((time.time() - began) / 60, 2),
+        }
+        run |= {"peaks": {**best, "before": before, "after": after}, "points": [with_limit(p, best) for p in points]}
+        return {**run, "stated": stated(points, options.memory)}
+
     for name in options.sweeps:
         for sizes in sweeps(options.width, options.heads, options.quick)[name]:
             say(f"{name}, {dtype}: {sizes}")
@@ -318,12 +329,8 @@ def one_run(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
             for row in rows:
                 time_of = f"{1e3 * row['seconds']['median']:.4g} ms" if "seconds" in row else ""
                 say(f"  {row['reading']}: {row['verdict']} {time_of}")
-    after = peaks(options.device, DTYPES[dtype])
-    best = {kind: max(before[kind], after[kind]) for kind in before}
-    run: dict[str, Any] = {"dtype": dtype, "width": options.width, "heads": options.heads, "memory_limit": options.memory}
-    run |= {"load_average": {"before": load[0], "after": os.getloadavg()[0]}, "minutes": round((time.time() - began) / 60, 2)}
-    run |= {"peaks": {**best, "before": before, "after": after}, "points": [with_limit(p, best) for p in points]}
-    return {**run, "stated": stated(points, options.memory)}
+            yield so_far(None)
+    yield so_far(peaks(options.device, DTYPES[dtype]))
 
 
 def free(device: str) -> int:
@@ -363,10 +370,10 @@ def main() -> None:
     options = parsed()
     results = begun(options)
     for dtype in options.dtypes:
-        run = one_run(dtype, options)
+        for run in run_so_far(dtype, options):
+            results["runs"] = [r for r in results["runs"] if r["dtype"] != dtype] + [run]
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
         say(run["stated"])
-        results["runs"] = [r for r in results["runs"] if r["dtype"] != dtype] + [run]
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
     say(f"wrote {options.out}")
 
 

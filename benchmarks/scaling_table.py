@@ -48,8 +48,8 @@ def peak_words(peaks: dict[str, Any]) -> str:
     """The best of both, and what each was before and after."""
 
     def words(kind: str, unit: str) -> str:
-        best, before, after = (p[f"{kind}_per_second"] / 1e9 for p in (peaks, peaks["before"], peaks["after"]))
-        return f"{best:.4g} {unit} ({before:.4g} before, {after:.4g} after)"
+        best, before, after = (p and p[f"{kind}_per_second"] / 1e9 for p in (peaks, peaks["before"], peaks["after"]))
+        return f"{best:.4g} {unit} ({before:.4g} before, {after:.4g} after)" if after else f"{best:.4g} {unit} (before)"
 
     return f"{words('operations', '10⁹ operations/s')}, {words('bytes', 'GB/s')}"
 

@@ -336,6 +336,18 @@ def transformers_eager(s: Setup) -> Iterator[Run]:
     yield run
 
 
+@case(
+    "hookattn on transformers' ViT, row of the first token, every layer",
+    base="transformers",
+    reads="rows",
+    family="transformers",
+)
+def transformers_rows(s: Setup) -> Iterator[Run]:
+    model = s.ready("transformers", lambda: build_transformers(s))
+    with AttentionRecorder(model) as rec:
+        yield lambda x: (model(x).last_hidden_state, [m[:, :, 0] for m in rec.maps.values()])
+
+
 @case('hookattn on transformers\' ViT, all maps, keep="maps"', base="transformers", reads="maps", family="transformers")
 def transformers_hookattn(s: Setup) -> Iterator[Run]:
     model = s.ready("transformers", lambda: build_transformers(s))
@@ -467,36 +479,49 @@ def alive(model: nn.Module) -> Any:
 
 
 class Softmaxes(TorchFunctionMode):
-    """Collects what every softmax puts out."""
+    """Hands over what every softmax puts out."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self.outputs: list[Tensor] = []
+        self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") == "softmax":
-            self.outputs.append(out)
-            if out.requires_grad:
-                out.retain_grad()
+            self.seen(out)
         return out
 
 
-def reference_of(model: nn.Module, x: Tensor, grad: bool) -> dict[str, list[Tensor]]:
-    """What is right, from the softmaxes of the same model in float64 on its unfused path."""
+def reference_of(model: nn.Module, x: Tensor, wanted: Sequence[str]) -> dict[str, list[Tensor]]:
+    """What is right, from the softmaxes of the same model in float64 on its unfused path; no more is held than is wanted."""
     exact = unfused(copy.deepcopy(model)).double()
     exact = eager(exact) if hasattr(exact, "set_attn_implementation") else exact
-    with Softmaxes() as found, torch.set_grad_enabled(grad):
-        if grad:
+    if wanted == ["gradients"]:
+        softmaxes: list[Tensor] = []
+
+        def kept(m: Tensor) -> None:
+            m.retain_grad()
+            softmaxes.append(m)
+
+        with Softmaxes(kept), torch.enable_grad():
             through(exact, x.double())
-        else:
-            exact(x.double())
-    if grad:
-        return {"gradients": [out.grad for out in found.outputs if out.grad is not None]}
-    maps = found.outputs
-    right = {"maps": maps, "rows": [m[:, :, 0] for m in maps], "head": [m[:, 0] for m in maps]}
-    if isinstance(model, (timm.models.VisionTransformer, timm.models.SwinTransformer)):
-        right["statistics"] = [figure for m, at in zip(maps, centres_of(model, x.shape[-1])) for figure in figures_of(m, at)]
+        return {"gradients": [out.grad for out in softmaxes if out.grad is not None]}
+    plain = isinstance(model, (timm.models.VisionTransformer, timm.models.SwinTransformer))
+    centres = centres_of(model, x.shape[-1]) if plain else iter(())
+    of: dict[str, Callable[[Tensor], list[Tensor]]] = {
+        "maps": lambda m: [m],
+        "rows": lambda m: [m[:, :, 0].clone()],
+        "head": lambda m: [m[:, 0].clone()],
+        "statistics": lambda m: list(figures_of(m, next(centres))),
+    }
+    right: dict[str, list[Tensor]] = {reads: [] for reads in wanted}
+
+    def seen(m: Tensor) -> None:
+        for reads in wanted:
+            right[reads] += of[reads](m)
+
+    with Softmaxes(seen), torch.no_grad():
+        exact(x.double())
     return right
 
 
@@ -624,15 +649,22 @@ def peak_of(s: Setup, c: Case) -> int:
     return peak
 
 
-def examine(s: Setup, c: Case, rights: dict[tuple[str, bool], dict[str, list[Tensor]]], outputs: dict[str, Tensor]) -> Measured:
-    """Run a case for the first time and compare what it returns with what is right."""
+def examine(
+    s: Setup,
+    c: Case,
+    others: Sequence[Case],
+    rights: dict[tuple[str, bool], dict[str, list[Tensor]]],
+    outputs: dict[str, Tensor],
+) -> Measured:
+    """Run a case for the first time and compare what it returns with what is right, worked out once for all cases."""
     m = Measured(c)
     few = 2 if s.images[0].shape[-1] <= 224 else 1
     try:
         with c.open(s) as run, torch.set_grad_enabled(c.grad):
             output, got = run(s.images[0])
             if c.reads and (c.family, c.grad) not in rights:
-                rights[c.family, c.grad] = reference_of(s.models[c.family], s.images[0][:few], c.grad)
+                wanted = sorted({o.reads for o in others if o.reads and (o.family, o.grad) == (c.family, c.grad)})
+                rights[c.family, c.grad] = reference_of(s.models[c.family], s.images[0][:few], wanted)
             right = rights[c.family, c.grad][c.reads] if c.reads else []
             m.verdict, m.error = judged(c.reads, got, right, TOLERANCE[s.images[0].dtype])
         if output is not None:
@@ -654,7 +686,7 @@ def measure(s: Setup, wanted: Sequence[Case], options: argparse.Namespace) -> tu
     outputs: dict[str, Tensor] = {}
     found: dict[str, Measured] = {}
     for c in wanted:
-        found[c.key] = examine(s, c, rights, outputs)
+        found[c.key] = examine(s, c, wanted, rights, outputs)
         say(f"  {c.key}: {found[c.key].verdict} {found[c.key].error or ''} {found[c.key].output}")
         collect(s)
     rights.clear()
