@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -338,38 +338,50 @@ class LostMap(AttentionMap):
 
 def source_of(call: Call) -> Source:
     """Queries and keys of a call, by recipe or by replay; its modes are the caller's business."""
-    module = call.target.module
-    try:
-        if not any(call.modes.training):
-            return _read(call)
-        with leaving_no_trace(module):  # dropout and power iterations within the projections
+    with _naming(call), ExitStack() as stack:
+        if any(call.modes.training):  # dropout and power iterations within the projections
+            stack.enter_context(leaving_no_trace(call.target.module))
             call.restore_random_streams()
-            return _read(call)
-    except UnreadableError as error:
-        raise UnreadableError(f"{call.target.name!r}: {error}") from None
+        return _described(call) or replayed(call.target.module, *call.args, **call.kwargs)
 
 
-def _read(call: Call) -> Source:
-    module = call.target.module
+def described(call: Call) -> Source | None:
+    """Queries and keys of a call by recipe; None where there is none, or none for such a call."""
+    with _naming(call):
+        return _described(call)
+
+
+def _described(call: Call) -> Source | None:
     if any(t.is_nested for t in call.tensors):
         raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
-    recipe = find_recipe(module)
-    return replayed(module, *call.args, **call.kwargs) if recipe is None else recipe(module, *call.args, **call.kwargs)
+    recipe = find_recipe(call.target.module)
+    source = NotImplemented if recipe is None else recipe(call.target.module, *call.args, **call.kwargs)
+    return None if source is NotImplemented else source
+
+
+@contextmanager
+def _naming(call: Call) -> Iterator[None]:
+    """Whatever cannot be read is named."""
+    try:
+        yield
+    except UnreadableError as error:
+        raise UnreadableError(f"{call.target.name!r}: {error}") from None
 
 
 def _form_of(call: Call) -> Source:
     """The same for its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
     call.check_fresh()
     hooked = any(call.target.hooks)  # hooks of others, which expect values
-    if find_recipe(call.target.module) is None or hooked or any(call.modes.training):
-        with call.in_its_modes():
-            return source_of(call)
-    bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
-        shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
-        with shapes.in_its_modes():
-            return source_of(shapes)
+    if find_recipe(call.target.module) is not None and not hooked and not any(call.modes.training):
+        bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
+            shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
+            with shapes.in_its_modes():
+                if (source := described(shapes)) is not None:
+                    return source
+    with call.in_its_modes():
+        return source_of(call)
 
 
 def _pick_heads(heads: str | int | None, count: int) -> slice:

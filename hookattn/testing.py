@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .classes import qualified_name
 from .errors import UnfaithfulMapError, UnreadableError
+from .maps import described
 from .recipes import find_recipe
 from .recorder import AttentionRecorder
 from .replay import replayed
@@ -33,18 +35,19 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
         tolerance: the largest absolute difference between two maps, whose entries lie in 0 to 1.
 
     Raises:
-        UnreadableError: the class has no recipe.
+        UnreadableError: the class has no recipe, or one that returns `NotImplemented` for this call.
         UnfaithfulMapError: one of the three does not hold; the message says which.
     """
-    recipe = find_recipe(module)
-    if recipe is None:
-        name = f"{type(module).__module__}.{type(module).__qualname__}"
+    name = qualified_name(type(module))
+    if find_recipe(module) is None:
         raise UnreadableError(f'{name} has no recipe; file one with @hookattn.recipe("{name}").')
     moved = _moved(module)
     args, kwargs = _double(args), _double(kwargs)
     with AttentionRecorder(moved, layers=lambda _, m: m is moved) as rec, torch.no_grad():
         moved(*args, **kwargs)
     m = rec.maps[0]
+    if described(m.call) is None:
+        raise UnreadableError(f"the recipe of {name} does not describe this call; check it on one that it describes.")
     whole = m[...]
     with torch.no_grad():
         expected = replayed(moved, *args, **kwargs).narrow().probabilities()

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionMap, AttentionRecorder, TokenError, UnreadableError
+from hookattn.recipes import find_recipe, registered
+from hookattn.testing import check_recipe
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 
@@ -612,3 +614,37 @@ def test_images_that_come_as_patches_lie_on_grids_of_their_own() -> None:
     torch.testing.assert_close(picture[0, :3, :4], rows[0, 7].reshape(3, 4))
     torch.testing.assert_close(picture[1, :2], rows[1, 8, :10].reshape(2, 5))
     assert float(picture[0, :, 4].sum() + picture[1, 2].sum()) == 0
+
+
+# Encoders of transformers that have a recipe
+
+
+@pytest.mark.parametrize("name", [name for name in registered() if name.startswith("transformers.")])
+def test_encoders_of_transformers_are_read_by_recipe(name: str) -> None:
+    """In float64; their own softmax would be in float32."""
+    pytest.importorskip("transformers")
+    place, _, cls = name.rpartition(".")
+    try:
+        module = importlib.import_module(place)
+        attention = getattr(module, cls)
+    except (ImportError, AttributeError):
+        pytest.skip(f"this version of transformers has no {cls}")
+    kind = max((name for name in vars(module) if name.endswith("Config") and name != "PreTrainedConfig"), key=len)
+    config = getattr(module, kind)(hidden_size=32, num_attention_heads=4)
+    config._attn_implementation = "sdpa"
+    check_recipe(attention(config), torch.randn(2, 9, 32))
+
+
+def test_what_a_recipe_does_not_describe_is_run_again() -> None:
+    """Masks of text towers."""
+    model, case = made("transformers CLIPModel")
+    name = "text_model.encoder.layers.0.self_attn"
+    assert find_recipe(model.get_submodule(name)) is not None
+    for options in ({}, {"keep": "maps"}):
+        with AttentionRecorder(model, name, **options) as rec, torch.no_grad():
+            model(*case.inputs, **case.named)
+        m = rec.maps[0]
+        assert m.shape == tuple(m[...].shape)
+        assert torch.equal(m[...], m[...].tril())
+    with pytest.raises(UnreadableError, match="does not describe"):
+        check_recipe(model.get_submodule(name), torch.randn(2, 5, 32), is_causal=True)

@@ -1,7 +1,8 @@
 """Classes outside timm: how they fold the map they form, and recipes for those that replay cannot read.
 
 Most attention of torchvision, transformers, open_clip and vit-pytorch needs neither: it is found by the name of its class and
-read by replay. A form also makes known a class whose name does not look like attention.
+read by replay. A form also makes known a class whose name does not look like attention. Encoders of transformers that are much
+used have a recipe, so that rows and heads need not run them again.
 
 `flex_attention` is one call that shows neither softmax nor `scaled_dot_product_attention`, so its callers have a recipe.
 """
@@ -17,9 +18,40 @@ from einops import rearrange
 from torch import Tensor
 
 from ..functional import QK
-from .projections import project
+from .projections import project, project_heads
 from .registry import file_form, recipe
 
+_FUNCTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_MODELING = "transformers.models.{0}.modeling_{0}.{1}"
+_ENCODERS = {
+    "aimv2": "Aimv2Attention",
+    "altclip": "AltCLIPAttention",
+    "audio_spectrogram_transformer": "ASTAttention",
+    "beit": "BeitAttention",
+    "chinese_clip": "ChineseCLIPVisionAttention",
+    "clip": "CLIPAttention",
+    "clipseg": "CLIPSegAttention",
+    "deit": "DeiTAttention",
+    "dinov2": "Dinov2Attention",
+    "dinov2_with_registers": "Dinov2WithRegistersAttention",
+    "eomt": "EomtAttention",
+    "idefics2": "Idefics2VisionAttention",
+    "idefics3": "Idefics3VisionAttention",
+    "ijepa": "IJepaAttention",
+    "lw_detr": "LwDetrViTAttention",
+    "metaclip_2": "MetaClip2Attention",
+    "pixio": "PixioAttention",
+    "rf_detr": "RfDetrDinov2Attention",
+    "siglip": "SiglipAttention",
+    "siglip2": "Siglip2Attention",
+    "smolvlm": "SmolVLMVisionAttention",
+    "tipsv2": "Tipsv2VisionAttention",
+    "vit": "ViTAttention",
+    "vit_mae": "ViTMAEAttention",
+    "vit_msn": "ViTMSNAttention",
+    "vivit": "VivitAttention",
+    "x_clip": "XCLIPAttention",
+}
 PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
 
@@ -47,6 +79,19 @@ file_form(
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention",
     "vit_pytorch.mobile_vit.Attention",
 )
+
+
+@recipe(*(_MODELING.format(*names) for names in _ENCODERS.items()))
+def encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
+    """Attention where all tokens see all others. What a mask, a bias or a window means is the affair of the function that the
+    configuration names, so that such a call is run again."""
+    plain = all(value is None or isinstance(value, bool) for value in (*more, *options.values()))
+    causal = options.get("is_causal") or getattr(self, "is_causal", True)
+    if causal or not plain or hidden_states.dim() != 3 or self.config._attn_implementation not in _FUNCTIONS:
+        return NotImplemented
+    heads = self.num_attention_heads if hasattr(self, "num_attention_heads") else self.num_heads
+    q, k = (project_heads(layer, hidden_states, heads) for layer in (self.q_proj, self.k_proj))
+    return QK(q, k, scale=self.scaling if hasattr(self, "scaling") else self.scale)
 
 
 @recipe("vit_pytorch.vit_nd.Attention")

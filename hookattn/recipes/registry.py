@@ -27,6 +27,9 @@ def recipe(*classes: str | type, form: str | None = None) -> Callable[[R], R]:
             q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
             return QK(q, k, scale=self.scale, mask=attn_mask)
 
+    For a call that it does not describe, such as one with a mask of a kind it does not know, it returns `NotImplemented`, and
+    the module's own forward is run in its stead.
+
     Args:
         classes: qualified names, or classes where they are at hand. A class of another version of a library that does not
             exist here costs nothing.
