@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 from .calls import Call
 from .checkpoints import checkpoint_around
 from .errors import NoGradientError, StaleMapError, UnreadableError
+from .folding import interleaved, over_keys, unfolded, who
 from .functional import Formed, Outer, Slope
 from .indexing import split_index
-from .replay import SDPA, MapMode, input_and_dim, interleaved, over_keys, run_under, unfolded, who
+from .modes import SDPA, MapMode, input_and_dim
+from .replay import run_under
 
 _FEW = 256
 

@@ -24,7 +24,7 @@ from .gradients import Gradient, made_again
 from .hooks import Hook, came_later, same_objects
 from .layouts import Setting, block_of, images_in, plain_facts, sizes_of, stems_of, trunk_of
 from .maps import About, AttentionMap, CapturedMap, Delivery, LostMap
-from .passing import Passing
+from .passing import Passing, passing
 from .threads import Here
 from .trace import CallSite, Origins, call_site
 from .watching import Watching
@@ -201,6 +201,8 @@ class AttentionRecorder:
 
     def _hook(self, stack: ExitStack) -> None:
         """Put every hook on the stack that will take it off."""
+        if self._keep == "maps" and self._detach:
+            self._passing = stack.enter_context(passing(self.model, self._chosen.values()))
         if self._chosen:
             self._hook_chosen(stack)
         else:
@@ -213,12 +215,12 @@ class AttentionRecorder:
 
     def _hook_chosen(self, stack: ExitStack) -> None:
         """The hooks of attention modules, of what images go into first and of blocks that cut windows."""
-        self._passing = Passing(stack.enter_context(ExitStack())) if self._keep == "maps" and self._detach else None
         for name, module in self._chosen.items():
             hook = self._recording(target(name, module))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             if self._passing is not None:
-                stack.enter_context(module.register_forward_hook(Hook(self._passing.end), always_call=True))
+                end = Hook(self._passing.end)
+                stack.enter_context(module.register_forward_hook(end, prepend=True, always_call=True))
             if self._gradients:
                 stack.enter_context(module.register_forward_hook(Hook(self._follow, takes=4), prepend=True, with_kwargs=True))
                 stay_first(module)
@@ -372,6 +374,8 @@ class AttentionRecorder:
         if module is self.model and self._forwards.concerns_us():
             self._watched.close()
             self._forwards.start()
+            if self._passing is not None:
+                self._passing.restart()
             if (images := images_in(args, kwargs)) is not None:
                 self._forwards.see_images({None: images})
 

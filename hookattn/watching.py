@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .calls import is_reading
 from .forwards import Running, caller_of_hook, is_a_forward
 from .hooks import Hook
-from .replay import SOFTMAX
+from .modes import SOFTMAX
 from .threads import Here
 
 _FORM = {F.scaled_dot_product_attention, F.multi_head_attention_forward}

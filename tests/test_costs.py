@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from models import ANY_DTYPE, randomise, tiny
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from hookattn import AttentionRecorder, RecorderError
 from hookattn.projected import Projected
+from hookattn.recipes import find_recipe
 
 B, N, H, D = 2, 37, 4, 8
 C = H * D
@@ -237,9 +240,10 @@ class Around(Attention):
 def test_a_module_that_projects_in_another_way_than_its_recipe_is_read_all_the_same(
     kind: type[Attention], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hookattn import maps, recipes
+    from hookattn import maps, passing, recipes
 
-    monkeypatch.setattr(maps, "find_recipe", lambda _: recipes.plain.attention)
+    for room in (maps, passing):
+        monkeypatch.setattr(room, "find_recipe", lambda _: recipes.plain.attention)
     torch.manual_seed(0)
     model, x = randomise(nn.Sequential(kind(C, H, qkv_bias=True)).eval()).double(), torch.randn(B, N, C).double()
     with torch.no_grad():
@@ -249,6 +253,96 @@ def test_a_module_that_projects_in_another_way_than_its_recipe_is_read_all_the_s
     torch.testing.assert_close(rec.maps[0][...], (q @ k.mT * D**-0.5).softmax(-1), rtol=0, atol=1e-12)
     with pytest.raises(RecorderError, match="was let go"):
         assert rec.maps[0].x
+
+
+class Own(nn.Module):
+    """Attention of one's own, which no recipe knows."""
+
+    def __init__(self, fused: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fused, self.dropout, self.num_heads = fused, dropout, H
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor, fails: type[BaseException] | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        if fails is not None:
+            raise fails
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout)
+        else:
+            y = (q @ k.mT * D**-0.5).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def own(**options: Any) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Sequential(Own(**options))).eval()).double()
+    assert find_recipe(model[0][0]) is None  # type: ignore[index]
+    return model, torch.randn(B, N, C).double()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_module_that_no_recipe_knows_is_run_once(fused: bool) -> None:
+    model, x = own(fused=fused)
+    with torch.no_grad():
+        alone = operations(lambda: model(x))
+        with AttentionRecorder(model, "0.0", keep="maps") as rec:
+            assert operations(lambda: model(x)) == alone + fused * B * H * SCORES
+        with AttentionRecorder(model, "0.0") as late:
+            model(x)
+    torch.testing.assert_close(rec.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
+
+
+def test_a_module_that_drops_while_it_evaluates_is_left_to_it() -> None:
+    model, x = own(dropout=0.5)
+    torch.manual_seed(1)
+    expected = model(x)
+    with AttentionRecorder(model, "0.0", keep="maps") as rec:
+        torch.manual_seed(1)
+        assert torch.equal(model(x), expected)
+    torch.testing.assert_close(rec.maps[0][...].sum(-1), torch.ones(B, H, N).double())
+
+
+def test_softmaxes_of_hooks_and_of_other_recorders_are_not_the_module_s() -> None:
+    model, x = own()
+
+    def recomputes(module: nn.Module, args: Any, output: Tensor) -> None:
+        (output @ output.mT).softmax(-1)
+
+    recorders = [AttentionRecorder(model, "0.0"), *(AttentionRecorder(model, name, keep="maps") for name in ("0.0", "0"))]
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(model[0][0].register_forward_hook(recomputes))  # type: ignore[index]
+        late, rec, around = (stack.enter_context(each) for each in recorders)
+        stack.enter_context(rec.edit({"0.0": lambda a: a.flip(-1)}))
+        model(x)
+    for each in (rec, around):
+        torch.testing.assert_close(each.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
+
+
+def test_layers_of_the_model_stay_on_their_fast_path() -> None:
+    model, x = own()
+    layer = nn.TransformerEncoderLayer(C, H, 2 * C, batch_first=True).double().eval()
+    fast, model = [], nn.Sequential(model, layer).eval()
+    with torch.no_grad(), AttentionRecorder(model, "0.0.0", keep="maps") as rec, pytest.MonkeyPatch.context() as patch:
+        through = torch._transformer_encoder_layer_fwd
+        patch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: [fast.append(1), through(*args)][1])
+        model(x)
+    assert fast
+    assert rec.maps[0].shape == (B, H, N, N)
+
+
+@pytest.mark.parametrize("fails", [ValueError, KeyboardInterrupt])
+def test_no_mode_stays_where_a_forward_fails(fails: type[BaseException]) -> None:
+    model, x = own()
+    with BaseTorchFunctionMode() as mine:
+        with AttentionRecorder(model, ["0.0"], keep="maps") as rec:
+            with pytest.raises(fails), BaseTorchFunctionMode():
+                model[0][0](x, fails)  # type: ignore[index]
+            model(x)
+            assert rec.maps[0].shape == (B, H, N, N)
+            with pytest.raises(fails):
+                model[0][0](x, fails)  # type: ignore[index]
+        assert torch.overrides._get_current_function_mode_stack() == [mine]  # type: ignore[no-untyped-call]
 
 
 def test_a_projection_is_a_tensor_to_whoever_computes_with_it() -> None:

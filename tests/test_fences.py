@@ -22,6 +22,8 @@ ROOMS = [
     {"classes", "functional", "hooks", "stamps", "absent", "arguments", "threads", "eager", "checkpoints"},
     {"calls", "indexing", "chunks"},
     {"recipes"},
+    {"folding"},
+    {"modes"},
     {"replay", "tokens", "trace"},
     {"layouts", "gradients"},
     {"maps"},

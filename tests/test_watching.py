@@ -165,22 +165,33 @@ class Cached(Mixer):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("keep", ["inputs", "maps"])
-def test_a_cache_that_a_forward_fills_is_left_alone_and_the_module_refused(keep: Any) -> None:
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = Cached()
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Cached()
 
-        def forward(self, x: Tensor, cache: Any) -> Tensor:
-            return self.layer(x, cache)
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        return self.layer(x, cache)
 
+
+def test_a_cache_that_a_forward_fills_is_left_alone_and_the_module_refused() -> None:
     model, cache = Decoder().eval(), Cache()
-    with AttentionRecorder(model, "layer", keep=keep) as rec, torch.no_grad():
+    with AttentionRecorder(model, "layer") as rec, torch.no_grad():
         model(torch.randn(2, 7, 24), cache)
-    with pytest.raises(UnreadableError, match=r"with a Cache, which its forward changes.*use_cache=False"):
+    with pytest.raises(UnreadableError, match=r'with a Cache, which its forward changes.*use_cache=False.*keep="maps"'):
         rec.maps[0][...]
     assert len(cache.keys) == 1
+
+
+def test_maps_that_are_kept_look_at_what_a_cache_has_added() -> None:
+    model, cache = Decoder().eval(), Cache()
+    with AttentionRecorder(model, "layer", keep="maps", passes="all") as rec, torch.no_grad():
+        for tokens in (7, 1):
+            model(x := torch.randn(2, tokens, 24), cache)
+    assert len(cache.keys) == 2
+    assert [maps[0].shape[2:] for maps in rec.passes] == [(7, 7), (1, 8)]
+    q, k = model.layer.parts(x)[0], torch.cat([keys[:2] for keys in cache.keys], dim=2)
+    torch.testing.assert_close(rec.maps[0][...], (q @ k.mT / 8**0.5).softmax(-1))
 
 
 def test_a_model_without_maps_is_watched_once() -> None:
