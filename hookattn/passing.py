@@ -47,7 +47,6 @@ class Overhearing(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.thread = get_ident()
         self.watched: list[tuple[CapturedMap, Put, Watch]] = []
 
     def __torch_function__(
@@ -95,25 +94,16 @@ class Passing:
         """
         self._go_on(_Awaited(captured, put))
 
-    def restart(self) -> None:
-        """A forward begins: nothing is left of one that was interrupted."""
-        if (overhearing := self._heard_here()) is not None:
-            overhearing.watched.clear()
-
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A module has run: make its map of what was overheard, or what still waits for a layer that it did not call."""
-        if (overhearing := self._heard_here()) is not None:
-            ended = overhearing.end(module)
+        if self._overhearing is not None:
+            ended = self._overhearing.end(module)
             if ended is not None and output is not None:  # it did not raise
                 self._make(*ended)
         for key, awaited in list(self._awaited.items()):
             if key[0] == get_ident() and awaited.captured.call.target.module is module:
                 del self._awaited[key]
                 awaited.put(awaited.captured.at_once())
-
-    def _heard_here(self) -> Overhearing | None:
-        """What overhears this thread."""
-        return self._overhearing if self._overhearing is not None and self._overhearing.thread == get_ident() else None
 
     def _go_on(self, awaited: _Awaited) -> None:
         captured, call = awaited.captured, awaited.captured.call
@@ -132,8 +122,8 @@ class Passing:
         else:
             if attention is not None:
                 awaited.put(captured.kept(attention))
-            elif (overhearing := self._heard_here()) is not None:
-                overhearing.begin(captured, awaited.put)
+            elif self._overhearing is not None:
+                self._overhearing.begin(captured, awaited.put)
             else:
                 awaited.put(captured.at_once())
 
@@ -168,7 +158,6 @@ def passing(model: nn.Module, chosen: Collection[nn.Module]) -> Iterator[Passing
             overhearing = Overhearing()
             _push(overhearing)
             stack.callback(_take_off, overhearing)
-            stack.callback(overhearing.watched.clear)
         yield Passing(stack, overhearing)
 
 

@@ -374,8 +374,6 @@ class AttentionRecorder:
         if module is self.model and self._forwards.concerns_us():
             self._watched.close()
             self._forwards.start()
-            if self._passing is not None:
-                self._passing.restart()
             if (images := images_in(args, kwargs)) is not None:
                 self._forwards.see_images({None: images})
 

@@ -288,9 +288,14 @@ def test_a_module_that_no_recipe_knows_is_run_once(fused: bool) -> None:
         alone = operations(lambda: model(x))
         with AttentionRecorder(model, "0.0", keep="maps") as rec:
             assert operations(lambda: model(x)) == alone + fused * B * H * SCORES
-        with AttentionRecorder(model, "0.0") as late:
-            model(x)
-    torch.testing.assert_close(rec.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
+        with AttentionRecorder(model, keep="maps"):
+            model(x)  # watched for modules that form maps
+            assert operations(lambda: model(x)) == alone + fused * B * H * SCORES
+    with AttentionRecorder(model, "0.0", keep="maps") as followed, AttentionRecorder(model, "0.0") as late:
+        model(x)
+    assert not followed.maps[0][...].requires_grad
+    for kept in (rec, followed):
+        torch.testing.assert_close(kept.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
 
 
 def test_a_module_that_drops_while_it_evaluates_is_left_to_it() -> None:
@@ -303,20 +308,25 @@ def test_a_module_that_drops_while_it_evaluates_is_left_to_it() -> None:
     torch.testing.assert_close(rec.maps[0][...].sum(-1), torch.ones(B, H, N).double())
 
 
-def test_softmaxes_of_hooks_and_of_other_recorders_are_not_the_module_s() -> None:
-    model, x = own()
+@pytest.mark.parametrize("fused", [True, False])
+def test_softmaxes_of_hooks_and_of_other_recorders_are_not_the_module_s(fused: bool) -> None:
+    model, x = own(fused=fused)
 
     def recomputes(module: nn.Module, args: Any, output: Tensor) -> None:
         (output @ output.mT).softmax(-1)
 
-    recorders = [AttentionRecorder(model, "0.0"), *(AttentionRecorder(model, name, keep="maps") for name in ("0.0", "0"))]
+    recorders = [
+        AttentionRecorder(model, "0.0"),
+        *(AttentionRecorder(model, name, keep="maps") for name in ("0.0", ["0", "0.0"])),
+    ]
     with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(model[0][0].register_forward_hook(recomputes))  # type: ignore[index]
+        stack.enter_context(model[0].register_forward_hook(recomputes))
         late, rec, around = (stack.enter_context(each) for each in recorders)
         stack.enter_context(rec.edit({"0.0": lambda a: a.flip(-1)}))
         model(x)
-    for each in (rec, around):
-        torch.testing.assert_close(each.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
+    assert list(around.maps) == ["0", "0.0"]
+    for m in (*rec.maps.values(), *around.maps.values()):
+        torch.testing.assert_close(m[...], late.maps[0][...], rtol=0, atol=1e-12)
 
 
 def test_layers_of_the_model_stay_on_their_fast_path() -> None:
@@ -338,8 +348,11 @@ def test_no_mode_stays_where_a_forward_fails(fails: type[BaseException]) -> None
         with AttentionRecorder(model, ["0.0"], keep="maps") as rec:
             with pytest.raises(fails), BaseTorchFunctionMode():
                 model[0][0](x, fails)  # type: ignore[index]
-            model(x)
-            assert rec.maps[0].shape == (B, H, N, N)
+            with pytest.raises(fails):
+                rec.maps[0][...]
+            model[0][0](x)  # type: ignore[index]
+            with pytest.raises(RecorderError, match="was let go"):
+                assert rec.maps[0].x
             with pytest.raises(fails):
                 model[0][0](x, fails)  # type: ignore[index]
         assert torch.overrides._get_current_function_mode_stack() == [mine]  # type: ignore[no-untyped-call]

@@ -632,7 +632,9 @@ def test_encoders_of_transformers_are_read_by_recipe(name: str) -> None:
     kind = max((name for name in vars(module) if name.endswith("Config") and name != "PreTrainedConfig"), key=len)
     config = getattr(module, kind)(hidden_size=32, num_attention_heads=4)
     config._attn_implementation = "sdpa"
-    check_recipe(attention(config), torch.randn(2, 9, 32))
+    if not hasattr(built := attention(config), "is_causal"):
+        pytest.skip(f"{cls} of this version of transformers is run again, or what it holds is read")
+    check_recipe(built, torch.randn(2, 9, 32))
 
 
 def test_what_a_recipe_does_not_describe_is_run_again() -> None:
@@ -647,4 +649,4 @@ def test_what_a_recipe_does_not_describe_is_run_again() -> None:
         assert m.shape == tuple(m[...].shape)
         assert torch.equal(m[...], m[...].tril())
     with pytest.raises(UnreadableError, match="does not describe"):
-        check_recipe(model.get_submodule(name), torch.randn(2, 5, 32), is_causal=True)
+        check_recipe(model.get_submodule(name), torch.randn(2, 5, 32), attention_mask=torch.zeros(2, 1, 5, 5))

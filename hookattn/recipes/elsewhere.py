@@ -52,6 +52,18 @@ _ENCODERS = {
     "vivit": "VivitAttention",
     "x_clip": "XCLIPAttention",
 }
+_OLDER_ENCODERS = {
+    "audio_spectrogram_transformer": "ASTSelfAttention",
+    "beit": "BeitSelfAttention",
+    "deit": "DeiTSelfAttention",
+    "dinov2": "Dinov2SelfAttention",
+    "dinov2_with_registers": "Dinov2WithRegistersSelfAttention",
+    "ijepa": "IJepaSelfAttention",
+    "vit": "ViTSelfAttention",
+    "vit_mae": "ViTMAESelfAttention",
+    "vit_msn": "ViTMSNSelfAttention",
+    "vivit": "VivitSelfAttention",
+}
 PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
 
@@ -83,15 +95,28 @@ file_form(
 
 @recipe(*(_MODELING.format(*names) for names in _ENCODERS.items()))
 def encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
-    """Attention where all tokens see all others. What a mask, a bias or a window means is the affair of the function that the
-    configuration names, so that such a call is run again."""
-    plain = all(value is None or isinstance(value, bool) for value in (*more, *options.values()))
-    causal = options.get("is_causal") or getattr(self, "is_causal", True)
-    if causal or not plain or hidden_states.dim() != 3 or self.config._attn_implementation not in _FUNCTIONS:
+    if not is_plain_call(self, hidden_states, *more, **options):
         return NotImplemented
     heads = self.num_attention_heads if hasattr(self, "num_attention_heads") else self.num_heads
     q, k = (project_heads(layer, hidden_states, heads) for layer in (self.q_proj, self.k_proj))
     return QK(q, k, scale=self.scaling if hasattr(self, "scaling") else self.scale)
+
+
+@recipe(*(_MODELING.format(*names) for names in _OLDER_ENCODERS.items()))
+def older_encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
+    """Of transformers 4."""
+    if not is_plain_call(self, hidden_states, *more, **options):
+        return NotImplemented
+    q, k = (project_heads(layer, hidden_states, self.num_attention_heads) for layer in (self.query, self.key))
+    return QK(q, k, scale=self.scaling)
+
+
+def is_plain_call(self: Any, hidden_states: Tensor, *more: Any, is_causal: bool | None = None, **options: Any) -> bool:
+    """Whether all tokens of images see all others. What a mask, a bias or a window means is the affair of the function that the
+    configuration names."""
+    bare = all(value is None or isinstance(value, bool) for value in (*more, *options.values()))
+    causal = getattr(self, "is_causal", True) if is_causal is None else is_causal
+    return bare and not causal and hidden_states.dim() == 3 and self.config._attn_implementation in _FUNCTIONS
 
 
 @recipe("vit_pytorch.vit_nd.Attention")
