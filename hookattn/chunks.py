@@ -13,6 +13,7 @@ from torch import Tensor
 from .functional import Source
 from .projected import ALL, Pick
 
+_CHUNK = 2**21
 Visit = Callable[[slice, slice, Tensor], None]
 """What is called with a chunk: which items of the batch it is of, which rows, and (items, heads, rows, keys) itself."""
 
@@ -23,14 +24,18 @@ class Chunks(Protocol):
     def __call__(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None: ...
 
 
-def visit_chunks(part: Source, most: int, visit: Visit) -> None:
+def visit_chunks(part: Source, device: torch.device, visit: Visit) -> None:
     """Compute a part of a map in chunks: some rows of one item of the batch, or all rows of several.
+
+    A chunk has 2**21 elements on a CPU, which fit into its caches and into memory that is had without asking the system for it,
+    2**24 elsewhere, or one row of all heads of an item if that is more.
 
     Args:
         part: what it is computed from.
-        most: how many elements a chunk may have; one row of all heads of an item is the least.
+        device: what it is computed on.
         visit: called with each chunk.
     """
+    most = _CHUNK if device.type == "cpu" else 8 * _CHUNK
     batch, _, rows, _ = part.shape
     for items in spans(batch, most // max(1, prod(part.shape[1:]))):
         few = part.narrow(items)

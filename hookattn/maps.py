@@ -28,7 +28,6 @@ from .replay import inject, leaving_no_trace, replayed
 from .tokens import Query, Size, Tokens
 from .trace import CallSite
 
-_CHUNK = 2**24
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
@@ -109,7 +108,7 @@ class AttentionMap:
     def _in_chunks(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
         """Have a part of the map, as computed, visited chunk by chunk in the modes of the call; see `Chunks`."""
         with self._opened() as source:
-            visit_chunks(source.narrow(batch, heads, rows), _CHUNK, visit)
+            visit_chunks(source.narrow(batch, heads, rows), self.device, visit)
 
     def __len__(self) -> int:
         return self.shape[0]

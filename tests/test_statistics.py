@@ -94,7 +94,7 @@ def test_figures_of_chunks_are_those_of_the_whole_map(
     make, layer = MECHANISMS[name]
     m = record(*make(), layer, keep=keep)
     whole = m[...]
-    monkeypatch.setattr(hookattn.maps, "_CHUNK", chunk)
+    monkeypatch.setattr(hookattn.chunks, "_CHUNK", chunk)
     for found, (statistic, expected) in zip(statistics(m, *PLAIN), PLAIN.items()):
         torch.testing.assert_close(found, expected(whole).to(whole), rtol=1e-5, atol=1e-6)
         assert torch.equal(statistic(m), found)
@@ -122,7 +122,7 @@ def distances(m: AttentionMap, queries: list[Any], keys: list[Any]) -> Tensor:
 
 @pytest.fixture(params=[1, 3 * 25 * 7, 10**9], ids="chunk {}".format)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(hookattn.maps, "_CHUNK", request.param)
+    monkeypatch.setattr(hookattn.chunks, "_CHUNK", request.param)
     return int(request.param)
 
 
@@ -296,7 +296,7 @@ def test_no_more_than_a_chunk_is_held(monkeypatch: pytest.MonkeyPatch, wanted: l
     m = record(model, torch.randn(2, 3, 512, 512), keep=keep)
     assert m.shape == (2, 3, 1025, 1025)
     chunk = 3 * 1025 * 80
-    monkeypatch.setattr(hookattn.maps, "_CHUNK", chunk)
+    monkeypatch.setattr(hookattn.chunks, "_CHUNK", chunk)
     results = sum(result.nbytes for result in statistics(m, *wanted))
     projected = 4 * 2 * 1025 * 36 * 3  # queries and keys, and what they come from
     few = 4 * 4 * chunk  # as scores, as probabilities, as what is made of them
@@ -314,7 +314,7 @@ def test_queries_and_keys_are_computed_once_for_all_chunks(monkeypatch: pytest.M
 
     assert products() > 0
     at_once = products()
-    monkeypatch.setattr(hookattn.maps, "_CHUNK", 1)
+    monkeypatch.setattr(hookattn.chunks, "_CHUNK", 1)
     assert products() == at_once
 
 
@@ -423,7 +423,7 @@ def test_gradients_are_those_through_the_whole_map(monkeypatch: pytest.MonkeyPat
     weight = torch.randn_like(expected)
     wanted = [x, *model.blocks[1].attn.qkv.parameters()]
     right = torch.autograd.grad((expected * weight).sum(), wanted, retain_graph=True)
-    monkeypatch.setattr(hookattn.maps, "_CHUNK", 3 * 21 * 4)
+    monkeypatch.setattr(hookattn.chunks, "_CHUNK", 3 * 21 * 4)
     found = statistic(m)
     torch.testing.assert_close(found, expected)
     got = torch.autograd.grad((found * weight).sum(), wanted)
