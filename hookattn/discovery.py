@@ -37,13 +37,12 @@ class Found(NamedTuple):
 
 
 def find_attention(model: nn.Module) -> Found:
-    """All attention of a model: the innermost modules that have a recipe, and those whose class is named like attention."""
+    """All attention of a model: what has a recipe, and the innermost modules whose class is named like attention."""
     named = {name or type(module).__name__: module for name, module in model.named_modules()}
     skipped = {name: reason for name, module in named.items() if (reason := unreadable(module))}
     likely = {name: m for name, m in named.items() if name not in skipped and _is_attention(m)}
     inner = [*likely.values(), *(named[name] for name in skipped)]
-    known = [m for m in likely.values() if is_known(m)]
-    readable = {name: m for name, m in likely.items() if not _holds_another(m, known if is_known(m) else inner)}
+    readable = {name: m for name, m in likely.items() if is_known(m) or not _holds_another(m, inner)}
     return Found(readable, skipped)
 
 

@@ -632,8 +632,9 @@ def test_encoders_of_transformers_are_read_by_recipe(name: str) -> None:
     kind = max((name for name in vars(module) if name.endswith("Config") and name != "PreTrainedConfig"), key=len)
     config = getattr(module, kind)(hidden_size=32, num_attention_heads=4)
     config._attn_implementation = "sdpa"
-    if not hasattr(built := attention(config), "is_causal"):
-        pytest.skip(f"{cls} of this version of transformers is run again, or what it holds is read")
+    built, version = attention(config), importlib.import_module("transformers").__version__
+    if version.startswith("4.") and not (hasattr(built, "is_causal") and find_recipe(built)):
+        pytest.skip(f"{cls} of transformers 4 is run again, or what it holds is read")
     check_recipe(built, torch.randn(2, 9, 32))
 
 

@@ -11,6 +11,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from models import ANY_DTYPE, TINY, randomise, tiny
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder, UnfaithfulMapError, recipe
@@ -495,6 +496,46 @@ def test_check_recipe_catches_a_wrong_recipe(wrong: str, monkeypatch: pytest.Mon
 
     with pytest.raises(UnfaithfulMapError):
         check_recipe(TheirAttention(32, 4), torch.randn(2, 6, 32))
+
+
+class Holder(nn.Module):
+    """Another version of a class, which holds the attention in place of being it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x)  # type: ignore[no-any-return]
+
+
+def test_a_recipe_may_be_one_for_some_modules_of_a_class_and_for_some_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hookattn import QK
+    from hookattn.recipes import registry
+
+    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
+    monkeypatch.setattr(registry, "_WHERE", dict(registry._WHERE))
+    calls = []
+
+    @recipe(Holder, where=lambda module: hasattr(module, "is_plain"))
+    def held(self: Any, x: Tensor) -> Any:
+        calls.append(x)
+        q, k, _ = self.attention.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return QK(q, k) if self.is_plain else NotImplemented
+
+    model, x = nn.Sequential(randomise(Holder())).eval(), torch.randn(2, 7, 32)
+    assert AttentionRecorder(model).layers == ["0.attention"]
+    maps = []
+    for model[0].is_plain in (True, False):
+        assert AttentionRecorder(model).layers == ["0", "0.attention"]
+        for keep in ("inputs", "maps"):
+            with AttentionRecorder(model, "0", keep=keep) as rec, torch.no_grad():
+                model(x)
+            assert rec.maps[0].shape == (2, 4, 7, 7)
+            maps.append(rec.maps[0][...])
+    assert calls
+    for m in maps[1:]:
+        torch.testing.assert_close(m, maps[0], rtol=0, atol=1e-6)
 
 
 def test_a_derived_class_is_read_by_the_recipe_of_its_base() -> None:

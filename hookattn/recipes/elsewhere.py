@@ -54,7 +54,6 @@ _ENCODERS = {
 }
 _OLDER_ENCODERS = {
     "audio_spectrogram_transformer": "ASTSelfAttention",
-    "beit": "BeitSelfAttention",
     "deit": "DeiTSelfAttention",
     "dinov2": "Dinov2SelfAttention",
     "dinov2_with_registers": "Dinov2WithRegistersSelfAttention",
@@ -93,7 +92,7 @@ file_form(
 )
 
 
-@recipe(*(_MODELING.format(*names) for names in _ENCODERS.items()))
+@recipe(*(_MODELING.format(*names) for names in _ENCODERS.items()), where=lambda module: hasattr(module, "q_proj"))
 def encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
     if not is_plain_call(self, hidden_states, *more, **options):
         return NotImplemented

@@ -15,9 +15,10 @@ R = TypeVar("R", bound=Recipe)
 
 _RECIPES: ByClass[Recipe] = ByClass("recipe")
 _FORMS: ByClass[str] = ByClass("form")
+_WHERE: dict[Recipe, Callable[[nn.Module], bool]] = {}
 
 
-def recipe(*classes: str | type, form: str | None = None) -> Callable[[R], R]:
+def recipe(*classes: str | type, form: str | None = None, where: Callable[[nn.Module], bool] | None = None) -> Callable[[R], R]:
     """File the decorated function as the recipe of the classes, and of what is derived from them.
 
     A recipe has the signature of the `forward` it mirrors, with the module as `self`, and returns the `QK` of that call:
@@ -34,6 +35,7 @@ def recipe(*classes: str | type, form: str | None = None) -> Callable[[R], R]:
         classes: qualified names, or classes where they are at hand. A class of another version of a library that does not
             exist here costs nothing.
         form: see `file_form`, for a class that folds its map.
+        where: tells whether a module is described, for classes that other versions of a library have under the same name.
 
     Raises:
         ValueError: one of the classes has a recipe already.
@@ -43,6 +45,8 @@ def recipe(*classes: str | type, form: str | None = None) -> Callable[[R], R]:
         _RECIPES.file(function, *classes)
         if form is not None:
             file_form(form, *classes)
+        if where is not None:
+            _WHERE[function] = where
         return function
 
     return file
@@ -65,7 +69,7 @@ def file_form(form: str, *classes: str | type) -> None:
 
 def find_recipe(module: nn.Module) -> Recipe | None:
     """The recipe of the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
-    return _RECIPES.of(module)
+    return _where(module, _RECIPES.of(module))
 
 
 def find_form(module: nn.Module) -> str | None:
@@ -75,7 +79,12 @@ def find_form(module: nn.Module) -> str | None:
 
 def is_known(module: nn.Module) -> bool:
     """Whether a module's class, or one it is derived from, has a recipe or a form, be its forward another or not."""
-    return _RECIPES.inherited(module) is not None or _FORMS.inherited(module) is not None
+    return _where(module, _RECIPES.inherited(module)) is not None or _FORMS.inherited(module) is not None
+
+
+def _where(module: nn.Module, found: Recipe | None) -> Recipe | None:
+    """A recipe, if it describes the module."""
+    return None if found in _WHERE and not _WHERE[found](module) else found
 
 
 def registered() -> dict[str, Any]:
