@@ -24,7 +24,7 @@ class Chunks(Protocol):
     def __call__(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None: ...
 
 
-def visit_chunks(part: Source, device: torch.device, visit: Visit) -> None:
+def visit_chunks(part: Source, visit: Visit) -> None:
     """Compute a part of a map in chunks: some rows of one item of the batch, or all rows of several.
 
     A chunk has 2**21 elements on a CPU, which fit into its caches and into memory that is had without asking the system for it,
@@ -32,10 +32,9 @@ def visit_chunks(part: Source, device: torch.device, visit: Visit) -> None:
 
     Args:
         part: what it is computed from.
-        device: what it is computed on.
         visit: called with each chunk.
     """
-    most = _CHUNK if device.type == "cpu" else 8 * _CHUNK
+    most = _CHUNK if part.device.type == "cpu" else 8 * _CHUNK
     batch, _, rows, _ = part.shape
     for items in spans(batch, most // max(1, prod(part.shape[1:]))):
         few = part.narrow(items)

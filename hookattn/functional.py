@@ -47,6 +47,11 @@ class QK:
         return batch, heads if self.mix is None else len(self.mix), queries, self.k.shape[-2]
 
     @property
+    def device(self) -> torch.device:
+        """What the map is computed on."""
+        return self.q.device
+
+    @property
     def biases(self) -> tuple[Tensor, ...]:
         """All that is added to the scores."""
         return () if self.bias is None else (self.bias,) if isinstance(self.bias, Tensor) else self.bias
@@ -142,6 +147,11 @@ class Scores:
         return batch, heads, queries, keys
 
     @property
+    def device(self) -> torch.device:
+        """What the map is computed on."""
+        return self.scores.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the map is computed in: float64 for float64 scores, float32 for everything else."""
         return exact_dtype(self.scores.dtype)
@@ -175,6 +185,11 @@ class Known:
         """(batch, heads, queries, keys)."""
         batch, heads, queries, keys = self.attention.shape
         return batch, heads, queries, keys
+
+    @property
+    def device(self) -> torch.device:
+        """Where the map is kept."""
+        return self.attention.device
 
     @property
     def dtype(self) -> torch.dtype:

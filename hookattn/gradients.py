@@ -17,7 +17,7 @@ from .errors import NoGradientError, StaleMapError, UnreadableError
 from .folding import interleaved, over_keys, unfolded, who
 from .functional import Formed, Outer, Slope
 from .indexing import split_index
-from .modes import SDPA, MapMode, input_and_dim
+from .modes import SDPA, MapMode, input_and_dim, sdpa_arguments
 from .replay import run_under
 
 _FEW = 256
@@ -234,14 +234,15 @@ class _Variables(MapMode):
         self.fused_sites: list[_Site] = []
         self.softmax_sites: list[_Site] = []
 
-    def fused(self, **kwargs: Any) -> Tensor:
-        if kwargs.get("dropout_p"):
+    def fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if sdpa_arguments(args, kwargs).get("dropout_p"):
             raise UnreadableError(
                 f"{who(self.module)} drops out parts of its map inside the fused kernel, which does not tell which. For "
                 "gradients of the map, set the dropout of attention to 0 (attn_drop_rate=0), or call the model in eval mode."
             )
-        out: Tensor = SDPA(**kwargs)
-        return self._site(self.fused_sites, out, partial(_outer, self.module, self.batch, kwargs["value"].detach()))
+        out: Tensor = SDPA(*args, **kwargs)
+        value = sdpa_arguments(args, kwargs)["value"].detach()
+        return self._site(self.fused_sites, out, partial(_outer, self.module, self.batch, value))
 
     def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         out: Tensor = func(*args, **kwargs)

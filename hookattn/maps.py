@@ -108,7 +108,7 @@ class AttentionMap:
     def _in_chunks(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
         """Have a part of the map, as computed, visited chunk by chunk in the modes of the call; see `Chunks`."""
         with self._opened() as source:
-            visit_chunks(source.narrow(batch, heads, rows), self.device, visit)
+            visit_chunks(source.narrow(batch, heads, rows), visit)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -44,22 +44,27 @@ class MapMode(TorchFunctionMode):
     def __init__(self, module: nn.Module, *, as_called: bool = False) -> None:
         super().__init__()
         self.module, self.as_called = module, as_called
+        self.packed: int | None = None  # heads that PyTorch's attention, which runs now, counts as images
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
-            return self.fused(**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs)
+            return self.fused(args, kwargs)
         if func in SOFTMAX:
             return self.softmax(func, args, kwargs)
         if func is F.multi_head_attention_forward:  # asked for no weights, it goes through SDPA
-            with self:
-                weights = self.as_called and kwargs.get("need_weights", True)
-                return _body(func)(*args, **{**kwargs, "need_weights": weights})
+            weights = self.as_called and kwargs.get("need_weights", True)
+            self.packed = kwargs["num_heads"] if "num_heads" in kwargs else args[4]
+            try:
+                with self:
+                    return _body(func)(*args, **{**kwargs, "need_weights": weights})
+            finally:
+                self.packed = None
         return func(*args, **kwargs)
 
-    def fused(self, **kwargs: Any) -> Tensor:
+    def fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         raise NotImplementedError
 
     def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -100,16 +105,17 @@ class Watch(MapMode):
         source: Source = interleaved([site.source() for site in self.sites], self.module)
         return source
 
-    def fused(self, **kwargs: Any) -> Tensor:
-        out = SDPA(**(kwargs if self.as_called else {**kwargs, "dropout_p": 0.0}))
-        self.fused_sites.append(_Site(out.dtype, partial(_as_qk, self.module, self.batch, **kwargs)))
+    def fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        named = sdpa_arguments(args, kwargs)
+        out = SDPA(*args, **kwargs) if self.as_called else SDPA(**{**named, "dropout_p": 0.0})
+        self.fused_sites.append(_Site(out.dtype, partial(_as_qk, self.module, self.batch, **named)))
         return out
 
     def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         out: Tensor = func(*args, **kwargs)
-        self.softmax_sites.append(
-            _Site(out.dtype, partial(_as_scores, self.module, self.batch, *input_and_dim(*args, **kwargs)))
-        )
+        scores, dim = input_and_dim(*args, **kwargs)
+        scores = scores if self.packed is None else scores.reshape(-1, self.packed, *scores.shape[-2:])
+        self.softmax_sites.append(_Site(out.dtype, partial(_as_scores, self.module, self.batch, scores, dim)))
         return out
 
 
@@ -127,7 +133,8 @@ class Inject(MapMode):
         maps = (attention[:, i :: len(watch.sites)] for i in range(len(watch.sites)))
         self.left = iter([(site.dtype, part) for site, part in zip(watch.sites, maps)])
 
-    def fused(self, **kwargs: Any) -> Tensor:
+    def fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        kwargs = sdpa_arguments(args, kwargs)
         dtype, attention = next(self.left)
         value, shape = kwargs["value"], (*kwargs["query"].shape[:-1], kwargs["key"].shape[-2])
         attention = folded(self.module, attention, shape)
@@ -178,6 +185,11 @@ def _as_qk(
 def _as_scores(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Scores:
     """The input of a softmax as scores."""
     return Scores(over_keys(module, batch, scores, dim))
+
+
+def sdpa_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `scaled_dot_product_attention` by name."""
+    return {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
 
 
 def input_and_dim(input: Tensor, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:

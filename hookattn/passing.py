@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn, overrides
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from .calls import is_reading
 from .errors import StaleMapError, UnreadableError
@@ -17,7 +18,6 @@ from .hooks import Hook
 from .maps import AttentionMap, CapturedMap, described
 from .modes import FORM_A_MAP, Watch
 from .projected import AwaitedError, Heard, hearing
-from .recipes import find_recipe
 
 _WITH_A_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which they leave if any mode is on
 _push: Callable[[TorchFunctionMode], None] = overrides._push_mode
@@ -33,6 +33,7 @@ class _Awaited:
     captured: CapturedMap
     put: Put
     heard: Heard = field(init=False)
+    layer: nn.Module | None = None
 
     def __post_init__(self) -> None:
         self.heard = Heard(self.captured.call.tensors)
@@ -41,12 +42,13 @@ class _Awaited:
 class Overhearing(TorchFunctionMode):
     """Shows the modules that are watched what maps are formed of while they run.
 
-    It is on for as long as a recorder is open: a mode that each module put on and took off would stay where an interrupt keeps
-    hooks from running.
+    From the first call that needs it, it stays on until the recorder closes: a mode that each module put on and took off would
+    stay where an interrupt keeps hooks from running.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.thread = get_ident()
         self.watched: list[tuple[CapturedMap, Put, Watch]] = []
 
     def __torch_function__(
@@ -65,8 +67,10 @@ class Overhearing(TorchFunctionMode):
         self.watched.append((captured, put, Watch(captured.call.target.module, captured.call.tensors, as_called=True)))
 
     def end(self, module: nn.Module) -> tuple[CapturedMap, Put, Watch] | None:
-        """Watch a module no longer, nor what was called within it."""
+        """Watch a module no longer, nor what was called within it, unless another thread or a reading has run it."""
         ended = None
+        if get_ident() != self.thread or is_reading():
+            return None
         while any(watch.module is module for *_, watch in self.watched):
             ended = self.watched.pop()
         return ended
@@ -76,12 +80,13 @@ class Passing:
     """What attention modules and their layers compute, for as long as a map is waiting for it.
 
     Args:
-        stack: takes the hooks off the layers.
-        overhearing: sees what modules without a recipe compute; without it, they are run again.
+        stack: takes the hooks off the layers, and the mode off the thread.
+        overhears: whether modules without a recipe are overheard; otherwise they are run again.
     """
 
-    def __init__(self, stack: ExitStack, overhearing: Overhearing | None) -> None:
-        self._stack, self._overhearing = stack, overhearing
+    def __init__(self, stack: ExitStack, *, overhears: bool) -> None:
+        self._stack, self._overhears = stack, overhears
+        self._overhearing: Overhearing | None = None
         self._hooked: set[nn.Module] = set()
         self._awaited: dict[tuple[int, nn.Module], _Awaited] = {}
 
@@ -100,10 +105,8 @@ class Passing:
             ended = self._overhearing.end(module)
             if ended is not None and output is not None:  # it did not raise
                 self._make(*ended)
-        for key, awaited in list(self._awaited.items()):
-            if key[0] == get_ident() and awaited.captured.call.target.module is module:
-                del self._awaited[key]
-                awaited.put(awaited.captured.at_once())
+        if (awaited := self._awaited.pop((get_ident(), module), None)) is not None:
+            awaited.put(awaited.captured.at_once())
 
     def _go_on(self, awaited: _Awaited) -> None:
         captured, call = awaited.captured, awaited.captured.call
@@ -116,16 +119,26 @@ class Passing:
             if wanted.layer not in self._hooked:
                 self._hooked.add(wanted.layer)
                 self._stack.enter_context(wanted.layer.register_forward_hook(Hook(self._hear)))
-            self._awaited[get_ident(), wanted.layer] = awaited
+            awaited.layer = wanted.layer
+            self._awaited[get_ident(), call.target.module] = awaited
         except (UnreadableError, StaleMapError) as reason:
             awaited.put(captured.lost(reason))
         else:
             if attention is not None:
                 awaited.put(captured.kept(attention))
-            elif self._overhearing is not None:
-                self._overhearing.begin(captured, awaited.put)
+            elif self._overhears:
+                self._listening().begin(captured, awaited.put)
             else:
                 awaited.put(captured.at_once())
+
+    def _listening(self) -> Overhearing:
+        """The mode that overhears, from now on until the recorder closes."""
+        if self._overhearing is None:
+            self._overhearing = Overhearing()
+            _put_on(self._overhearing)
+            self._stack.callback(_take_off, self._overhearing)
+            self._stack.callback(self._overhearing.watched.clear)
+        return self._overhearing
 
     def _make(self, captured: CapturedMap, put: Put, watch: Watch) -> None:
         """The map of what was overheard."""
@@ -137,28 +150,27 @@ class Passing:
 
     def _hear(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The hook of a layer."""
-        awaited = self._awaited.get((get_ident(), layer))
-        if awaited is not None and args and awaited.heard.note(layer, args[0], output):
-            del self._awaited[get_ident(), layer]
-            self._go_on(awaited)
+        for key, awaited in list(self._awaited.items()):
+            mine = key[0] == get_ident() and bool(args) and awaited.heard.note(layer, args[0], output)
+            if mine and awaited.layer is layer:
+                del self._awaited[key]
+                self._go_on(awaited)
 
 
 @contextmanager
-def passing(model: nn.Module, chosen: Collection[nn.Module]) -> Iterator[Passing]:
-    """What makes maps while modules run, for as long as the block lasts.
-
-    Args:
-        model: what the modules are in.
-        chosen: the modules; none if they are still to be found.
-    """
+def passing(model: nn.Module) -> Iterator[Passing]:
+    """What makes maps while the modules of a model run, for as long as the block lasts."""
     with ExitStack() as stack:
-        overhearing = None
-        needed = not chosen or any(find_recipe(module) is None for module in chosen)
-        if needed and not any(isinstance(m, _WITH_A_FAST_PATH) for m in model.modules()):
-            overhearing = Overhearing()
-            _push(overhearing)
-            stack.callback(_take_off, overhearing)
-        yield Passing(stack, overhearing)
+        yield Passing(stack, overhears=not any(isinstance(m, _WITH_A_FAST_PATH) for m in model.modules()))
+
+
+def _put_on(mode: TorchFunctionMode) -> None:
+    """Put a mode on this thread below all others, which may go before it; but a device, which insists on that place, stays."""
+    above = []
+    while (top := _top()) is not None and not isinstance(top, DeviceContext):
+        above.append(_pop())
+    for each in (mode, *reversed(above)):
+        _push(each)
 
 
 def _take_off(mode: TorchFunctionMode) -> None:

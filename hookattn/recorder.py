@@ -202,7 +202,7 @@ class AttentionRecorder:
     def _hook(self, stack: ExitStack) -> None:
         """Put every hook on the stack that will take it off."""
         if self._keep == "maps" and self._detach:
-            self._passing = stack.enter_context(passing(self.model, self._chosen.values()))
+            self._passing = stack.enter_context(passing(self.model))
         if self._chosen:
             self._hook_chosen(stack)
         else:

@@ -99,8 +99,8 @@ def own_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         if callable(getattr(value, "update", None)):
             raise UnreadableError(
                 f"{who(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
-                'again. Call the model without it (use_cache=False), record with keep="maps", or describe the map with '
-                "@hookattn.recipe."
+                'again. Call the model without it (use_cache=False), record with keep="maps" in eval mode, or describe the map '
+                "with @hookattn.recipe."
             )
     copied: tuple[Any, Any] = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     return copied

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import pytest
@@ -240,10 +241,9 @@ class Around(Attention):
 def test_a_module_that_projects_in_another_way_than_its_recipe_is_read_all_the_same(
     kind: type[Attention], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hookattn import maps, passing, recipes
+    from hookattn import maps, recipes
 
-    for room in (maps, passing):
-        monkeypatch.setattr(room, "find_recipe", lambda _: recipes.plain.attention)
+    monkeypatch.setattr(maps, "find_recipe", lambda _: recipes.plain.attention)
     torch.manual_seed(0)
     model, x = randomise(nn.Sequential(kind(C, H, qkv_bias=True)).eval()).double(), torch.randn(B, N, C).double()
     with torch.no_grad():
@@ -290,12 +290,95 @@ def test_a_module_that_no_recipe_knows_is_run_once(fused: bool) -> None:
             assert operations(lambda: model(x)) == alone + fused * B * H * SCORES
         with AttentionRecorder(model, keep="maps"):
             model(x)  # watched for modules that form maps
+            assert torch.overrides._get_current_function_mode_stack() == []  # type: ignore[no-untyped-call]
             assert operations(lambda: model(x)) == alone + fused * B * H * SCORES
     with AttentionRecorder(model, "0.0", keep="maps") as followed, AttentionRecorder(model, "0.0") as late:
         model(x)
     assert not followed.maps[0][...].requires_grad
     for kept in (rec, followed):
         torch.testing.assert_close(kept.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
+
+
+class Packed(nn.Module):
+    """Calls PyTorch's attention itself, and asks it for weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.layer = H, nn.Linear(C, 3 * C)
+        self.proj = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, layer, proj = x.transpose(0, 1), self.layer, self.proj
+        own = (layer.weight, layer.bias, None, None, False, 0.0, proj.weight, proj.bias)
+        return F.multi_head_attention_forward(x, x, x, C, H, *own, training=False)[0].transpose(0, 1)
+
+
+def test_weights_that_a_module_asks_pytorch_s_function_for_are_a_map_of_heads() -> None:
+    model, x = randomise(nn.Sequential(Packed()).eval()).double(), torch.randn(B, N, C).double()
+    with AttentionRecorder(model, "0") as late, AttentionRecorder(model, "0", keep="maps") as kept, torch.no_grad():
+        model(x)
+    torch.testing.assert_close(kept.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
+
+
+class KeysFirst(Attention):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        k, q, v = self.k(x), self.q(x), self.v(x)
+        q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (q, k, v))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_keys_that_are_projected_before_queries_are_taken_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hookattn import QK, maps
+    from hookattn.recipes.projections import project_heads
+
+    def recipe(self: Any, x: Tensor) -> QK:
+        return QK(project_heads(self.q, x, H), project_heads(self.k, x, H), scale=self.scale)
+
+    monkeypatch.setattr(maps, "find_recipe", lambda _: recipe)
+    module = KeysFirst(C, H)
+    module.q, module.k, module.v = (nn.Linear(C, C) for _ in range(3))
+    model, x = nn.Sequential(randomise(module)).eval().double(), torch.randn(B, N, C).double()
+    with torch.no_grad():
+        alone = operations(lambda: model(x))
+        with AttentionRecorder(model, keep="maps"):
+            model(x)  # which layers to hear is known from then on
+            assert operations(lambda: model(x)) == alone + B * H * SCORES
+
+
+def test_another_thread_that_runs_the_module_leaves_the_map_alone() -> None:
+    model, x = own()
+    with AttentionRecorder(model, "0.0", keep="maps") as rec, torch.no_grad():
+
+        def meanwhile(*_: Any) -> None:
+            if current_thread() is main_thread():
+                other = Thread(target=model, args=(x.flip(0),))
+                other.start()
+                other.join()
+
+        with model[0][0].qkv.register_forward_hook(meanwhile):  # type: ignore[index]
+            model(x)
+    with AttentionRecorder(model, "0.0") as late, torch.no_grad():
+        model(x)
+    with pytest.raises(RecorderError, match="was let go"):
+        assert rec.maps[0].x
+    torch.testing.assert_close(rec.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
+
+
+def test_a_mode_that_ends_before_the_recorder_ends_alone() -> None:
+    model, x = own()
+    device = torch.device("cpu")
+    with torch.no_grad():
+        mine = BaseTorchFunctionMode()
+        mine.__enter__()
+        with AttentionRecorder(model, "0.0", keep="maps") as rec:
+            model(x)
+            mine.__exit__(None, None, None)
+            with device:
+                model(x)
+        assert rec.maps[0].shape == (B, H, N, N)
+        with device, AttentionRecorder(model, "0.0", keep="maps"):
+            model(x)
+    assert torch.overrides._get_current_function_mode_stack() == []  # type: ignore[no-untyped-call]
 
 
 def test_a_module_that_drops_while_it_evaluates_is_left_to_it() -> None:
