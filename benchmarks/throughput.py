@@ -12,8 +12,9 @@ With --pairs the base is measured anew before each case (A B A C A D ...): twice
 
 First, what a case returns is compared with the softmaxes of the same model in float64, on its unfused path: what is wrong,
 empty, raises or does not fit into memory is reported as that and is not timed. The error is ||got - right|| over
-||right - 1/keys||, so that a flat map has an error of 1, and for statistics over ||right - its mean||. Parameters are
-random, and scores wide enough for maps that are not flat.
+||right - 1/keys||, so that a flat map has an error of 1, and for statistics over ||right - its mean||, or a hundredth of
+||right|| if that is more, since rounding is in proportion to it. Parameters are random, and scores wide enough for maps that
+are not flat.
 
 Time is taken by CUDA events on a GPU, and by a clock on a CPU. Memory is the peak above what was held before the call, of what
 torch allocates: `max_memory_allocated` on a GPU, the sum over the profiler's memory events on a CPU.
@@ -558,7 +559,8 @@ def judged(reads: str, got: Sequence[Tensor], right: Sequence[Tensor], tolerance
     worst = 0.0
     for g, r in zip(got, right):
         flat = 0.0 if reads == "gradients" else float(r.mean()) if reads == "statistics" else 1 / r.shape[-1]
-        error = float((g[: len(r)].to(r) - r).norm() / (r - flat).norm())
+        size = max((r - flat).norm(), 0.01 * r.norm() if reads == "statistics" else 0.0)
+        error = float((g[: len(r)].to(r) - r).norm() / size)
         worst = max(worst, error) if error == error else float("inf")
     return ("right" if worst <= tolerance else f"wrong: off by {worst:.2g}"), worst
 
