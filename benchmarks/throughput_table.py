@@ -73,6 +73,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     runs = [run for found in results for run in found["runs"]]
+    widest = 1.05 * max(c["throughput_over_base"]["q3"] for run in runs for c in run["cases"] if c.get("throughput_over_base"))
     shown = [[c for c in run["cases"] if c.get("throughput_over_base") and c["case"] != c["base"]] for run in runs]
     heights = [BAR * (len(cases) + 3) for cases in shown]
     figure = Figure(figsize=(WIDTH, sum(heights)), dpi=150, layout="constrained", facecolor="white")
@@ -86,7 +87,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             axes.plot(spread["median"], place, "o", color=colour, markersize=4)
         axes.set_yticks(range(len(cases)), [c["title"] for c in cases], fontsize=6)
         axes.axvline(1.0, color=BASE, linewidth=0.6)
-        axes.set_xlim(left=0.0)
+        axes.set_xlim(0.0, widest)
         axes.set_ylim(len(cases) - 0.4, -0.6)
         axes.tick_params(axis="x", labelsize=6)
         axes.set_title(heading(run), fontsize=7, loc="left")
