@@ -364,20 +364,20 @@ def test_another_thread_that_runs_the_module_leaves_the_map_alone() -> None:
     torch.testing.assert_close(rec.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
 
 
-def test_a_mode_that_ends_before_the_recorder_ends_alone() -> None:
+def test_modes_and_devices_come_and_go_while_a_recorder_overhears() -> None:
     model, x = own()
-    device = torch.device("cpu")
-    with torch.no_grad():
-        mine = BaseTorchFunctionMode()
-        mine.__enter__()
-        with AttentionRecorder(model, "0.0", keep="maps") as rec:
+    torch.set_default_device("cpu")
+    mine, device = BaseTorchFunctionMode(), torch.device("cpu")
+    mine.__enter__()
+    with AttentionRecorder(model, "0.0", keep="maps") as rec, torch.no_grad():
+        model(x)
+        mine.__exit__(None, None, None)
+        torch.set_default_device(None)  # which insists on a device below all modes
+        with device:
             model(x)
-            mine.__exit__(None, None, None)
-            with device:
-                model(x)
-        assert rec.maps[0].shape == (B, H, N, N)
-        with device, AttentionRecorder(model, "0.0", keep="maps"):
-            model(x)
+    assert rec.maps[0].shape == (B, H, N, N)
+    with device, AttentionRecorder(model, "0.0", keep="maps"), torch.no_grad():
+        model(x)
     assert torch.overrides._get_current_function_mode_stack() == []  # type: ignore[no-untyped-call]
 
 

@@ -525,6 +525,7 @@ def test_a_recipe_may_be_one_for_some_modules_of_a_class_and_for_some_calls(monk
 
     model, x = nn.Sequential(randomise(Holder())).eval(), torch.randn(2, 7, 32)
     assert AttentionRecorder(model).layers == ["0.attention"]
+    assert find_recipe(model[0]) is None
     maps = []
     for model[0].is_plain in (True, False):
         assert AttentionRecorder(model).layers == ["0", "0.attention"]
