@@ -13,11 +13,13 @@ Rooms, an import may only point down:
     recorder              what touches a model, with watching and edits, and leaves it as it was
     watching              which modules form maps, where names do not tell
     forwards  edits       what counts as one forward; maps put in place of the own
-    passing               maps made of the queries and keys that a module projects itself
+    passing               maps made while a module runs, of the queries and keys it makes itself
     discovery             which modules are attention
     maps                  AttentionMap, read when sliced
     layouts/  gradients   where the queries and keys of a class lie on the image; what backward brings to a map
     replay  tokens  trace the map a forward forms; prefix tokens, grids, windows; who calls an attention module with what
+    modes                 what a forward forms its map of, seen or replaced while it runs
+    folding               how modules fold the axes of their maps
     recipes/              how queries and keys come out of a call
     calls  indexing       a captured call; what an index asks for
     chunks                what a map is computed from, a chunk of rows at a time

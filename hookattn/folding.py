@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .classes import qualified_name
 from .errors import UnreadableError
 from .recipes import find_form
 
@@ -100,4 +101,4 @@ def interleaved(maps: Sequence[Any], module: nn.Module) -> Any:
 
 
 def who(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return qualified_name(type(module))

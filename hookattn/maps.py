@@ -337,7 +337,7 @@ class LostMap(AttentionMap):
 
 def source_of(call: Call) -> Source:
     """Queries and keys of a call, by recipe or by replay; its modes are the caller's business."""
-    with _naming(call), ExitStack() as stack:
+    with naming(call), ExitStack() as stack:
         if any(call.modes.training):  # dropout and power iterations within the projections
             stack.enter_context(leaving_no_trace(call.target.module))
             call.restore_random_streams()
@@ -346,7 +346,7 @@ def source_of(call: Call) -> Source:
 
 def described(call: Call) -> Source | None:
     """Queries and keys of a call by recipe; None where there is none, or none for such a call."""
-    with _naming(call):
+    with naming(call):
         return _described(call)
 
 
@@ -359,7 +359,7 @@ def _described(call: Call) -> Source | None:
 
 
 @contextmanager
-def _naming(call: Call) -> Iterator[None]:
+def naming(call: Call) -> Iterator[None]:
     """Whatever cannot be read is named."""
     try:
         yield

@@ -3,6 +3,7 @@ through."""
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -55,11 +56,12 @@ class MapMode(TorchFunctionMode):
         if func in SOFTMAX:
             return self.softmax(func, args, kwargs)
         if func is F.multi_head_attention_forward:  # asked for no weights, it goes through SDPA
-            weights = self.as_called and kwargs.get("need_weights", True)
-            self.packed = kwargs["num_heads"] if "num_heads" in kwargs else args[4]
+            named = inspect.signature(func).bind(*args, **kwargs).arguments
+            named["need_weights"] = self.as_called and named.get("need_weights", True)
+            self.packed = named["num_heads"]
             try:
                 with self:
-                    return _body(func)(*args, **{**kwargs, "need_weights": weights})
+                    return _body(func)(**named)
             finally:
                 self.packed = None
         return func(*args, **kwargs)

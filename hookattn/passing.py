@@ -15,7 +15,7 @@ from torch.utils._device import DeviceContext
 from .calls import is_reading
 from .errors import StaleMapError, UnreadableError
 from .hooks import Hook
-from .maps import AttentionMap, CapturedMap, described
+from .maps import AttentionMap, CapturedMap, described, naming
 from .modes import FORM_A_MAP, Watch
 from .projected import AwaitedError, Heard, hearing
 
@@ -143,10 +143,10 @@ class Passing:
     def _make(self, captured: CapturedMap, put: Put, watch: Watch) -> None:
         """The map of what was overheard."""
         try:
-            with captured.call.in_its_modes():
+            with naming(captured.call), captured.call.in_its_modes():
                 put(captured.kept(watch.source().narrow().probabilities()))
         except UnreadableError as reason:
-            put(captured.lost(UnreadableError(f"{captured.call.target.name!r}: {reason}")))
+            put(captured.lost(reason))
 
     def _hear(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The hook of a layer."""

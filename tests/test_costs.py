@@ -300,24 +300,30 @@ def test_a_module_that_no_recipe_knows_is_run_once(fused: bool) -> None:
 
 
 class Packed(nn.Module):
-    """Calls PyTorch's attention itself, and asks it for weights."""
+    """Calls PyTorch's attention itself, then weighs channels by a softmax of another shape."""
 
-    def __init__(self) -> None:
+    def __init__(self, *asked: bool | None) -> None:
         super().__init__()
-        self.num_heads, self.layer = H, nn.Linear(C, 3 * C)
+        self.num_heads, self.layer, self.asked = H, nn.Linear(C, 3 * C), asked
         self.proj = nn.Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
         x, layer, proj = x.transpose(0, 1), self.layer, self.proj
         own = (layer.weight, layer.bias, None, None, False, 0.0, proj.weight, proj.bias)
-        return F.multi_head_attention_forward(x, x, x, C, H, *own, training=False)[0].transpose(0, 1)
+        y = F.multi_head_attention_forward(x, x, x, C, H, *own, False, *self.asked)[0].transpose(0, 1)
+        return y * y.mean(1).softmax(-1)[:, None] if self.asked else y
 
 
-def test_weights_that_a_module_asks_pytorch_s_function_for_are_a_map_of_heads() -> None:
-    model, x = randomise(nn.Sequential(Packed()).eval()).double(), torch.randn(B, N, C).double()
-    with AttentionRecorder(model, "0") as late, AttentionRecorder(model, "0", keep="maps") as kept, torch.no_grad():
-        model(x)
-    torch.testing.assert_close(kept.maps[0][...], late.maps[0][...], rtol=0, atol=1e-12)
+@pytest.mark.parametrize("asked", [(), (None, False)], ids=["weights", "none, by position"])
+def test_what_a_module_asks_of_pytorch_s_function_is_a_map_of_heads(asked: Any) -> None:
+    model, x = randomise(nn.Sequential(Packed(*asked)).eval()).double(), torch.randn(B, N, C).double()
+    with torch.no_grad():
+        expected = model(x)
+        with AttentionRecorder(model, "0") as late, AttentionRecorder(model, "0", keep="maps") as kept:
+            assert torch.equal(model(x), expected)
+    q, k, _ = model[0].layer(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)  # type: ignore[operator]
+    for rec in (late, kept):
+        torch.testing.assert_close(rec.maps[0][...], (q @ k.mT * D**-0.5).softmax(-1), rtol=0, atol=1e-12)
 
 
 class KeysFirst(Attention):
