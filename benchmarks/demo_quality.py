@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hookattn import AttentionRecorder, demo
+from hookattn import AttentionRecorder
 from hookattn.analysis import grad_rollout, relevance, rollout
+from hookattn.cli import demo
 
 METHODS = {"rollout": rollout, "grad_rollout": grad_rollout, "relevance": relevance}
 

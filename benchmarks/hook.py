@@ -30,9 +30,11 @@ from throughput import machine, spread, versions
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hookattn import AttentionRecorder, calls, hooks, recorder
-from hookattn.forwards import Forwards
-from hookattn.stamps import Samples
+from hookattn import AttentionRecorder
+from hookattn.calls import call, hooks, layer
+from hookattn.conditions.changes import Samples
+from hookattn.recording import recorder
+from hookattn.recording.passes import Forwards
 
 RESULTS = Path(__file__).parent / "results" / "hook-cpu.json"
 FORWARDS = 20  # in one measurement
@@ -40,13 +42,13 @@ GIVEN: dict[str, Any] = {"attn_mask": None, "is_causal": False}  # what a block 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "is it compiled or traced?": [(hooks, "is_traced")],
     "is it a forward that is recorded, and which?": [(Forwards, "concerns_us"), (Forwards, "current")],
-    "arguments": [(calls, "kept")],
-    "is the module as it was looked up?": [(calls.Target, "up_to_date")],
-    "grad mode, autocast, training flags": [(calls, "modes_of")],
-    "caches and moving buffers": [(calls.Target, "read_now"), (calls.Target, "hold_now")],
-    "stamps of x and of parameters": [(calls, "stamps_of_arguments"), (calls, "stamps")],
+    "arguments": [(call, "kept")],
+    "is the module as it was looked up?": [(layer.Target, "up_to_date")],
+    "grad mode, autocast, training flags": [(call, "modes_of")],
+    "caches and moving buffers": [(layer.Target, "read_now"), (layer.Target, "hold_now")],
+    "stamps of x and of parameters": [(layer, "stamps_of_arguments"), (layer, "stamps")],
     "some values of parameters": [(Samples, "take")],
-    "hooks of others": [(calls, "_hooks_of_others"), (recorder, "came_later")],
+    "hooks of others": [(layer, "_hooks_of_others"), (recorder, "another_pre_hook_follows")],
     "the map and its setting": [(AttentionRecorder, "_map")],
 }
 

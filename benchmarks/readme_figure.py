@@ -17,7 +17,7 @@ from PIL import Image
 from skimage import data
 
 from hookattn import AttentionRecorder
-from hookattn.plot import COLOURS, overlay, shown_image
+from hookattn.figures.plot import COLOURS, overlay, shown_image
 
 PHOTOS = ("astronaut", "chelsea", "coffee")
 LAYER = "blocks.7.attn"

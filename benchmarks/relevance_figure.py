@@ -13,9 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hookattn import AttentionRecorder, demo
+from hookattn import AttentionRecorder
 from hookattn.analysis import grad_rollout, relevance, rollout
-from hookattn.plot import overlay
+from hookattn.cli import demo
+from hookattn.figures.plot import overlay
 
 SEEDS = (3, 11, 12)
 CELL, GAP, LINE = 1.5, 0.05, 0.2  # inches

@@ -50,8 +50,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionRecorder
-from hookattn.statistics import entropy, head_mean, mean_attention_distance, received
-from hookattn.statistics import statistics as statistics_of
+from hookattn.analysis import compute_statistics, entropy, head_mean, mean_attention_distance, received
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "timm", "einops", "hookattn", "transformers", "vit-pytorch", "torchlens")
@@ -213,7 +212,7 @@ def keep_maps_cpu(s: Setup) -> Iterator[Run]:
 def statistics_without_maps(s: Setup) -> Iterator[Run]:
     model, wanted = s.ready(), (entropy, received, head_mean, mean_attention_distance)
     with AttentionRecorder(model) as rec:
-        yield lambda x: (model(x), [found for m in rec.maps.values() for found in statistics_of(m, *wanted)])
+        yield lambda x: (model(x), [found for m in rec.maps.values() for found in compute_statistics(m, *wanted)])
 
 
 @case("forward and backward of the fused model alone", base="backward", grad=True)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from hookattn import demo
-from hookattn.demo.model import WEIGHTS
+from hookattn.cli import demo
+from hookattn.cli.demo.model import WEIGHTS
 
 FIRST_SEED = 10_000
 BATCH = 64

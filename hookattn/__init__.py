@@ -4,40 +4,29 @@
         logits = model(images)
     rec.maps["blocks.11.attn"][:, :, 0]      # (batch, heads, keys): what the class token looks at
 
-Rooms, an import may only point down:
+Rooms. An import may only point down this list, and down the list of files that each room begins with:
 
-    cli                   the only file that prints
-    demo  plot            the demo's model and scenes; matplotlib
-    analysis  statistics  pure functions of maps; figures of a map that is never held whole
-    testing  inspection   the conformance test of a recipe; what of a model can be read, and how
-    recorder              what touches a model, with watching and edits, and leaves it as it was
-    watching              which modules form maps, where names do not tell
-    forwards  edits       what counts as one forward; maps put in place of the own
-    passing               maps made while a module runs, of the queries and keys it makes itself
-    discovery             which modules are attention
-    maps                  AttentionMap, read when sliced
-    layouts/  gradients   where the queries and keys of a class lie on the image; what backward brings to a map
-    replay  tokens  trace the map a forward forms; prefix tokens, grids, windows; who calls an attention module with what
-    modes                 what a forward forms its map of, seen or replaced while it runs
-    folding               how modules fold the axes of their maps
-    recipes/              how queries and keys come out of a call
-    calls  indexing       a captured call; what an index asks for
-    chunks                what a map is computed from, a chunk of rows at a time
-    classes  functional   facts filed by class; the mathematics, the only softmax
-    projected             queries and keys that are cut to what is asked for before they are computed
-    hooks  threads  eager what a recorder puts on modules, whose forwards it sees, what compiled code does meanwhile
-    stamps  absent        what tells that a tensor has changed; that its values are not to be had
-    arguments             what a module was called with, as it is kept
-    checkpoints           which activation checkpoint a module runs in
-    errors
+    cli          the command line; the demo: the only room that prints
+    figures      pictures of maps
+    analysis     pure functions of maps: rollout, relevance, statistics
+    testing      the conformance test of a recipe
+    recording    what touches a running model, between `with` and the end of the block, and leaves it as it was
+    maps         from a captured call to numbers: AttentionMap, gradient, replay
+    recipes      how a class of attention makes its queries and keys, and where its tokens lie
+    attention    the mathematics: queries and keys, the only softmax
+    calls        one captured call: the module, its arguments, its modes, whether it is still fresh
+    image        tokens, grids, windows
+    conditions   compiled code, checkpoints, threads, sharding, ...: one file each
+    errors       everything that is raised on purpose
 """
 
 from __future__ import annotations
 
+from .attention.projection import project
+from .attention.sources import QK
 from .errors import (
     HookattnError,
     LayerNotFoundError,
-    MissingExtraError,
     ModelError,
     NoGradientError,
     NoMapError,
@@ -47,10 +36,10 @@ from .errors import (
     UnfaithfulMapError,
     UnreadableError,
 )
-from .functional import QK
-from .maps import AttentionMap
-from .recipes import project, recipe
-from .recorder import AttentionRecorder
+from .maps.attention_map import AttentionMap
+from .recipes import layout, partition, recipe
+from .recording.inspection import inspect
+from .recording.recorder import AttentionRecorder
 
 __all__ = [
     "QK",
@@ -58,7 +47,6 @@ __all__ = [
     "AttentionRecorder",
     "HookattnError",
     "LayerNotFoundError",
-    "MissingExtraError",
     "ModelError",
     "NoGradientError",
     "NoMapError",
@@ -67,6 +55,9 @@ __all__ = [
     "TokenError",
     "UnfaithfulMapError",
     "UnreadableError",
+    "inspect",
+    "layout",
+    "partition",
     "project",
     "recipe",
 ]

@@ -10,7 +10,7 @@ def main() -> None:
     from .errors import MissingExtraError
 
     try:
-        from .cli import app
+        from .cli.app import app
     except MissingExtraError as error:
         sys.exit(f"hookattn: {error}")
     app()

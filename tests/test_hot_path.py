@@ -77,7 +77,7 @@ def test_what_is_kept_with_nothing_read_is_the_inputs_themselves() -> None:
 def samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of parameters as they are sampled on the CPU, and as they are on other devices."""
     if request.param != "read at once":
-        monkeypatch.setattr("hookattn.stamps._AT_HAND", ())
+        monkeypatch.setattr("hookattn.conditions.changes._AT_HAND", ())
 
 
 def double(attn: Any) -> None:

@@ -15,7 +15,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder, StaleMapError
-from hookattn.maps import AttentionMap
+from hookattn.maps.attention_map import AttentionMap
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": torch.enable_grad,

@@ -21,11 +21,12 @@ from models import randomise, tiny
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder
+from hookattn.attention.sources import QK
 from hookattn.errors import TokenError
-from hookattn.functional import QK
-from hookattn.layouts.sizes import size_after
-from hookattn.maps import AttentionMap, source_of
-from hookattn.tokens import Tokens, cut
+from hookattn.image.sizes import size_after
+from hookattn.image.tokens import Tokens, cut
+from hookattn.maps.attention_map import AttentionMap
+from hookattn.maps.reading import source_of
 
 Place = tuple[int, int]
 Size = tuple[int, int]

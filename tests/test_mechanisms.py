@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookattn import AttentionRecorder
-from hookattn.classes import qualified_name
-from hookattn.maps import AttentionMap
-from hookattn.recipes import find_recipe, registered
-from hookattn.replay import replayed
+from hookattn.maps.attention_map import AttentionMap
+from hookattn.maps.replay import replayed
+from hookattn.recipes.registry import find_recipe, qualified_name, registered
 
 # name of a test: (timm model, arguments, input size, classes whose maps are compared)
 SMALL: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]}
@@ -349,10 +348,9 @@ def without(**attributes: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
 
 
 def no_mask(module: Any, patch: pytest.MonkeyPatch) -> None:
-    from hookattn.recipes import cosine, windows
+    from hookattn.recipes import window_attention
 
-    for file in (cosine, windows):
-        patch.setattr(file, "per_window", lambda mask, batch: ())
+    patch.setattr(window_attention, "per_window", lambda mask, batch: ())
 
 
 def no_biases(module: Any, patch: pytest.MonkeyPatch) -> None:

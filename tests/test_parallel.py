@@ -27,7 +27,7 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from hookattn import AttentionRecorder, NoMapError, StaleMapError, UnreadableError
-from hookattn.replay import leaving_no_trace
+from hookattn.calls.restore import restoring
 
 CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "call": lambda model, x: model(x),
@@ -550,7 +550,7 @@ def test_what_a_reading_puts_back_is_never_missing_on_the_way() -> None:
 
     module = nn.BatchNorm1d(3)
     module._buffers, module.cache = Looks(module._buffers), Looks(a=1)
-    with leaving_no_trace(module):
+    with restoring(module):
         module.cache["b"] = 2
         module._buffers["more"] = torch.zeros(1)
     assert (dict(module.cache), module.cache.least) == ({"a": 1}, 1)

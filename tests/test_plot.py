@@ -9,7 +9,7 @@ import timm
 import torch
 
 from hookattn import AttentionRecorder, TokenError
-from hookattn.plot import _rollout_image, overview
+from hookattn.figures.plot import _rollout_image, overview
 
 
 @pytest.fixture(scope="module")

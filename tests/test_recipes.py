@@ -15,9 +15,9 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder, UnfaithfulMapError, recipe
-from hookattn.maps import AttentionMap
-from hookattn.recipes import find_recipe, registered
-from hookattn.replay import replayed
+from hookattn.maps.attention_map import AttentionMap
+from hookattn.maps.replay import replayed
+from hookattn.recipes.registry import find_recipe, registered
 from hookattn.testing import check_recipe
 
 

@@ -23,7 +23,7 @@ from timm.layers import Attention, Attention2d
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder, LayerNotFoundError, NoMapError, RecorderError, TokenError
-from hookattn.maps import AttentionMap
+from hookattn.maps.attention_map import AttentionMap
 
 NAMES = ["blocks.0.attn", "blocks.1.attn"]
 DROPOUT = {"proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3}

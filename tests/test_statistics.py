@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-import hookattn.maps
 from hookattn import AttentionMap, AttentionRecorder, StaleMapError, TokenError, UnreadableError
-from hookattn.calls import is_reading
-from hookattn.layouts import Setting
-from hookattn.statistics import Statistic, Sum, entropy, head_mean, mean_attention_distance, received, statistics
+from hookattn.analysis import Statistic, compute_statistics, entropy, head_mean, mean_attention_distance, received
+from hookattn.analysis.statistics import Sum
+from hookattn.calls.restore import is_reading
+from hookattn.image.geometry import Geometry
+from hookattn.maps.attention_map import KeptMap, LostMap
 
 PLAIN = {entropy: reference.entropy, received: reference.received, head_mean: reference.head_mean}
 FOUR = (*PLAIN, mean_attention_distance)
@@ -94,8 +95,8 @@ def test_figures_of_chunks_are_those_of_the_whole_map(
     make, layer = MECHANISMS[name]
     m = record(*make(), layer, keep=keep)
     whole = m[...]
-    monkeypatch.setattr(hookattn.chunks, "_CHUNK", chunk)
-    for found, (statistic, expected) in zip(statistics(m, *PLAIN), PLAIN.items()):
+    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", chunk)
+    for found, (statistic, expected) in zip(compute_statistics(m, *PLAIN), PLAIN.items()):
         torch.testing.assert_close(found, expected(whole).to(whole), rtol=1e-5, atol=1e-6)
         assert torch.equal(statistic(m), found)
 
@@ -104,7 +105,7 @@ def test_figures_are_what_they_are_called() -> None:
     m = record(*tiny("vit"))
     torch.testing.assert_close(received(m).sum(-1), torch.ones(2, 3))
     torch.testing.assert_close(head_mean(m).sum(-1), torch.ones(2, 17))
-    one_hot, flat = (hookattn.maps.KeptMap(a.expand(2, 3, 17, 17), m._about) for a in (torch.eye(17), torch.tensor(1 / 17)))
+    one_hot, flat = (KeptMap(a.expand(2, 3, 17, 17), m._about) for a in (torch.eye(17), torch.tensor(1 / 17)))
     assert (entropy(one_hot) == 0).all()
     torch.testing.assert_close(entropy(flat), torch.full((2, 3, 17), 17.0).log())
     assert torch.equal(mean_attention_distance(one_hot), torch.zeros(2, 3))
@@ -122,7 +123,7 @@ def distances(m: AttentionMap, queries: list[Any], keys: list[Any]) -> Tensor:
 
 @pytest.fixture(params=[1, 3 * 25 * 7, 10**9], ids="chunk {}".format)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(hookattn.chunks, "_CHUNK", request.param)
+    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", request.param)
     return int(request.param)
 
 
@@ -146,9 +147,9 @@ def test_distances_are_between_centres_of_patches(keep: Any, prefix: int, size: 
 def test_cells_are_patches_where_a_grid_is_of_patches_and_else_parts_of_the_image(grid: tuple[int, int]) -> None:
     model = nn.Module()
     model.patch_embed = nn.Conv2d(3, 8, 16, 16)
-    assert Setting(model, "patch_embed", (1, 47, 79)).cell_size(grid) == (47 / grid[0], 79 / grid[1])
+    assert Geometry(model, "patch_embed", (1, 47, 79)).cell_size(grid) == (47 / grid[0], 79 / grid[1])
     model.patch_embed.patch_size = 16
-    cell = Setting(model, "patch_embed", (1, 47, 79)).cell_size(grid)  # 2 x 4 and a rest, or 3 x 5 and padding
+    cell = Geometry(model, "patch_embed", (1, 47, 79)).cell_size(grid)  # 2 x 4 and a rest, or 3 x 5 and padding
     assert cell == ((47, 39.5) if grid == (1, 2) else (16, 16))
 
 
@@ -225,7 +226,7 @@ def test_distances_between_grids_of_two_sizes_leave_the_class_token_out(prefix: 
     m = record(model, torch.randn(2, prefix + 96, 16).double())
     with pytest.raises(TokenError, match="no image was seen"):
         mean_attention_distance(m)
-    m._about = m._about._replace(setting=m._about.setting._replace(images=(2, 128, 96)))
+    m._about = m._about._replace(geometry=m._about.geometry._replace(images=(2, 128, 96)))
     queries, keys = ([None] * prefix + reference.centres(r, c, 128 / r, 96 / c) for r, c in ((4, 6), (2, 3)))
     torch.testing.assert_close(mean_attention_distance(m), distances(m, queries, keys), rtol=1e-9, atol=0)
 
@@ -255,7 +256,7 @@ def test_a_patch_that_looks_at_no_patch_is_left_out_of_the_mean_distance() -> No
     attention = m[...].clone()
     attention[:, 0, 7, 5:] = 0
     attention[1, 2, :, 5:] = 0
-    m = hookattn.maps.KeptMap(attention, m._about)
+    m = KeptMap(attention, m._about)
     got = mean_attention_distance(m)
     found = reference.attention_distance(attention[0, 0], tokens, tokens)
     assert len(found) == 15
@@ -268,7 +269,7 @@ def test_distances_that_are_none_are_refused_with_what_to_do(name: str) -> None:
     make, layer = MECHANISMS[name]
     m = record(*make(), layer)
     with pytest.raises(TokenError, match=r"m\.image|m\[\.\.\.\]"):
-        statistics(m, entropy, mean_attention_distance)
+        compute_statistics(m, entropy, mean_attention_distance)
 
 
 def test_distances_of_patches_of_no_known_size_are_refused() -> None:
@@ -296,12 +297,12 @@ def test_no_more_than_a_chunk_is_held(monkeypatch: pytest.MonkeyPatch, wanted: l
     m = record(model, torch.randn(2, 3, 512, 512), keep=keep)
     assert m.shape == (2, 3, 1025, 1025)
     chunk = 3 * 1025 * 80
-    monkeypatch.setattr(hookattn.chunks, "_CHUNK", chunk)
-    results = sum(result.nbytes for result in statistics(m, *wanted))
+    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", chunk)
+    results = sum(result.nbytes for result in compute_statistics(m, *wanted))
     projected = 4 * 2 * 1025 * 36 * 3  # queries and keys, and what they come from
     few = 4 * 4 * chunk  # as scores, as probabilities, as what is made of them
     assert few < m[...].nbytes / 6
-    assert peak_of(lambda: statistics(m, *wanted)) <= results + projected + few
+    assert peak_of(lambda: compute_statistics(m, *wanted)) <= results + projected + few
 
 
 def test_queries_and_keys_are_computed_once_for_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,12 +310,12 @@ def test_queries_and_keys_are_computed_once_for_all_chunks(monkeypatch: pytest.M
 
     def products() -> int:
         with Counting() as counted:
-            statistics(m, *FOUR)
+            compute_statistics(m, *FOUR)
         return counted.linear
 
     assert products() > 0
     at_once = products()
-    monkeypatch.setattr(hookattn.chunks, "_CHUNK", 1)
+    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", 1)
     assert products() == at_once
 
 
@@ -333,7 +334,7 @@ class Counting(TorchFunctionMode):
 def test_figures_go_where_slices_go(dtype: Any, keep: Any) -> None:
     model, x = tiny("vit")
     m, exact = record(model, x, dtype=dtype, keep=keep), record(model, x)
-    for found, right in zip(statistics(m, *FOUR), statistics(exact, *FOUR)):
+    for found, right in zip(compute_statistics(m, *FOUR), compute_statistics(exact, *FOUR)):
         assert found.dtype == m.dtype == m[...].dtype
         tolerance = 2e-3 if dtype == torch.float16 else 1e-6
         torch.testing.assert_close(found.float(), right, rtol=tolerance, atol=tolerance)
@@ -350,7 +351,7 @@ def test_figures_are_those_of_the_modes_of_the_call(mode: str) -> None:
         model(x)
     whole = rec.maps[1][...]
     with torch.autocast("cpu"):
-        for found, expected in zip(statistics(rec.maps[1], *PLAIN), PLAIN.values()):
+        for found, expected in zip(compute_statistics(rec.maps[1], *PLAIN), PLAIN.values()):
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, expected(whole).float(), rtol=1e-5, atol=1e-6)
 
@@ -389,7 +390,7 @@ def test_a_statistic_that_breaks_down_leaves_nothing_behind(keep: Any) -> None:
         raise BreakDownError
 
     with pytest.raises(BreakDownError):
-        statistics(m, entropy, Statistic(lambda m: Sum((1,), add)))
+        compute_statistics(m, entropy, Statistic(lambda m: Sum((1,), add)))
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
     assert not is_reading()
@@ -423,7 +424,7 @@ def test_gradients_are_those_through_the_whole_map(monkeypatch: pytest.MonkeyPat
     weight = torch.randn_like(expected)
     wanted = [x, *model.blocks[1].attn.qkv.parameters()]
     right = torch.autograd.grad((expected * weight).sum(), wanted, retain_graph=True)
-    monkeypatch.setattr(hookattn.chunks, "_CHUNK", 3 * 21 * 4)
+    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", 3 * 21 * 4)
     found = statistic(m)
     torch.testing.assert_close(found, expected)
     got = torch.autograd.grad((found * weight).sum(), wanted)
@@ -453,16 +454,16 @@ def test_figures_can_be_had_under_vmap() -> None:
     def figures(x: Tensor) -> tuple[Tensor, ...]:
         with AttentionRecorder(model) as rec, sdpa_kernel(SDPBackend.MATH):
             model(x[None])
-        return statistics(rec.maps[1], *FOUR)
+        return compute_statistics(rec.maps[1], *FOUR)
 
-    for found, right in zip(torch.func.vmap(figures)(x), statistics(record(model, x, 1), *FOUR)):
+    for found, right in zip(torch.func.vmap(figures)(x), compute_statistics(record(model, x, 1), *FOUR)):
         torch.testing.assert_close(found[:, 0], right)
 
 
 def test_figures_of_a_map_that_is_lost_or_stale_say_why() -> None:
     model, x = tiny("vit")
     m = record(model, x)
-    lost = hookattn.maps.LostMap("the dog ate it", m._about)
+    lost = LostMap("the dog ate it", m._about)
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.add_(1)
     for statistic in FOUR:

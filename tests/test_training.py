@@ -128,7 +128,7 @@ def test_a_step_on_others_leaves_maps_readable() -> None:
 
 
 def test_steps_are_counted_only_while_there_are_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hookattn.stamps._current", None)  # other tests may hold maps
+    monkeypatch.setattr("hookattn.conditions.changes._current", None)  # other tests may hold maps
     hooks = torch_optimizer._global_optimizer_post_hooks
     before = len(hooks)
     model, x = tiny("vit")

@@ -1,18 +1,74 @@
-"""Which recipe reads which class, and how the axes of a class's own softmax are folded."""
+"""What is filed of classes of attention under their qualified names: recipes, forms, layouts, partitions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from ..classes import ByClass
-from ..functional import Source
+from ..attention.sources import Source
+from ..image.geometry import Geometry
+from ..image.tokens import Tokens
+
+T = TypeVar("T")
+
+
+def qualified_name(cls: type) -> str:
+    """`package.module.Class`, the name a fact is filed under."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def names_of(module: nn.Module) -> list[str]:
+    """Qualified names of a module's class and of all it is derived from, nearest first."""
+    return [qualified_name(cls) for cls in type(module).__mro__]
+
+
+class ByClass(Generic[T]):
+    """What is known of classes of modules, each with one fact.
+
+    Args:
+        what: what one fact is called in an error.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._facts: dict[str, T] = {}
+
+    def file(self, fact: T, *classes: str | type) -> None:
+        """File one fact under several classes; a name that does not exist here costs nothing.
+
+        Raises:
+            ValueError: one of the classes has such a fact already.
+        """
+        names = [cls if isinstance(cls, str) else qualified_name(cls) for cls in classes]
+        for name in names:
+            if name in self._facts:
+                taken = self._facts[name]
+                who = f"{taken.__module__}.{taken.__qualname__}" if hasattr(taken, "__qualname__") else repr(taken)
+                raise ValueError(f"{name} has a {self.what} already, {who}; derive a class to read it otherwise")
+        self._facts.update(dict.fromkeys(names, fact))
+
+    def of(self, module: nn.Module) -> T | None:
+        """The fact about the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
+        if "forward" in vars(module):
+            return None
+        for cls in type(module).__mro__:
+            if (found := self._facts.get(qualified_name(cls))) is not None or "forward" in vars(cls):
+                return found
+        return None
+
+    def inherited(self, module: nn.Module) -> T | None:
+        """The fact about a module's class, or the nearest it is derived from, be its forward another or not."""
+        return next((self._facts[name] for name in names_of(module) if name in self._facts), None)
+
+    def filed(self) -> dict[str, T]:
+        """A copy of what is filed: qualified name to fact."""
+        return dict(self._facts)
+
 
 Recipe = Callable[..., Source]
 R = TypeVar("R", bound=Recipe)
-
 _RECIPES: ByClass[Recipe] = ByClass("recipe")
 _FORMS: ByClass[str] = ByClass("form")
 _WHERE: dict[Recipe, Callable[[nn.Module], bool]] = {}
@@ -90,3 +146,45 @@ def _where(module: nn.Module, found: Recipe | None) -> Recipe | None:
 def registered() -> dict[str, Any]:
     """A copy of what is filed: qualified name to recipe."""
     return _RECIPES.filed()
+
+
+Shape = tuple[int, int, int, int]
+Layout = Callable[[Geometry, Shape], tuple[Tokens, Tokens]]
+Partition = Callable[[Any, Geometry], Tokens]
+L = TypeVar("L", bound=Layout)
+P = TypeVar("P", bound=Partition)
+LAYOUTS: ByClass[Layout] = ByClass("layout")
+PARTITIONS: ByClass[Partition] = ByClass("partition")
+CHANNELS: ByClass[bool] = ByClass("mark")
+
+
+def layout(*classes: str | type) -> Callable[[L], L]:
+    """File the decorated function as the layout of the attention classes: it tells where queries and keys lie.
+
+    A layout takes the `Geometry` of a call and the shape of its map and returns the `Tokens` of its queries and of its keys.
+    """
+
+    def file(function: L) -> L:
+        LAYOUTS.file(function, *classes)
+        return function
+
+    return file
+
+
+def partition(*blocks: str | type) -> Callable[[P], P]:
+    """File the decorated function as the partition of the block classes: it tells how they cut their input into windows.
+
+    A partition takes the block and the `Geometry` of a call inside it, whose `around` is what the block was called with, and
+    returns the `Tokens` that the attention inside receives.
+    """
+
+    def file(function: P) -> P:
+        PARTITIONS.file(function, *blocks)
+        return function
+
+    return file
+
+
+def channels(*classes: str) -> None:
+    """Note that attention of these classes goes from channels to channels."""
+    CHANNELS.file(True, *classes)

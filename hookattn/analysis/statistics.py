@@ -1,0 +1,213 @@
+"""Figures of a map that need it only once and in parts: taken over chunks of rows, straight from the captured call.
+
+    from hookattn.analysis import compute_statistics, entropy, mean_attention_distance
+
+    entropy(m)                                          # (batch, heads, queries)
+    compute_statistics(m, entropy, mean_attention_distance)     # both, while the map is computed once
+
+No more of the map is held than one chunk, whatever the number of tokens (2**21 elements on a CPU, 2**24 elsewhere, or one row
+of all heads of an image), and some intermediates of that size, beside the results and what the map is computed from: queries
+and keys, a bias or a mask of queries x keys if there is one, and the scores where a module shows nothing else. Results go where
+the recorder brings slices (`device`, `dtype`) and are added up in float32, in float64 for a float64 model. With `detach=False`
+they are differentiable; the graph then holds what autograd needs, the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention.sources import exact_dtype, exactly
+from ..errors import TokenError
+from ..maps.attention_map import AttentionMap
+
+__all__ = ["Statistic", "Sum", "compute_statistics", "entropy", "head_mean", "mean_attention_distance", "received"]
+
+
+class Sum(NamedTuple):
+    """What a statistic is of one map: something that is added up.
+
+    Attributes:
+        shape: of what is added up, zero before the first chunk.
+        add: adds a chunk to it: (total, which items of the batch, which rows, the chunk (items, heads, rows, keys)).
+        finish: makes the statistic of it.
+    """
+
+    shape: tuple[int, ...]
+    add: Callable[[Tensor, slice, slice, Tensor], None]
+    finish: Callable[[Tensor], Tensor] = lambda total: total
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A function of a map that is added up over chunks of its rows.
+
+    Attributes:
+        of: what is added up for one map.
+    """
+
+    of: Callable[[AttentionMap], Sum]
+
+    def __post_init__(self) -> None:
+        vars(self).update(__doc__=self.of.__doc__, __name__=self.of.__name__)  # for help()
+
+    def __call__(self, m: AttentionMap) -> Tensor:
+        return compute_statistics(m, self)[0]
+
+    def __repr__(self) -> str:
+        return f"<statistic {self.of.__name__}>"
+
+
+def compute_statistics(m: AttentionMap, *wanted: Statistic) -> tuple[Tensor, ...]:
+    """Several statistics of one map, which is computed once.
+
+    Args:
+        m: the map.
+        wanted: which: `entropy`, `received`, `head_mean`, `mean_attention_distance`.
+
+    Returns:
+        One tensor for each, in this order.
+
+    Raises:
+        StaleMapError, UnreadableError: as when the map is sliced.
+        TokenError: `mean_attention_distance` is among them, and it is not known where the tokens lie.
+    """
+    sums = [statistic.of(m) for statistic in wanted]
+    totals: list[Tensor] = []
+
+    def visit(items: slice, rows: slice, chunk: Tensor) -> None:
+        with exactly(chunk.device):
+            chunk = chunk.to(exact_dtype(chunk.dtype))
+            totals.extend(chunk.new_zeros(each.shape) for each in sums[len(totals) :])
+            for each, total in zip(sums, totals):
+                each.add(total, items, rows, chunk)
+
+    m._in_chunks(visit)
+    return tuple(m._about.deliver(each.finish(total)) for each, total in zip(sums, totals))
+
+
+@Statistic
+def entropy(m: AttentionMap) -> Sum:
+    """Entropy of each row, (batch, heads, queries), in nats: 0 for a row that looks at one key, log(keys) for a flat one.
+
+    H = -sum_k A_k log A_k, with 0 log 0 = 0, so that keys a mask has closed count for nothing, and their gradient is zero.
+
+    Raises:
+        StaleMapError, UnreadableError: as when the map is sliced.
+
+    Source: Clark et al. 2019, "What does BERT look at? An analysis of BERT's attention"; as a sign of unstable training, Zhai
+    et al. 2023, "Stabilizing Transformer training by preventing attention entropy collapse".
+    """
+
+    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
+        logarithms = chunk.clamp_min(torch.finfo(chunk.dtype).tiny).log_()
+        total[items, :, rows] -= logarithms.mul_(chunk).sum(-1)
+
+    return Sum(m.shape[:3], add)
+
+
+@Statistic
+def received(m: AttentionMap) -> Sum:
+    """What each key gets, (batch, heads, keys): the mean of its column over the queries. Where rows sum to 1, so does this.
+
+    Raises:
+        StaleMapError, UnreadableError: as when the map is sliced.
+    """
+    batch, heads, queries, keys = m.shape
+
+    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
+        total[items] += chunk.sum(2)
+
+    return Sum((batch, heads, keys), add, lambda total: total / queries)
+
+
+@Statistic
+def head_mean(m: AttentionMap) -> Sum:
+    """The mean of the map over heads, (batch, queries, keys).
+
+    Raises:
+        StaleMapError, UnreadableError: as when the map is sliced.
+    """
+    batch, _, queries, keys = m.shape
+
+    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
+        total[items, rows] = chunk.mean(1)
+
+    return Sum((batch, queries, keys), add)
+
+
+@Statistic
+def mean_attention_distance(m: AttentionMap) -> Sum:
+    """How far a head looks, (images, heads), in pixels of the input image.
+
+    The distance from the centre of a query's patch to the centre of a key's patch, averaged over keys with the attention as
+    weights, then over the queries of an image, those of all its windows. Prefix tokens and padding have no place: they are
+    left out as queries and as keys, and the weights of a row are divided by what it gives to patches. A row that gives them
+    nothing is left out of the mean; a head with only such rows has NaN.
+
+    Queries and keys may lie on different grids, each of which covers the image as in `m.image`. A key that is pooled of
+    places which are no cell (NextViT) is as far as they are on average, and a place that stands in several windows (outlook
+    attention) is a query in each. Pixels are those of the image as it came into the model, or of the patches it came as.
+
+    Raises:
+        TokenError: queries or keys are no patches, or it is not known where they lie or how large the image is.
+        StaleMapError, UnreadableError: as when the map is sliced.
+
+    Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words: Transformers for image recognition at scale", appendix D.7
+    and figure 7; Raghu et al. 2021, "Do Vision Transformers see like convolutional neural networks?".
+    """
+    batch, heads, _, _ = m.shape
+    starts, ends = _centres(m)
+    windows = starts.shape[1]
+
+    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
+        numbers = torch.arange(batch)[items]
+        start, end = (_of_items(centres, numbers).to(chunk) for centres in (starts[:, :, rows], ends))
+        weight = (chunk * _share(end)[:, None, None]).sum(-1)
+        counts = (weight != 0) & _share(start)[:, None].bool()
+        reached = (chunk * _distances(start, end)[:, None]).sum(-1) / weight.where(counts, 1.0)
+        total[items] += torch.stack((reached.where(counts, 0.0).sum(-1), counts.sum(-1).to(reached)), dim=-1)
+
+    def finish(total: Tensor) -> Tensor:
+        distance, count = total.reshape(batch // windows, windows, heads, 2).sum(1).unbind(-1)
+        return distance / count
+
+    return Sum((batch, heads, 2), add, finish)
+
+
+def _centres(m: AttentionMap) -> Iterator[Tensor]:
+    """Where queries and keys lie, see `Tokens.centres`.
+
+    Raises:
+        TokenError: it is not known, or there are no patches among them.
+    """
+    for tokens, which in ((m.query_tokens, "queries"), (m.tokens, "keys")):
+        if not (tokens.patches >= 0).any():
+            raise TokenError(
+                f"the {which} of {m.name!r} are no patches ({', '.join(tokens.prefix[:4])}), and distances are from patch to "
+                'patch. Ask for layers in which patches look at patches, or see where a token looks: m.image("cls").'
+            )
+        yield tokens.centres(m._about.geometry.cell_size(tokens.grid_size))
+
+
+def _of_items(centres: Tensor, numbers: Tensor) -> Tensor:
+    """(items or 1, tokens, spread, 2): the centres of some items of the batch, which are windows of images in turn."""
+    images, windows = centres.shape[:2]
+    return centres[0] if images == windows == 1 else centres[numbers // windows % images, numbers % windows]
+
+
+def _share(centres: Tensor) -> Tensor:
+    """(items, tokens): how much of what a token stands for lies on the image."""
+    return 1 - centres.isnan().any(-1).to(centres).mean(-1)
+
+
+def _distances(starts: Tensor, ends: Tensor) -> Tensor:
+    """(items, queries, keys): distance from the middle of a query to the places of a key, their mean; 0 to where nothing is."""
+    middles = starts.nanmean(-2)
+    apart = (torch.cdist(middles, end, compute_mode="donot_use_mm_for_euclid_dist") for end in ends.unbind(-2))
+    return reduce(torch.add, (distance.nan_to_num_(0.0) for distance in apart)) / ends.shape[-2]

@@ -1,0 +1,8 @@
+"""The mathematics of attention: what a map is computed from, and the only softmax.
+
+From top to bottom, an import may only point down:
+
+    sources      queries and keys, scores, or a map that is there already
+    projection   queries and keys that are cut to what is asked for before they are computed
+    overheard    what a module's own layers put out while it runs
+"""

@@ -1,0 +1,93 @@
+"""What the layers of a module put out while it runs, from which projections are taken instead of being computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class AwaitedError(Exception):
+    """A projection is to be formed that a module is about to make itself.
+
+    Attributes:
+        layer: the layer that it will call.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(f"waits for {type(layer).__name__}")
+        self.layer = layer
+
+
+class Heard:
+    """What the layers of a module have put out since it was called.
+
+    Args:
+        given: the tensors it was called with.
+    """
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        self._given = given
+        self._outputs: dict[nn.Module, Tensor] = {}
+
+    def note(self, layer: nn.Module, x: Any, output: Any) -> bool:
+        """Note what a layer makes of x, if that is what the module was called with."""
+        if not self._is_given(x) or not isinstance(output, Tensor):
+            return False
+        self._outputs[layer] = output.detach()
+        return True
+
+    def output(self, own: Own) -> Tensor | None:
+        """What a projection is taken from; None where the module makes it of something else than what it was called with.
+
+        Raises:
+            AwaitedError: the layer has not been called yet.
+        """
+        if not self._is_given(own.x):
+            return None
+        if own.layer not in self._outputs:
+            raise AwaitedError(own.layer)
+        return self._outputs[own.layer]
+
+    def _is_given(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and any(x is t or _is_same(x, t) for t in self._given)
+
+
+heard_now: ContextVar[Heard | None] = ContextVar("heard", default=None)
+
+
+@contextmanager
+def hearing(heard: Heard) -> Iterator[None]:
+    """Take projections from what was heard of a module's own layers, for as long as the block lasts."""
+    token = heard_now.set(heard)
+    try:
+        yield
+    finally:
+        heard_now.reset(token)
+
+
+class Own(NamedTuple):
+    """Where a module has made a projection itself.
+
+    Attributes:
+        layer: the layer that it calls.
+        x: what it calls it with.
+        part: takes the projection from what the layer puts out.
+    """
+
+    layer: nn.Module
+    x: Tensor
+    part: Callable[[Tensor], Tensor]
+
+
+def _is_same(x: Tensor, other: Tensor) -> bool:
+    """Whether two tensors show the same memory in the same way, as a tensor and itself detached do."""
+    if x.shape != other.shape or x.stride() != other.stride() or x.dtype != other.dtype:
+        return False
+    try:
+        return x.data_ptr() == other.data_ptr() != 0
+    except RuntimeError:  # a tensor without storage
+        return False

@@ -1,0 +1,253 @@
+"""Queries and keys as linear projections x W^T + b, cut to what is asked for before they are computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeGuard, TypeVar, Union
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils import _pytree as pytree
+
+from ..calls.hooks import is_ours
+from .overheard import Own, heard_now
+
+T = TypeVar("T")
+Pick = Union[slice, Tensor]
+"""What narrows one axis: a slice or a 1-d tensor of indices."""
+ALL = slice(None)
+
+
+class Projected(Tensor):
+    """(batch, heads, tokens, head_dim), a linear projection of x that is formed once something is computed with it.
+
+    To whoever computes with it, it is a tensor like any other. Its shape, dtype and device are known without forming it.
+
+    Attributes:
+        x: (batch, tokens, features).
+        weight: (heads, head_dim, features).
+        bias: (heads, head_dim), or None.
+        own: where the module makes it itself; None where no layer does, and where it is narrowed.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    own: Own | None
+    _formed: Tensor | None
+    _cast: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        own: Own | None = None,
+    ) -> Projected:
+        shape = (len(x), len(weight), x.shape[1], weight.shape[1])
+        device = x.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device)
+        self._cast, self.x, self.weight, self.bias, self.own, self._formed = cast, x, weight, bias, own, None
+        return self
+
+    def narrowed(self, batch: Pick = ALL, heads: Pick = ALL, tokens: Pick = ALL) -> Tensor:
+        """The same for some images, heads and tokens."""
+        if batch is ALL and heads is ALL and tokens is ALL:
+            return self
+        if self._formed is not None:
+            return self._formed[batch][:, heads][:, :, tokens]
+        bias = None if self.bias is None else self.bias[heads]
+        return Projected(self.x[batch][:, tokens], self.weight[heads], bias)
+
+    def formed(self) -> Tensor:
+        """The tensor itself; formed once.
+
+        Raises:
+            AwaitedError: the module is about to form it.
+        """
+        heard = heard_now.get()
+        if self._formed is None and heard is not None and self.own is not None:
+            output = heard.output(self.own)
+            self._formed = None if output is None else self.own.part(output)
+        if self._formed is None:
+            bias = None if self.bias is None else self.bias.flatten()
+            with self._modes():
+                y = F.linear(self.x, self.weight.flatten(0, 1), bias)
+            self._formed = y.view(*self.x.shape[:2], *self.weight.shape[:2]).transpose(1, 2)
+        return self._formed
+
+    def _modes(self) -> AbstractContextManager[None]:
+        """Autocast as it was when this was made."""
+        device = self.x.device.type
+        if not torch.amp.is_autocast_available(device) or self._cast == torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, self.dtype if self._cast else None, enabled=self._cast)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
+        args, kwargs = pytree.tree_map_only(Projected, Projected.formed, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise TypeError(f"{func} was called with a projection that is not formed; give it q * 1 instead of q.")
+
+
+_ABOUT = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "layout", "is_meta")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "__len__")),
+}
+
+
+def formed(value: T) -> T:
+    """A tensor itself, formed if it was not."""
+    return value.formed() if isinstance(value, Projected) else value  # type: ignore[return-value]
+
+
+def is_bare(*tensors: Tensor | None) -> bool:
+    """Whether tensors are PyTorch's own, so that a projection of them is nothing but arithmetic."""
+    return all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+
+_AXES = r"\([^()]*\)|[^\s()]+"
+_PACKED = r"\(([^()]*\bparts\b[^()]*)\)"
+
+
+def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, **axes: int) -> tuple[Tensor, ...]:
+    """Project x and split the result into its first parts.
+
+    Args:
+        layer: maps (..., in_features) to (..., of * width), or (batch, in_channels, height, width) to (batch, of * width,
+            height, width). A plain `nn.Linear` or `nn.Conv2d` is cut to the rows that are needed; anything else (LoRA,
+            quantised, parametrised, with hooks) is called whole.
+        x: what the layer takes.
+        pattern: einops pattern of the projection, with the axis `parts` leading on its right side; on its left side `parts` may
+            come before the heads, "(parts h d)", or after them, "(h parts d)".
+        parts: how many parts are wanted, from the first on.
+        of: how many parts the layer has.
+        axes: sizes of other axes in the pattern.
+
+    Returns:
+        The parts, each without the axis `parts`.
+    """
+    if not (is_plain_linear(layer) or is_plain_conv(layer)):
+        return torch.unbind(rearrange(layer(x), pattern, parts=of, **axes))[:parts]
+    plan = _plan(pattern)
+    if plan is not None and (isinstance(layer, nn.Linear) or _is_pointwise(layer)) and is_bare(x, layer.weight, layer.bias):
+        return _lazily(layer, x, pattern, plan, parts, {"parts": of, **axes})
+    rows = _rows(layer.weight, pattern, parts, of, axes)
+    weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
+    if isinstance(layer, nn.Linear):
+        y = F.linear(x, weight, bias)
+    else:
+        y = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+    return torch.unbind(rearrange(y, pattern, parts=parts, **axes))
+
+
+def project_heads(layer: nn.Module, x: Tensor, heads: int) -> Tensor:
+    """(batch, heads, tokens, head_dim) of (batch, tokens, features) by a layer that makes nothing else."""
+    return project(layer, x, "b n (parts h d) -> parts b h n d", parts=1, of=1, h=heads)[0]
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """The same by parameters that are in no layer: weight (heads * head_dim, features), bias (heads * head_dim)."""
+    if not is_bare(x, weight, bias):
+        return rearrange(F.linear(x, weight, bias), "b n (h d) -> b h n d", h=heads)
+    by_head = None if bias is None else rearrange(bias, "(h d) -> h d", h=heads)
+    return Projected(x, rearrange(weight, "(h d) c -> h d c", h=heads), by_head)
+
+
+class _Plan(NamedTuple):
+    """How a pattern of `project` takes x and a weight apart, if what comes out is (parts, batch, heads, tokens, head_dim)."""
+
+    x: str
+    weight: str
+    bias: str
+    packed: tuple[str, ...]
+
+
+@lru_cache
+def _plan(pattern: str) -> _Plan | None:
+    left, _, right = pattern.partition("->")
+    out, packed = re.findall(_AXES, right), re.search(_PACKED, left)
+    if packed is None or len(out) != 5 or (out[0], out[2], out[4]) != ("parts", "h", "d"):
+        return None
+    names = packed.group(1).split()
+    if sorted(names) != ["d", "h", "parts"]:
+        return None
+    taken = f"{left.replace(packed.group(0), 'c')} -> {out[1]} {out[3]} c"
+    return _Plan(taken, f"({' '.join(names)}) c -> parts h d c", f"({' '.join(names)}) -> parts h d", tuple(names))
+
+
+def _lazily(
+    layer: nn.Linear | nn.Conv2d, x: Tensor, pattern: str, plan: _Plan, parts: int, axes: dict[str, int]
+) -> tuple[Tensor, ...]:
+    """The first parts, not computed yet."""
+    packed = {name: size for name, size in axes.items() if name in plan.packed}
+    weight = rearrange(layer.weight.flatten(1), plan.weight, **packed)
+    bias = None if layer.bias is None else rearrange(layer.bias, plan.bias, **packed)
+    tokens = rearrange(x, plan.x, **{name: size for name, size in axes.items() if name not in plan.packed})
+
+    def part(i: int) -> Callable[[Tensor], Tensor]:
+        return lambda y: rearrange(y, pattern, **axes)[i]
+
+    return tuple(
+        [Projected(tokens, weight[i], None if bias is None else bias[i], Own(layer, x, part(i))) for i in range(parts)]
+    )
+
+
+def scale_of(module: nn.Module) -> float | Tensor | None:
+    """What a module scales its scores by: `scale`, which the fused path of timm's classes does not look at."""
+    fused = getattr(module, "fused_attn", False)
+    scale: float | Tensor = module.scale  # type: ignore[assignment]
+    return None if fused else scale
+
+
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer computes x W^T + b and nothing else, so that rows of W may be left out."""
+    return type(layer) is nn.Linear and _is_untouched(layer)
+
+
+def is_plain_conv(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer is a convolution and nothing else, each of whose channels sees all of the input."""
+    return type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and _is_untouched(layer)
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    """Whether each place is projected by itself."""
+    return layer.kernel_size == (1, 1) == layer.stride and layer.padding in ((0, 0), "valid", "same")
+
+
+def _is_untouched(layer: nn.Module) -> bool:
+    """Whether nobody but a recorder has put a hook on a layer, or replaced its forward."""
+    return (
+        "forward" not in vars(layer)
+        and all(is_ours(hook) for hooks in (layer._forward_hooks, layer._forward_pre_hooks) for hook in hooks.values())
+        and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+    )
+
+
+def _rows(weight: Tensor, pattern: str, parts: int, of: int, axes: dict[str, int]) -> Union[slice, Tensor]:
+    """Which rows of a weight make the first parts."""
+    packed = re.search(_PACKED, pattern.split("->")[0])
+    names = packed.group(1).split() if packed else ["parts"]
+    if names[0] == "parts":
+        return slice(len(weight) // of * parts)
+    sizes = {name: size for name, size in axes.items() if name in names}
+    rows = torch.arange(len(weight), device=weight.device)
+    by_part = rearrange(rows, f"({' '.join(names)}) -> {' '.join(names)}", parts=of, **sizes)
+    return by_part.narrow(names.index("parts"), 0, parts).reshape(-1)

@@ -1,0 +1,317 @@
+"""The mathematics of an attention map, and the only softmax in the package.
+
+A recipe hands over what a map is made of, a `QK`; replay of a module that never shows its queries and keys hands over
+`Scores`. Both can be narrowed to some images, heads and rows before anything of size queries x keys is formed.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Union
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .projection import ALL, Pick, Projected, formed
+
+
+@dataclass(frozen=True, eq=False)
+class QK:
+    """Queries and keys of one attention call: softmax(q k^T * scale + bias) over the keys the mask lets through.
+
+    Attributes:
+        q: (batch, heads, queries, head_dim), normalised and rotated, not yet scaled; `Projected` where that is all.
+        k: (batch, heads, keys, head_dim), likewise.
+        scale: a number, or a tensor that broadcasts to (batch, heads, queries, 1); None stands for head_dim ** -0.5.
+        bias: float tensor that broadcasts to (batch, heads, queries, keys), or several, added to the scaled scores.
+        mask: bool tensor that broadcasts likewise, True where a query may attend.
+        is_causal: query i attends to keys 0 .. i.
+        mix: (heads, heads of q) if scores are mixed over the heads of q and k, before biases and the softmax.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float | Tensor | None = None
+    bias: Tensor | tuple[Tensor, ...] | None = None
+    mask: Tensor | None = None
+    is_causal: bool = False
+    mix: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, _ = self.q.shape
+        return batch, heads if self.mix is None else len(self.mix), queries, self.k.shape[-2]
+
+    @property
+    def device(self) -> torch.device:
+        """What the map is computed on."""
+        return self.q.device
+
+    @property
+    def biases(self) -> tuple[Tensor, ...]:
+        """All that is added to the scores."""
+        return () if self.bias is None else (self.bias,) if isinstance(self.bias, Tensor) else self.bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the map is computed in: float64 for float64 queries, float32 for everything else."""
+        return exact_dtype(self.q.dtype)
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> QK:
+        """The same for some images, heads and queries; each axis is picked on its own."""
+
+        def narrowed(value: Tensor, like: Pick = heads, count: int = self.shape[1]) -> Tensor:
+            shape = (self.shape[0], count, self.shape[2], value.shape[-1] if value.dim() else 1)
+            return _pick(value.expand(shape), batch, like, rows)
+
+        mixed = heads if self.mix is None else ALL
+        q, k = _pick(self.q, batch, mixed, rows), _pick(self.k, batch, mixed, ALL)
+        mask = None if self.mask is None else narrowed(self.mask)
+        if self.is_causal:
+            place = torch.arange(max(self.shape[2:]), device=q.device)
+            causal = (place[: self.shape[3]] <= place[: self.shape[2]][rows, None]).expand(len(q), self.shape[1], -1, -1)[
+                :, heads
+            ]
+            mask = causal if mask is None else mask & causal
+        return replace(
+            self,
+            q=q,
+            k=k,
+            scale=narrowed(self.scale, mixed, self.q.shape[1]) if isinstance(self.scale, Tensor) else self.scale,
+            bias=tuple([narrowed(bias) for bias in self.biases]),
+            mask=mask,
+            is_causal=False,
+            mix=None if self.mix is None else self.mix[heads],
+        )
+
+    def formed(self) -> QK:
+        """The same with queries and keys computed, for a map that is made in several steps."""
+        return replace(self, q=formed(self.q), k=formed(self.k))
+
+    def probabilities(self) -> Tensor:
+        """The map: (batch, heads, queries, keys), in `dtype`, rows that sum to 1.
+
+        Everything after the projections is done in `dtype`, under autocast too: half-precision scores overflow, and
+        half-precision rows do not sum to 1. A row that the mask or the bias closes throughout is zero, as
+        `scaled_dot_product_attention` has it.
+        """
+        if self.is_causal:
+            return self.narrow().probabilities()
+        q, k = formed(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else formed(self.k)
+        with exactly(q.device):
+            scores = self._products(q.to(self.dtype), k)
+            writable = _is_ours_alone(scores, *self.biases)
+            for bias in self.biases:
+                scores = scores.add_(bias.to(self.dtype)) if writable else scores + bias.to(self.dtype)
+            if self.mask is not None:
+                scores = (scores.masked_fill_ if writable else scores.masked_fill)(~self.mask, float("-inf"))
+            closed = None if not self.biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
+            attention = torch.softmax(scores, -1, out=scores) if writable else scores.softmax(-1)
+            if closed is None:
+                return attention
+            return (attention.masked_fill_ if writable else attention.masked_fill)(closed, 0.0)
+
+    def _products(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scaled, mixed q k^T: (batch, heads, queries, keys); but for a constant in each row if k is absorbed."""
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if isinstance(scale, Tensor):
+            q, scale = q * scale, 1.0
+        if isinstance(k, Projected):
+            absorbed = torch.einsum("b h q d, h d c -> b h q c", q * scale, k.weight.to(q.dtype))
+            scores = absorbed.flatten(1, 2) @ k.x.to(q.dtype).mT
+        else:
+            k = k.to(q.dtype).expand(*q.shape[:2], -1, -1)
+            scores = torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale)
+        scores = scores.view(*q.shape[:3], k.shape[2])
+        return scores if self.mix is None else torch.einsum("g h, b h q k -> b g q k", self.mix.to(q.dtype), scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores a module has formed itself, right before its softmax over the last axis.
+
+    Attributes:
+        scores: (batch, heads, queries, keys).
+    """
+
+    scores: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, keys = self.scores.shape
+        return batch, heads, queries, keys
+
+    @property
+    def device(self) -> torch.device:
+        """What the map is computed on."""
+        return self.scores.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the map is computed in: float64 for float64 scores, float32 for everything else."""
+        return exact_dtype(self.scores.dtype)
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Scores:
+        """The same for some images, heads and queries."""
+        return replace(self, scores=_pick(self.scores, batch, heads, rows))
+
+    def formed(self) -> Scores:
+        """The same."""
+        return self
+
+    def probabilities(self) -> Tensor:
+        """The map: (batch, heads, queries, keys), in `dtype`; a row that is closed throughout is NaN, as in the module."""
+        with exactly(self.scores.device):
+            return self.scores.to(self.dtype).softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A map that has been formed before.
+
+    Attributes:
+        attention: (batch, heads, queries, keys).
+    """
+
+    attention: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, keys = self.attention.shape
+        return batch, heads, queries, keys
+
+    @property
+    def device(self) -> torch.device:
+        """Where the map is kept."""
+        return self.attention.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the map is kept in."""
+        return self.attention.dtype
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Known:
+        """The same for some images, heads and queries."""
+        return Known(_pick(self.attention, batch, heads, rows))
+
+    def formed(self) -> Known:
+        """The same."""
+        return self
+
+    def probabilities(self) -> Tensor:
+        """The map: (batch, heads, queries, keys), as it is kept."""
+        return self.attention
+
+
+Source = Union[QK, Scores, Known]
+"""What a map is computed from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """The gradient of a map A that was multiplied onto values: dL/dA = dL/d(A v) v^T.
+
+    Attributes:
+        grad: (batch, heads, queries, head_dim), dL/d(A v).
+        value: (batch, heads, keys, head_dim).
+    """
+
+    grad: Tensor
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, _ = self.grad.shape
+        return batch, heads, queries, self.value.shape[-2]
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Outer:
+        """The same for some images, heads and queries."""
+        return Outer(_pick(self.grad, batch, heads, rows), _pick(self.value, batch, heads, ALL))
+
+    def gradient(self) -> Tensor:
+        """(batch, heads, queries, keys), float32 or float64."""
+        with exactly(self.grad.device):
+            dtype = exact_dtype(self.grad.dtype)
+            return self.grad.to(dtype) @ self.value.to(dtype).transpose(-2, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Formed:
+    """The gradient of a map that a module has formed itself.
+
+    Attributes:
+        grad: (batch, heads, queries, keys).
+    """
+
+    grad: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, keys = self.grad.shape
+        return batch, heads, queries, keys
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Formed:
+        """The same for some images, heads and queries."""
+        return Formed(_pick(self.grad, batch, heads, rows))
+
+    def gradient(self) -> Tensor:
+        """(batch, heads, queries, keys), float32 or float64."""
+        return self.grad.to(exact_dtype(self.grad.dtype))
+
+
+Slope = Union[Outer, Formed]
+"""What the gradient of a map is computed from."""
+
+
+def exactly(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which autocast does not touch what is computed on the device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, every other dtype becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:
+    if isinstance(tensor, Projected):
+        return tensor.narrowed(batch, heads, rows)
+    return tensor[batch][:, heads][:, :, rows]
+
+
+def _is_cheaper_absorbed(q: Tensor, k: Tensor) -> bool:
+    """Whether scores take fewer products as (q W) x^T than as q (x W^T)^T.
+
+    With k = x W^T + b the scores of a query are q W x^T + q b: the last term is the same for all keys and drops out of the
+    softmax, so a few queries need no keys. Per image and head the products are queries * (head_dim * features +
+    features * keys), or keys * (features * head_dim + head_dim * queries).
+    """
+    if not isinstance(k, Projected):
+        return False
+    queries, keys, width, features = q.shape[2], k.shape[2], k.shape[3], k.x.shape[2]
+    return queries * features * (width + keys) < keys * width * (features + queries)
+
+
+def _is_ours_alone(*scores: Tensor) -> bool:
+    """Whether scores may be added up and written to in place: neither autograd nor `torch.func` follows what is done."""
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in scores))
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; a NaN equals a NaN and differs from everything else by infinity."""
+    a, b = a.detach().double(), b.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = (a - b).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0.0)
+    return float(difference.max()) if difference.numel() else 0.0

@@ -1,0 +1,187 @@
+"""A captured call: what an attention module was called with, under which modes, and whether all of it is still there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..conditions.changes import stamps
+from ..conditions.sharding import is_freed, is_spread
+from ..conditions.transforms import is_left_behind
+from ..errors import StaleMapError, UnreadableError
+from .arguments import kept, tensors_in
+from .layer import Target, stamps_of
+from .restore import copied, in_place, random_streams, reading, training_flags
+from .staleness import structure_of
+
+_TRAINING = attrgetter("training")
+
+
+class Modes(NamedTuple):
+    """What the outcome of a call depends on besides its arguments."""
+
+    grad: bool
+    autocast: tuple[str, bool, torch.dtype, bool] | None
+    training: tuple[bool, ...]
+    random: tuple[Tensor, Tensor | None] | None
+
+
+class Call(NamedTuple):
+    """One call of one attention module.
+
+    Attributes:
+        target: the module and where it stands.
+        args, kwargs: what `forward` received. Tensors are the module's own, cut off from the graph unless asked otherwise.
+        modes: grad mode, autocast and training flags of the call.
+        tensors: the tensors among the arguments.
+        state: the parameters and buffers the call reads, by name.
+        held: what the caches and the moving buffers of the module held, each with the dict and the key it hangs at.
+        stamps: what tells a change: one for each argument, one for each tensor of the state, one for some values of
+            parameters, one for hooks.
+    """
+
+    target: Target
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    modes: Modes
+    tensors: tuple[Tensor, ...]
+    state: tuple[tuple[str, Tensor], ...]
+    held: tuple[tuple[dict[str, Any], str, Any], ...]
+    stamps: tuple[Any, ...]
+
+    @property
+    def x(self) -> Tensor:
+        """The first argument of the module's `forward`.
+
+        Raises:
+            UnreadableError: it is no tensor.
+        """
+        first = next(iter(inspect.signature(self.target.module.forward).parameters), "")
+        x = self.args[0] if self.args else self.kwargs.get(first)
+        if isinstance(x, Tensor):
+            return x
+        if not self.tensors:
+            raise UnreadableError(f"{self.target.name!r} was called without a tensor; what it was called with is m.call.")
+        return self.tensors[0]
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """The modes of the call, for as long as the block lasts.
+
+        Raises:
+            StaleMapError: an argument or a parameter has changed since the call.
+        """
+        self.check_fresh()
+        with self.in_its_modes():
+            yield
+
+    @contextmanager
+    def in_its_modes(self) -> Iterator[None]:
+        """The modes of the call and what its module held, whatever has become of its arguments."""
+        with ExitStack() as stack:
+            stack.callback(reading.reset, reading.set(True))
+            stack.enter_context(torch.set_grad_enabled(self.modes.grad))
+            if self.modes.autocast is not None:
+                device, enabled, dtype, cached = self.modes.autocast
+                cached = cached and self.modes.grad  # a parameter that is cast without grad must not be met by a forward with
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
+            stack.enter_context(training_flags(self.target.inner, self.modes.training))
+            stack.enter_context(in_place(self.target.slots))
+            stack.enter_context(in_place([(holder, key, copied(value)) for holder, key, value in self.held]))
+            yield
+
+    def restore_random_streams(self) -> None:
+        """Set the random streams to where they were when the call began, if it was in train mode."""
+        if self.modes.random is not None:
+            cpu, cuda = self.modes.random
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.x.device)
+
+    def check_fresh(self) -> None:
+        """Raise StaleMapError if the map of this call can no longer be computed, UnreadableError if not here."""
+        self.check_at_hand()
+        now = stamps_of(self.target, self.tensors, self.state, self.held)
+        if now != self.stamps:
+            names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
+            names += [*(repr(name) for name, _ in self.state), "a cache inside the module", "values of parameters"]
+            names += ["hooks inside the module"]
+            changed = [name for name, a, b in zip(names, self.stamps, now) if a != b]
+            changed = [name for name in changed if name != "values of parameters"] or changed
+            self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
+        if structure_of(self.target.inner) != self.target.structure:
+            self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
+
+    def renewed(self) -> Call:
+        """The same right after its forward or during its backward: but for its arguments, it is not compared with before.
+
+        By then FSDP has written the parameters anew, and the forward may have counted its calls; the user has had no say.
+        """
+        read, first = stamps([tensor for _, tensor in self.state], self.target.steps), len(self.tensors)
+        renewed = (*self.stamps[:first], *read, *self.stamps[first + len(read) :])
+        return self._replace(stamps=renewed, target=self.target._replace(structure=structure_of(self.target.inner)))
+
+    def check_at_hand(self) -> None:
+        """Raise StaleMapError or UnreadableError if the values of what the call reads are elsewhere; nothing looks at them."""
+        read = (*self.tensors, *(tensor for _, tensor in self.state), *tensors_in(self.held))
+        who = f"{self.target.name!r} ({type(self.target.module).__name__})"
+        if any(map(is_left_behind, read)):
+            raise UnreadableError(
+                f"{who} ran under torch.vmap, and what it was called with is gone with it. Open the recorder inside "
+                "what is mapped, and return from there what is read: m[...]."
+            )
+        if is_spread(self.target.inner[1:], read):
+            raise UnreadableError(
+                f"what {who} reads is spread over several processes while it runs, and reading would wait for the others. Give "
+                "FSDP the attention module or its block, not the layers inside; tensor-parallel attention is not read."
+            )
+        if any(map(is_freed, read)):
+            self._raise_stale("its parameters are sharded again, as FSDP does when the forward has left them")
+
+    def _raise_stale(self, what: str) -> None:
+        raise StaleMapError(
+            f"the map of {self.target.name!r} ({type(self.target.module).__name__}) is stale: {what}. Read it before that "
+            'happens, or record with AttentionRecorder(model, keep="maps").'
+        )
+
+
+def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
+    """Keep a call: the arguments themselves (no copy), and what it takes to resume it later."""
+    (args, kwargs), tensors = kept(args, kwargs, detach=detach)
+    target = target.up_to_date()
+    modes, state, held = modes_of(target, tensors, detach=detach), target.read_now(), target.hold_now()
+    return Call(target, args, kwargs, modes, tensors, state, held, stamps_of(target, tensors, state, held))
+
+
+def modes_of(target: Target, tensors: tuple[Tensor, ...], *, detach: bool) -> Modes:
+    """The modes that a call with some tensors comes under."""
+    grad, training = torch.is_grad_enabled() and not detach, tuple(map(_TRAINING, target.inner))
+    if not tensors:
+        return Modes(grad, None, training, None)
+    random = random_streams(tensors[0].device) if True in training else None
+    return Modes(grad, _autocast("cpu" if tensors[0].is_cpu else tensors[0].device.type), training, random)
+
+
+def recaptured(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
+    """A call with the arguments that hooks which came after ours have made of it."""
+    return capture(call.target, args, kwargs, detach=detach)._replace(modes=call.modes)
+
+
+def _autocast(device: str) -> tuple[str, bool, torch.dtype, bool] | None:
+    off = _no_autocast(device)
+    if off is None or not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return off
+    return device, True, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+
+
+@lru_cache
+def _no_autocast(device: str) -> tuple[str, bool, torch.dtype, bool] | None:
+    """Autocast that is off, where a device has it: the dtype is that of no operation then."""
+    return (device, False, torch.get_autocast_dtype(device), False) if torch.amp.is_autocast_available(device) else None

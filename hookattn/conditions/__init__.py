@@ -1,0 +1,12 @@
+"""Conditions a model runs under that the path from a hook to a map need not know: one file each.
+
+From top to bottom, an import may only point down:
+
+    frames       which call of a model is on the stack, also when it was interrupted
+    checkpoints  activation checkpoints run a module again in backward
+    threads      a recorder sees the thread and the asyncio task that opened it
+    compiled     compiled code runs eagerly meanwhile; exports and traces are left alone
+    sharding     FSDP and tensor parallelism: parameters that are not to be had
+    transforms   torch.func: tensors that are gone when the transform has returned
+    changes      what tells that a tensor has changed since the forward
+"""

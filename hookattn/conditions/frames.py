@@ -1,0 +1,72 @@
+"""Which call of a model is on the stack, told by its frame: PyTorch calls no hook where a KeyboardInterrupt ends a forward."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from torch import nn
+
+
+class Running:
+    """True as long as a frame is on the stack.
+
+    Args:
+        frame: the frame.
+        held: whether to hold on to the frame, where the end of its call is announced. Otherwise it is marked, and the mark
+            lives as long as the call does, unless a debugger takes it away: a reference to the frame would keep its variables
+            alive.
+    """
+
+    def __init__(self, frame: FrameType, *, held: bool) -> None:
+        self._mark: Callable[[], object] = lambda: frame
+        if not held and frame.f_trace is None:
+            frame.f_trace = _Mark()
+        if not held and isinstance(frame.f_trace, _Mark):
+            self._mark = weakref.ref(frame.f_trace)
+        self._above = 1  # how many frames above the one that asked last; the next layer is called from as deep
+
+    def __bool__(self) -> bool:
+        mark = self._mark()
+        if mark is None:
+            return False
+        try:
+            likely = sys._getframe(self._above)
+        except ValueError:  # the stack is not that deep
+            likely = sys._getframe(1)
+        if mark is likely or mark is likely.f_trace:
+            return True
+        frame, above = sys._getframe(1), 1  # not our own frame, which would hold itself
+        while mark is not frame and mark is not frame.f_trace:
+            if frame.f_back is None:
+                return False
+            frame, above = frame.f_back, above + 1
+        self._above = above
+        return True
+
+
+_OURS = __package__.partition(".")[0]  # hookattn
+
+
+class _Mark:
+    def __call__(self, *_: Any) -> None:
+        """What a debugger that is switched on later makes of it: nothing."""
+
+
+def caller_of_hook() -> FrameType:
+    """The frame in PyTorch's module machinery that called the hook we are in."""
+    frame = sys._getframe(1)
+    while str(frame.f_globals.get("__name__")).startswith(_OURS) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def code_of_methods(model: nn.Module) -> set[CodeType]:
+    """Code of all that the model's classes define, PyTorch's own left out, decorators looked through."""
+    theirs = [cls for cls in type(model).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
+    own = (value for cls in theirs for value in vars(cls).values())
+    return {inspect.unwrap(value).__code__ for value in own if isinstance(value, FunctionType)}

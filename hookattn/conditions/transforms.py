@@ -1,0 +1,16 @@
+"""Tensors of `torch.func` transforms, which are gone when the transform has returned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_left_behind(tensor: Tensor) -> bool:
+    """Whether a tensor is the batched one of a `torch.vmap` that has returned."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):  # of a torch.func.grad inside the vmap
+        tensor = functorch.get_unwrapped(tensor)
+    if not functorch.is_batchedtensor(tensor):
+        return False
+    return functorch.maybe_get_level(tensor) > (functorch.maybe_current_level() or 0)

@@ -1,0 +1,193 @@
+"""What of a call outlives its tensors and tells where its tokens lie: sizes, images, the block that cuts windows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TokenError
+from .images import Images, Patches
+from .tokens import Size, Tokens, whole
+from .trunk import grid_size, patch_size, path_to, prefix_names, sees_patches, trunk_of
+
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module was called with, tensors by their sizes: positional, then by name."""
+
+
+class Geometry(NamedTuple):
+    """What surrounds a call of an attention module.
+
+    Attributes:
+        model: the recorded model.
+        name: name of the module in it.
+        images: the pictures the forward looked at.
+        given: what the module was called with.
+        around: the same of the block that cuts its input into windows, if there is such a block.
+        facts: numbers of that block at the time, such as the size of a window.
+    """
+
+    model: nn.Module
+    name: str
+    images: Images = None
+    given: Given = ((), {})
+    around: Given | None = None
+    facts: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def module(self) -> Any:
+        """The attention module."""
+        return next(iter(self.path()))
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The part of the model that cuts the image into patches."""
+        return trunk_of(self.model, self.name)
+
+    @property
+    def image_size(self) -> Size | None:
+        """(height, width) of the images; None where none were seen, or each has its own."""
+        return None if self.images is None or isinstance(self.images, Patches) else self.images[1:]
+
+    def cell_size(self, grid_size: Size) -> tuple[float, float]:
+        """(height, width) in pixels of a cell of a grid that covers the image.
+
+        The image is as it came into the part of the model that cuts it. A grid of its patches has cells of their size, also
+        where they reach over the border of the image or leave some of it out.
+
+        Raises:
+            TokenError: the size of the image or of its patches is not known.
+        """
+        patch = patch_size(self.trunk)
+        if isinstance(self.images, Patches):
+            patch = self.images.patch_size or patch
+            if patch is None:
+                raise TokenError(
+                    f"the {type(self.trunk).__name__} around {self.name!r} was given patches and has no `patch_size`, so they "
+                    "have no size in pixels; set that attribute to (height, width), or slice the map itself, m[...]."
+                )
+            return patch
+        if self.image_size is None:
+            raise TokenError(
+                f"no image was seen before {self.name!r} ran, so its tokens have no place in pixels; inside the block of the "
+                "recorder, call the model on images (batch, channels, height, width), or slice the map itself, m[...]."
+            )
+        height, width = (side / n for side, n in zip(self.image_size, grid_size))
+        if patch and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, self.image_size, patch)):
+            return patch
+        return height, width
+
+    def path(self) -> Iterator[nn.Module]:
+        """The module and all that hold it, outwards to the model."""
+        yield from reversed(list(path_to(self.model, self.name)))
+
+    def holder(self, attribute: str) -> Any:
+        """The innermost module around the call, itself included, that has such an attribute.
+
+        Raises:
+            TokenError: there is none.
+        """
+        for module in self.path():
+            if hasattr(module, attribute):
+                return module
+        raise TokenError(
+            f"{self.name!r} is in no module with {attribute!r}, so it is not known where its tokens lie; slice m[...]."
+        )
+
+    def argument(self, name: str) -> Any:
+        """What the module was called with for one parameter of its forward, a tensor by its size."""
+        return argument(self.module, self.given, name)
+
+    def block_argument(self, block: nn.Module, name: str) -> Any:
+        """What the block around the module was called with for one parameter of its forward, a tensor by its size."""
+        assert self.around is not None  # a partition is asked only if the block was called
+        return argument(block, self.around, name)
+
+    def tokens(self, count: int, *, prefix: bool | None = None) -> Tokens:
+        """What so many tokens of the whole image stand for.
+
+        Args:
+            count: how many there are.
+            prefix: whether the model's prefix tokens are among them; None tries it with, then without them.
+
+        Raises:
+            TokenError: the count does not fit the image.
+        """
+        if not sees_patches(self.model, self.name):
+            raise TokenError(
+                f"{self.name!r} is outside of the part of the {type(self.model).__name__} that cuts the image into patches, so "
+                "its tokens may be words, or what was made of patches; slice the map itself, m[...]."
+            )
+        trunk = self.trunk
+        names = prefix_names(trunk)
+        if isinstance(self.images, Patches):
+            return _of_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
+        size = self.image_size
+        for each in {None: (names, ()), True: (names,), False: ((),)}[prefix]:
+            grid = grid_size(trunk, size, count - len(each), exactly=prefix is not None)
+            if grid is not None:
+                return whole(grid, each)
+        seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
+        how = {None: "with or without", True: "with", False: "without"}[prefix]
+        raise TokenError(
+            f"{count} tokens are no grid of patches over {seen}, {how} {len(names)} prefix tokens "
+            f"({type(trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
+            "itself, m[...]."
+        )
+
+
+def plain_facts(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module that are numbers, words or tuples of such."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
+
+
+class AsItWas:
+    """A module whose numbers are those of an earlier time, all else as it is."""
+
+    def __init__(self, module: nn.Module, facts: Mapping[str, Any]) -> None:
+        self._module, self._facts = module, facts
+
+    def __getattr__(self, name: str) -> Any:
+        return self._facts[name] if name in self._facts else getattr(self._module, name)
+
+
+def sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """What a module is called with, tensors by their sizes."""
+    given = tuple([a.shape if type(a) is Tensor else _size(a) for a in args])
+    return given, {name: a if type(a) in _PLAIN else _size(a) for name, a in kwargs.items()}
+
+
+def argument(module: nn.Module, given: Given, name: str) -> Any:
+    """One argument of a forward by the name it has there."""
+    bound = inspect.signature(module.forward).bind(*given[0], **given[1])
+    bound.apply_defaults()
+    return bound.arguments[name]
+
+
+def _of_patches(images: Patches, prefixes: tuple[tuple[str, ...], ...], count: int) -> Tokens:
+    """Tokens of images that came as patches, each laid in the upper left corner of a grid that holds them all."""
+    given = images.valid.shape[1]
+    prefix = next((names for names in prefixes if given + len(names) == count), None)
+    if prefix is None:
+        raise TokenError(
+            f"{count} tokens are not the {given} patches that were given and {max(map(len, prefixes))} prefix tokens; some may "
+            "have been dropped or merged. Slice the map itself, m[...]."
+        )
+    coordinates = images.coordinates.long().cpu()
+    valid = images.valid.bool().cpu() & (coordinates >= 0).all(-1)  # Gemma marks padding by the coordinates
+    rows, columns = (int(coordinates[..., i][valid].max()) + 1 for i in range(2))
+    places = torch.where(valid, coordinates[..., 0] * columns + coordinates[..., 1], -1)
+    return Tokens(prefix, (rows, columns), places[:, None])
+
+
+def _size(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, (tuple, list)):
+        return tuple([_size(v) for v in value])
+    return value if isinstance(value, (int, float, str)) else None

@@ -1,0 +1,259 @@
+"""What the tokens of a map stand for: prefix tokens first, then patches of the image, all of them or a window of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from ..errors import TokenError
+
+Size = tuple[int, int]
+Query = Union[str, int, tuple[int, int], tuple[float, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens along one axis of a map.
+
+    Attributes:
+        prefix: names of the tokens before the patches: "cls", "dist", "reg0", "reg1", ...
+        grid_size: (rows, columns) of the patches that cover the image.
+        places: (images or 1, windows, patches): which patch of the grid, counted row by row, each token stands for; -1 for
+            padding. None where one window holds all patches row by row.
+        spread: how many places, one after the other, a token stands for: more than 1 where it was pooled of patches that
+            form no cell of a coarser grid.
+    """
+
+    prefix: tuple[str, ...]
+    grid_size: Size
+    places: Tensor | None = None
+    spread: int = 1
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens stand before the first patch."""
+        return len(self.prefix)
+
+    @property
+    def windows(self) -> int:
+        """Into how many pieces attention cuts an image; 1 where every token sees the whole of it."""
+        return 1 if self.places is None else self.places.shape[1]
+
+    def __len__(self) -> int:
+        """Tokens along the axis, those of one window."""
+        return len(self.prefix) + self.patches.shape[-1] // self.spread
+
+    def index(self, query: Query) -> int:
+        """The number of a token, prefix tokens first, then the patches of the image row by row.
+
+        Args:
+            query: a name ("cls", "reg0"), the (row, col) of a patch, negative from the end, a point of the image as fractions
+                (0.0 to 1.0) of its height and width, or a number.
+
+        Raises:
+            TokenError: there is no such token; the message names what there is.
+        """
+        rows, columns = self.grid_size
+        count = len(self.prefix) + rows * columns
+        if isinstance(query, str):
+            if query not in self.prefix:
+                raise TokenError(f"there is no {query!r} token. {self.choices()}")
+            return self.prefix.index(query)
+        if isinstance(query, tuple) and len(query) == 2 and all(isinstance(i, Real) for i in query):
+            if _is_point(query) and not all(0 <= fraction <= 1 for fraction in query):
+                raise TokenError(f"the point {query} is not in the image: fractions run from 0.0 to 1.0. {self.choices()}")
+            row, column = _patch_at(query, self.grid_size) if _is_point(query) else map(int, query)
+            if not (-rows <= row < rows and -columns <= column < columns):
+                raise TokenError(f"there is no patch {query}. {self.choices()}")
+            return self.num_prefix_tokens + row % rows * columns + column % columns
+        if isinstance(query, Integral) and not isinstance(query, bool):
+            if not -count <= query < count:
+                raise TokenError(f"there is no token {query}. {self.choices()}")
+            return int(query) % count
+        raise TokenError(f"{query!r} is no query. {self.choices()}")
+
+    def select(self, query: Query) -> Tensor:
+        """(images or 1, windows, tokens): True for the tokens a query stands for; "mean" stands for all patches.
+
+        Raises:
+            TokenError: there is no such token.
+        """
+        names = torch.arange(len(self.prefix)).expand(*self.patches.shape[:2], -1)
+        patches = torch.where(self.patches < 0, -1, self.patches + len(self.prefix))
+        tokens = torch.cat((names, patches), dim=-1)
+        if query == "mean":
+            return self._gathered(tokens >= (len(self.prefix) if patches.shape[-1] else 0))
+        selected = self._gathered(tokens == self._index_by_image(query))
+        if not bool(selected.flatten(1).any(1).all()):
+            raise TokenError(f"{query!r} is not among the tokens of every image. {self.choices()}")
+        return selected
+
+    def lay_out(self, rows: Tensor) -> Tensor:
+        """Put what (images, windows, heads, tokens) get onto the grid.
+
+        Returns:
+            (images, heads, rows, columns); a patch that stands in several windows gets the sum.
+        """
+        given = repeat(rows[..., len(self.prefix) :] / self.spread, "b w h n -> b h (w n spread)", spread=self.spread)
+        if self.places is None:
+            return rearrange(given, "b h (r c) -> b h r c", r=self.grid_size[0])
+        area = self.grid_size[0] * self.grid_size[1]
+        places = torch.where(self.places < 0, area, self.places).to(given.device)
+        places = repeat(places, "i w n -> (i b) h (w n)", b=len(given) // len(places), h=given.shape[1])
+        laid = given.new_zeros(*given.shape[:2], area + 1).scatter_add(-1, places, given)
+        return rearrange(laid[..., :area], "b h (r c) -> b h r c", r=self.grid_size[0])
+
+    def centres(self, cell_size: tuple[float, float]) -> Tensor:
+        """Where the tokens lie on the image, in float64.
+
+        Args:
+            cell_size: (height, width) of a cell of the grid in pixels.
+
+        Returns:
+            (images or 1, windows, tokens, spread, 2), the y and x in pixels of the centre of each place a token stands for; NaN
+            for prefix tokens and padding.
+        """
+        places = rearrange(self.patches, "i w (n spread) -> i w n spread", spread=self.spread)
+        columns = max(1, self.grid_size[1])
+        cells = torch.stack((places // columns, places % columns), dim=-1)
+        centres = (cells + 0.5) * torch.tensor(cell_size, dtype=torch.float64)
+        centres = centres.masked_fill(places[..., None] < 0, torch.nan)
+        return F.pad(centres, (0, 0, 0, 0, len(self.prefix), 0), value=torch.nan)
+
+    def image_by_image(self, pixels: Tensor) -> Iterator[Tensor]:
+        """Pictures on the grid in groups of one size: each cut to what its image covers, where images differ in that."""
+        if self.places is None or len(self.places) == 1:
+            yield pixels
+            return
+        for (rows, columns), picture in zip(self._covered(), pixels):
+            yield picture[None, :, :rows, :columns]
+
+    def choices(self) -> str:
+        """A sentence that lists the queries there are."""
+        rows, columns = self.grid_size
+        shown = [*self.prefix[:6], *("...",) * (len(self.prefix) > 6)]
+        names = "".join(f"query={name!r}, " for name in shown) or "no class token and no other prefix token; "
+        if not rows * columns:
+            return f"There is: query='mean', {names}query=i with i from 0 to {len(self.prefix) - 1}."
+        return (
+            f"There is: {names}query='mean' (of all patches), query=(row, col) with rows 0 to {rows - 1} and columns 0 to "
+            f"{columns - 1}, query=(y, x) with fractions of the image, query=i with i from 0 to "
+            f"{len(self.prefix) + rows * columns - 1}."
+        )
+
+    def _gathered(self, marks: Tensor) -> Tensor:
+        """Marks of prefix tokens and places as marks of tokens: a token is marked if one of its places is."""
+        if self.spread == 1:
+            return marks
+        named, placed = marks.tensor_split((len(self.prefix),), dim=-1)
+        placed = rearrange(placed, "i w (n spread) -> i w n spread", spread=self.spread)
+        return torch.cat((named, placed.any(-1)), dim=-1)
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """`places`, given or not."""
+        if self.places is not None:
+            return self.places
+        return torch.arange(self.grid_size[0] * self.grid_size[1])[None, None]
+
+    def _covered(self) -> list[Size]:
+        """(rows, columns) of the patches of each image, in the upper left corner of the grid."""
+        columns = self.grid_size[1]
+        shown = [places[places >= 0] for places in self.patches]
+        return [(int((places // columns).max()) + 1, int((places % columns).max()) + 1) for places in shown]
+
+    def _index_by_image(self, query: Query) -> int | Tensor:
+        """The number of a token, image by image where a point lies on another patch in each: (images, 1, 1)."""
+        index = self.index(query)
+        if len(self.patches) == 1 or not _is_point(query):
+            return index
+        found = [_patch_at(query, size) for size in self._covered()]  # type: ignore[arg-type]  # is a point
+        columns = self.grid_size[1]
+        return torch.tensor([self.num_prefix_tokens + row * columns + column for row, column in found])[:, None, None]
+
+
+def _is_point(query: Query) -> bool:
+    """Whether a query is a point of the image and not the (row, col) of a patch."""
+    return isinstance(query, tuple) and not all(isinstance(i, Integral) for i in query)
+
+
+def _patch_at(point: tuple[float, float], grid_size: Size) -> Size:
+    """The patch (row, col) under a point of the image in fractions of its height and width."""
+    row, column = (min(int(fraction * n), n - 1) for fraction, n in zip(point, grid_size))
+    return row, column
+
+
+def whole(grid_size: Sequence[int], prefix: tuple[str, ...] = ()) -> Tokens:
+    """All patches of a grid, row by row, in one window."""
+    rows, columns = grid_size
+    return Tokens(prefix, (int(rows), int(columns)))
+
+
+def cut(
+    grid_size: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0),
+    *,
+    strided: bool = False,
+) -> Tokens:
+    """A grid cut into windows that do not overlap, window after window row by row, as Swin does.
+
+    Args:
+        grid_size: (rows, columns) of patches.
+        window: (rows, columns) of one window; the grid is padded at its lower and right border to a multiple.
+        shift: (rows, columns) by which the grid is rolled up and left before it is padded and cut.
+        strided: a window takes patches at equal distances from all over the grid, as MaxViT's grid attention does, and not
+            neighbours.
+    """
+    rows, columns = (int(n) for n in grid_size)
+    places = _grid(rows, columns).roll((-shift[0], -shift[1]), (0, 1))
+    places = F.pad(places, (0, -columns % window[1], 0, -rows % window[0]), value=-1)
+    pattern = "(p h) (q w) -> 1 (h w) (p q)" if strided else "(h p) (w q) -> 1 (h w) (p q)"
+    return Tokens((), (rows, columns), rearrange(places, pattern, p=window[0], q=window[1]))
+
+
+def neighbourhoods(grid_size: Sequence[int], window: int, step: int, border: int) -> Tokens:
+    """Square windows that overlap, window after window row by row, as `torch.nn.functional.unfold` takes them.
+
+    Args:
+        grid_size: (rows, columns) of patches.
+        window: side of one window.
+        step: distance from one window to the next.
+        border: how far the grid is padded on each side.
+    """
+    rows, columns = (int(n) for n in grid_size)
+    padded = F.pad(_grid(rows, columns), (border,) * 4, value=-1)
+    windows = padded.unfold(0, window, step).unfold(1, window, step)
+    return Tokens((), (rows, columns), rearrange(windows, "h w y x -> 1 (h w) (y x)"))
+
+
+def pooled(tokens: Tokens, window: Sequence[int], stride: Sequence[int]) -> Tokens:
+    """Tokens that are pooled inside their windows: each stands for a cell of a grid that is coarser by the stride.
+
+    A cell that is not full at the border of the grid is left out of the coarser grid, and a token of such a cell or of padding
+    stands for nothing.
+
+    Args:
+        tokens: what is pooled, in windows, without prefix tokens.
+        window: (rows, columns) of one window.
+        stride: (rows, columns) of one cell.
+    """
+    rows, columns = (n // s for n, s in zip(tokens.grid_size, stride))
+    corners = rearrange(tokens.patches, "i w (y x) -> i w y x", y=window[0], x=window[1])[..., :: stride[0], :: stride[1]]
+    places = corners.flatten(-2)
+    row, column = places // tokens.grid_size[1] // stride[0], places % tokens.grid_size[1] // stride[1]
+    inside = (places >= 0) & (row < rows) & (column < columns)
+    return Tokens((), (rows, columns), torch.where(inside, row * columns + column, -1))
+
+
+def _grid(rows: int, columns: int) -> Tensor:
+    """The numbers of the patches on their grid."""
+    return torch.arange(rows * columns).reshape(rows, columns)

@@ -1,0 +1,13 @@
+"""From a captured call to numbers: maps, their gradients, and the module's own forward run again.
+
+From top to bottom, an import may only point down:
+
+    attention_map  AttentionMap, read when it is sliced
+    picture        what a query attends to, laid out on the image
+    reading        read a captured call: by the recipe of its class, or by replay
+    gradient       dL/dA: what backward brings to a module's output, carried on to its map
+    lazy           what is computed when it is sliced, a chunk of rows at a time
+    replay         run a module's own forward again, watching or replacing the map it forms
+    intercept      what a forward forms its map of, seen or replaced while it runs
+    axes           how modules fold the axes of their maps
+"""

@@ -1,0 +1,366 @@
+"""AttentionMap: one captured call, read when it is sliced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..attention.projection import ALL, Pick
+from ..attention.sources import Known, Source, largest_difference
+from ..calls.call import Call
+from ..calls.callsite import CallSite
+from ..conditions.transforms import is_left_behind
+from ..errors import (
+    LayerNotFoundError,
+    RecorderError,
+    StaleMapError,
+    TokenError,
+    UnfaithfulMapError,
+    UnreadableError,
+    did_you_mean,
+)
+from ..image.geometry import Geometry
+from ..image.tokens import Query, Size, Tokens
+from ..recipes.places import axes_of, tokens_of
+from .gradient import Gradient
+from .lazy import Delivery, Visit, split_index, visit_chunks
+from .picture import mean_of_rows, pick_heads
+from .reading import form_of, source_of
+from .replay import inject
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+class About(NamedTuple):
+    """What every map knows of its call.
+
+    Attributes:
+        name: name of the map.
+        geometry: where the call stands in the model and on the image.
+        deliver: where slices go.
+        site: who called the module, where asked for.
+        gradient: what backward brings, where asked for.
+    """
+
+    name: str
+    geometry: Geometry
+    deliver: Delivery
+    site: CallSite | None = None
+    gradient: Gradient | None = None
+
+
+class AttentionMap:
+    """The attention probabilities of one call of one module: (batch, head, query, key), before `attn_drop`.
+
+    Nothing is computed until the map is sliced, and then only for the images, heads and rows that were asked for:
+
+        m.shape                   # (batch, heads, queries, keys)
+        m[:, :, 0]                # one row of every head: what the first token looks at
+        m[0, 3]                   # one head of one image
+        m[...]                    # all of it
+
+    Rows sum to 1. They are float32 whatever the dtype of the model (float64 for a float64 model), unless the recorder was
+    given a `dtype`.
+
+    Attributes:
+        name: name of the module in the model; `name#1` is its second call in the same forward.
+        shape: (batch, heads, queries, keys).
+        dtype: of what slices give.
+        device: of what slices give.
+        x: the tensor the module was called with.
+        call: the captured call: all arguments and the modes they came under.
+        called_from: who called the module, if the recorder was told to look (`called_from=True`).
+        gradient: dL/dA, if the recorder was told to follow gradients (`gradients=True`).
+    """
+
+    name: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __init__(self, about: About) -> None:
+        self.name, self._about = about.name, about
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._about.deliver(self._read(index))
+
+    def _opened(self) -> AbstractContextManager[Source]:
+        """What the map is computed from, and the modes of the call for as long as the block lasts."""
+        raise NotImplementedError
+
+    def _read(self, index: Any) -> Tensor:
+        """An index of the map, as computed."""
+        with self._opened() as source:
+            picks, rest = split_index(index, source.shape)
+            return source.narrow(*picks).probabilities()[rest]
+
+    def _in_chunks(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
+        """Have a part of the map, as computed, visited chunk by chunk in the modes of the call; see `Chunks`."""
+        with self._opened() as source:
+            visit_chunks(source.narrow(batch, heads, rows), visit)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        try:
+            dtype = str(self.dtype).removeprefix("torch.")
+            return f"AttentionMap({self.name!r}, shape={self.shape}, dtype={dtype}, device={self.device})"
+        except Exception as error:  # a repr never raises
+            return f"AttentionMap({self.name!r}, {type(error).__name__})"
+
+    @property
+    def call(self) -> Call:
+        """The captured call."""
+        raise RecorderError(f'the input of {self.name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+
+    @property
+    def x(self) -> Tensor:
+        """The tensor the module was called with."""
+        return self.call.x
+
+    @property
+    def called_from(self) -> CallSite:
+        """File, line and source of the call, and what x is."""
+        if self._about.site is None:
+            raise RecorderError(
+                "the stack is walked only where asked for: record with AttentionRecorder(model, called_from=True)."
+            )
+        return self._about.site
+
+    @property
+    def gradient(self) -> Gradient:
+        """dL/dA, once backward has been called; sliced like the map, see `Gradient`.
+
+        Raises:
+            RecorderError: the recorder was not told to follow gradients.
+            NoGradientError: when it is sliced and no backward has reached this map.
+        """
+        if self._about.gradient is None:
+            raise RecorderError(
+                "gradients are followed only where asked for: record with AttentionRecorder(model, gradients=True)."
+            )
+        return self._about.gradient
+
+    def verify(self, tolerance: float | None = None) -> float:
+        """Put this map into the module's own forward and see whether the output stays what it was.
+
+        Args:
+            tolerance: what difference passes, relative to the largest output (or 1 if that is smaller); by default
+                1e-10 for float64 outputs, 1e-4 for float32, 2e-2 for float16 and 6e-2 for bfloat16.
+
+        Returns:
+            The largest absolute difference between the two outputs.
+
+        Raises:
+            UnfaithfulMapError: the difference is larger than that.
+            UnreadableError: the module forms its map in a kernel of its own, and no other can be put in its place.
+            RecorderError: the input was let go (`keep="maps"`).
+            StaleMapError: an input or a parameter has changed since the forward.
+        """
+        own, injected = inject(self.call, self._read(...))
+        worst = 0.0
+        for expected, got in zip(_floats(own), _floats(injected)):
+            difference = largest_difference(expected, got)
+            allowed = (_TOLERANCE[expected.dtype] if tolerance is None else tolerance) * max(1.0, _largest(expected))
+            if not difference <= allowed:
+                raise UnfaithfulMapError(
+                    f"the map of {self.name!r} is not the one its output came from: put in its place, the output moves by "
+                    f"{difference:.2g}, more than {allowed:.2g}. Check the recipe with hookattn.testing.check_recipe."
+                )
+            worst = max(worst, difference)
+        return worst
+
+    @property
+    def axes(self) -> tuple[str, str, str, str]:
+        """What the four axes are.
+
+        ("batch", "head", "query", "key") where tokens attend to tokens; "batch * windows" comes first where attention sees
+        images in pieces, window w of image b at b * windows + w; the last two are "channel" where channels attend to channels.
+        """
+        return axes_of(self._about.geometry, self.shape)
+
+    @property
+    def tokens(self) -> Tokens:
+        """What the keys stand for: prefix tokens and patches of the image.
+
+        Raises:
+            TokenError: the keys are no prefix tokens and patches, or it is not known of which part of the image.
+        """
+        return tokens_of(self._about.geometry, self.shape)[1]
+
+    @property
+    def query_tokens(self) -> Tokens:
+        """What the queries stand for; the same as `tokens` where all tokens ask and answer.
+
+        Raises:
+            TokenError: see `tokens`.
+        """
+        return tokens_of(self._about.geometry, self.shape)[0]
+
+    def image(self, query: Query = "cls", heads: str | int | None = "mean", size: Size | int | None = None) -> Tensor:
+        """What a query attends to, as a picture: its row over the patches, laid out on the grid that covers the image.
+
+        Windows, shifted or strided ones too, are put back where they lie on the image: a query attends to patches of its own
+        window, and the picture is zero elsewhere. What the query gives to prefix tokens and to padding is left out and not
+        made up for, so a picture sums to at most 1.
+
+        Args:
+            query: "cls" or another prefix token by name, "mean" for the mean of all patch queries, (row, col) of a patch on the
+                grid of the queries, (y, x) for the patch under a point, in fractions of the image (0.0 to 1.0), or the
+                number of a token.
+            heads: "mean" over heads, one head by its number, or None for all of them.
+            size: (height, width) or one number for both, in pixels, to resize to (bilinear); None for the grid of the keys.
+                Images that came as patches, each with a grid of its own, are resized one by one; without a size they lie in
+                the upper left corner of a common grid.
+
+        Returns:
+            (images, height, width), or (images, heads, height, width) for heads=None.
+
+        Raises:
+            TokenError: there is no such query, or it is not known where the keys lie on the image.
+        """
+        queries, keys = tokens_of(self._about.geometry, self.shape)
+        picked = pick_heads(heads, self.shape[1])
+        try:
+            selected = queries.select(query)
+        except TokenError as error:
+            if len(queries) == len(keys):
+                raise
+            raise TokenError(
+                f"{query!r} is not among the queries: this map has {len(queries)}, which are not the {len(keys)} tokens it "
+                f"looks at. {queries.choices()}"
+            ) from error
+        pixels = keys.lay_out(mean_of_rows(self._in_chunks, self.shape[0], picked, selected))
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            pixels = torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in keys.image_by_image(pixels)])
+        return self._about.deliver(pixels if heads is None else pixels.mean(1))
+
+
+class CapturedMap(AttentionMap):
+    """A map that is computed from a captured call each time it is sliced."""
+
+    def __init__(self, call: Call, about: About) -> None:
+        super().__init__(about)
+        self._call = call
+
+    @property
+    def call(self) -> Call:
+        return self._call
+
+    @cached_property
+    def _form(self) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
+        source = form_of(self._call)
+        device = self._about.deliver.device or self._call.x.device
+        return source.shape, self._about.deliver.dtype or source.dtype, device
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]  # read-only, and only known when asked for
+        return self._form[0]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self._form[1]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._form[2]
+
+    @contextmanager
+    def _opened(self) -> Iterator[Source]:
+        with self._call.resumed():
+            yield source_of(self._call)
+
+    def at_once(self) -> AttentionMap:
+        """The whole map or why there is none, while the call is about to run or has just run."""
+        try:
+            return self.kept(self._read(...))
+        except (UnreadableError, StaleMapError) as reason:
+            return self.lost(reason)
+
+    def lost(self, reason: Exception) -> LostMap:
+        """This map if it could not be computed."""
+        return LostMap(str(reason), self._about)
+
+    def kept(self, attention: Tensor) -> KeptMap:
+        """This map once it was computed."""
+        return KeptMap(self._about.deliver(attention), self._about)
+
+
+class KeptMap(AttentionMap):
+    """A map that was computed while the model ran; the input was let go."""
+
+    def __init__(self, attention: Tensor, about: About) -> None:
+        super().__init__(about)
+        self._attention = attention
+        batch, heads, queries, keys = attention.shape
+        self.shape = batch, heads, queries, keys
+        self.dtype, self.device = attention.dtype, attention.device
+
+    @contextmanager
+    def _opened(self) -> Iterator[Source]:
+        if is_left_behind(self._attention):
+            raise UnreadableError(f"{self.name!r} ran under torch.vmap, which has returned; return m[...] from what is mapped.")
+        yield Known(self._attention)
+
+
+class LostMap(AttentionMap):
+    """A map that should have been computed while the model ran, and why it could not be."""
+
+    def __init__(self, reason: str, about: About) -> None:
+        super().__init__(about)
+        self._reason = reason
+
+    def _opened(self) -> AbstractContextManager[Source]:
+        raise UnreadableError(self._reason)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]  # there is none
+        raise UnreadableError(self._reason)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        raise UnreadableError(self._reason)
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    yield from (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().nan_to_num(0.0).max()) if tensor.numel() else 0.0
+
+
+class Maps(Mapping[str, AttentionMap]):
+    """The maps of one forward in the order the modules ran: by name, by position (negative too) or by slice."""
+
+    def __init__(self, maps: Mapping[str, AttentionMap]) -> None:
+        self._maps = dict(maps)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return list(self._maps.values())[key]
+        if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise LayerNotFoundError(f"there is no map {key}: {len(self)} were recorded.")
+            return list(self._maps.values())[key]
+        if key not in self._maps:
+            raise LayerNotFoundError(f"no map was recorded of {key!r}. {did_you_mean(str(key), self._maps)}")
+        return self._maps[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __repr__(self) -> str:
+        return "\n".join(["Maps:", *(f"  {m!r}" for m in self._maps.values())])

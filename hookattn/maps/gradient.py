@@ -1,0 +1,187 @@
+"""Gradients of attention maps with the fused kernel on: what backward brings to a module's output, carried on to its map."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..attention.sources import Formed, Slope
+from ..calls.call import Call
+from ..conditions.checkpoints import checkpoint_around, fingerprint
+from ..errors import NoGradientError, StaleMapError, UnreadableError
+from .axes import class_of, interleave_heads
+from .intercept import Variables
+from .lazy import split_index
+from .replay import run_under
+
+
+class Backwards:
+    """The last backward that reached the modules of one forward.
+
+    Attributes:
+        last: its number; -1 if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.last = -1
+        self._inside: dict[int, int] = {}
+
+    def arrive(self, checkpoint: int) -> int:
+        """Note the backward that runs now and give its number; that of a reentrant checkpoint counts as the one around it."""
+        task = torch._C._current_graph_task_id()
+        if checkpoint != -1:
+            self._inside[task] = self._inside.get(checkpoint, checkpoint)
+        self.last = self._inside.get(task, task)
+        return self.last
+
+
+class Gradient:
+    """dL/dA: the gradient of what backward was last called on with respect to one map, (batch, head, query, key).
+
+    It is sliced like the map it belongs to, and is what autograd gives for the map on the unfused path: the map of this call is
+    taken for the variable, whatever it was computed from, and its gradient is what reaches it through the output of the module
+    (a loss made of `m[...]` itself is not in it). Where the module calls `scaled_dot_product_attention`, dL/dA is
+    dL/d(A v) v^T, and a row is read without the others. It is float32 (float64 for a float64 model) and part of no graph.
+
+    Args:
+        name: name of the map.
+        deliver: what brings slices to the device and dtype asked for.
+        backwards: of the forward it belongs to.
+        at_once: whether it is computed during backward, so that the input can be let go.
+    """
+
+    def __init__(self, name: str, deliver: Callable[[Tensor], Tensor], backwards: Backwards, *, at_once: bool) -> None:
+        self.name, self._deliver, self._backwards, self._at_once = name, deliver, backwards, at_once
+        self._call: Call | None = None
+        self._whole: Tensor | None = None
+        self._received: dict[int, Tensor] = {}
+        self._backward, self._created_graph = -1, False
+        self._lost, self._none = "", ""
+        self._fingerprint: bytes | None = None
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if self._whole is not None and not self._missing():
+            return self._whole[index]
+        slope = self._slope()
+        picks, rest = split_index(index, slope.shape)
+        return self._deliver(slope.narrow(*picks).gradient()[rest])
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        return self._slope().shape if self._whole is None else Formed(self._whole).shape
+
+    def __repr__(self) -> str:
+        state = "arrived" if self._received or self._whole is not None else "not arrived"
+        return f"Gradient({self.name!r}, {state})"
+
+    def follow(self, call: Call, output: Any) -> None:
+        """Take what every backward to come brings to the output of a call."""
+        leaves = {i: t for i, t in enumerate(pytree.tree_leaves(output)) if isinstance(t, Tensor)}
+        outputs = {i: t for i, t in leaves.items() if t.requires_grad}
+        self._none = "" if outputs else _NO_GRAPH if leaves else _NO_TENSOR
+        checkpoint = torch._C._current_graph_task_id()
+        if checkpoint == -1 and not outputs and (around := checkpoint_around()) is not None:
+            self._fingerprint = fingerprint(call.tensors, around)
+        if not self._at_once:
+            self._call = call
+        me, kept = weakref.ref(self), call if self._at_once else None  # what it takes to compute lives as long as the graph
+
+        def receive(place: int, grad: Tensor) -> None:
+            if (gradient := me()) is not None:
+                gradient._receive(place, grad, kept, checkpoint)
+
+        for place, tensor in outputs.items():
+            tensor.register_hook(partial(receive, place))  # type: ignore[no-untyped-call]
+
+    def waits_for(self, made_again: bytes) -> bool:
+        """Whether this is the gradient of a call that was made without a graph and has this fingerprint."""
+        return self._fingerprint == made_again
+
+    def refuse(self, reason: str) -> None:
+        """Say why there will be no gradient."""
+        self._lost = f"{self.name!r}: {reason}"
+
+    def _receive(self, place: int, grad: Tensor, call: Call | None, checkpoint: int) -> None:
+        backward = self._backwards.arrive(checkpoint)
+        if backward != self._backward:
+            if self._created_graph:
+                self.refuse(_SECOND_ORDER)
+            self._backward, self._received = backward, {}
+        self._created_graph = self._created_graph or torch.is_grad_enabled()
+        self._received[place] = grad.detach()
+        if call is not None:
+            self._whole = None
+            try:
+                self._whole = self._deliver(slope_of(call.renewed(), self._received).gradient())
+            except (UnreadableError, StaleMapError) as reason:  # backward goes on
+                self.refuse(f"its gradient could not be computed during backward: {reason}")
+
+    def _slope(self) -> Slope:
+        missing = self._missing()
+        if missing or self._call is None:
+            raise NoGradientError(missing)
+        return slope_of(self._call, self._received)
+
+    def _missing(self) -> str:
+        """Why there is no gradient, or nothing if there is one.
+
+        Raises:
+            UnreadableError: there is one that cannot be computed.
+        """
+        if self._lost:
+            raise UnreadableError(self._lost)
+        if not self._received:
+            return f"no gradient has reached {self.name!r}. {self._none or _NO_BACKWARD}"
+        if self._backward != self._backwards.last:
+            return f"the last backward did not reach {self.name!r}; what an earlier one brought is to be read before the next."
+        return ""
+
+
+_NO_BACKWARD = (
+    "Call backward on something that depends on the output of the model, such as logits[:, c].sum().backward(). (Nothing "
+    "arrives where the module returns a view that is written into later.)"
+)
+_NO_GRAPH = (
+    "Its output was computed without a graph: call the model without torch.no_grad(), let the images require grad "
+    "(images.requires_grad_()) if parameters are frozen, and call backward inside the block if activations are checkpointed."
+)
+_NO_TENSOR = "It returned no tensor, tuple, list or dict of tensors, which could be followed."
+_SECOND_ORDER = (
+    "an earlier backward was called with create_graph=True, and what a later one brings through that graph cannot be seen. "
+    "Read the gradient before it, or record another forward."
+)
+
+
+def slope_of(call: Call, received: Mapping[int, Tensor]) -> Slope:
+    """What the gradient of a map is made of: the forward of the module is run again from its map on, and then backward.
+
+    Args:
+        call: the captured call.
+        received: gradients of its outputs, by their place among the leaves of what the forward returns.
+
+    Raises:
+        UnreadableError: the module forms its map in a kernel of its own, drops out parts of it inside the fused kernel, or does
+            not return all that it returned.
+        StaleMapError: an input or a parameter has changed since the forward.
+    """
+    module = call.target.module
+    with call.resumed(), torch.enable_grad():
+        output, run = run_under(call, Variables(module, len(call.x)))
+        outputs = pytree.tree_leaves(output)
+        sites = run.fused_sites or run.softmax_sites
+        if not sites or not all(isinstance(outputs[place], Tensor) for place in received):
+            raise UnreadableError(
+                f"{call.target.name!r}: {class_of(module)} forms no map by scaled_dot_product_attention or softmax that all "
+                "of its output depends on, so there is no gradient to be had."
+            )
+        ends = [outputs[place] for place in received]
+        grads = torch.autograd.grad(ends, [site.out for site in sites], list(received.values()), materialize_grads=True)
+    slope: Slope = interleave_heads([site.slope(grad) for site, grad in zip(sites, grads)], module)
+    return slope

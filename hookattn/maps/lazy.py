@@ -1,0 +1,101 @@
+"""What is computed when it is sliced: an index parted into what narrows and what is left, chunks of rows, delivery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..attention.projection import ALL, Pick
+from ..attention.sources import Source
+
+
+def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:
+    """Part an index into what narrows (batch, heads, rows) beforehand and what is left to do on the narrowed block.
+
+    Raises:
+        IndexError: too many indices, or one out of range.
+    """
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(_is_simple(i) for i in items) or sum(_is_list(i) for i in items) > 1:
+        return (ALL, ALL, ALL), index
+    dots = [place for place, item in enumerate(items) if item is Ellipsis]
+    if len(items) - len(dots) > 4 or len(dots) > 1:
+        raise IndexError(f"a map has 4 axes (batch, head, query, key), which {index!r} does not fit")
+    at = dots[0] if dots else len(items)
+    items[at : at + 1] = [ALL] * (4 - len(items) + len(dots))
+    picks: list[Pick] = []
+    rest: list[Any] = []
+    for item, length, axis in zip(items, shape, ("batch", "head", "query", "key")):
+        if isinstance(item, slice):
+            picks, rest = [*picks, item], [*rest, ALL]
+        elif _is_list(item):
+            picks, rest = [*picks, torch.as_tensor(item)], [*rest, ALL]
+        elif -length <= item < length:
+            picks, rest = [*picks, slice(item % length, item % length + 1)], [*rest, 0]
+        else:
+            raise IndexError(f"{axis} {item} is out of range: there are {length}")
+    rest[3] = items[3]
+    return (picks[0], picks[1], picks[2]), tuple(rest)
+
+
+def _is_simple(item: Any) -> bool:
+    """Whether an item of an index picks along one axis and leaves the others alone."""
+    integer = hasattr(item, "__index__") and not isinstance(item, (bool, Tensor)) and getattr(item, "ndim", 0) == 0
+    return isinstance(item, slice) or item is Ellipsis or integer or _is_list(item)
+
+
+def _is_list(item: Any) -> bool:
+    return isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
+
+
+_CHUNK = 2**21
+Visit = Callable[[slice, slice, Tensor], None]
+"""What is called with a chunk: which items of the batch it is of, which rows, and (items, heads, rows, keys) itself."""
+
+
+class Chunks(Protocol):
+    """Has a part of a map computed and visited chunk by chunk; items and rows are counted from where the part begins."""
+
+    def __call__(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None: ...
+
+
+def visit_chunks(part: Source, visit: Visit) -> None:
+    """Compute a part of a map in chunks: some rows of one item of the batch, or all rows of several.
+
+    A chunk has 2**21 elements on a CPU, which fit into its caches and into memory that is had without asking the system for it,
+    2**24 elsewhere, or one row of all heads of an item if that is more.
+
+    Args:
+        part: what it is computed from.
+        visit: called with each chunk.
+    """
+    most = _CHUNK if part.device.type == "cpu" else 8 * _CHUNK
+    batch, _, rows, _ = part.shape
+    for items in spans(batch, most // max(1, prod(part.shape[1:]))):
+        few = part.narrow(items)
+        cuts = list(spans(rows, most // max(1, prod(few.shape) // max(1, rows))))
+        few = few.formed() if len(cuts) > 1 else few
+        for span in cuts:
+            visit(items, span, few.narrow(rows=span).probabilities())
+
+
+def spans(count: int, step: int) -> Iterator[slice]:
+    """Slices one after the other up to a count, each of so many or, at the end, fewer; at least one slice of at least one."""
+    step = max(1, step)
+    yield from (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """Where slices of a map go: None leaves them as they come."""
+
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype)

@@ -1,0 +1,104 @@
+"""Run a module's own forward again, watching or replacing the map it forms.
+
+`replayed` is the recipe of every module that has none: it runs the forward and takes queries, keys, mask and scale from the
+`scaled_dot_product_attention` it reaches, or the scores from its softmax. `inject` is the same run with a given map in
+place of the one that would have been formed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..attention.sources import Source
+from ..calls.call import Call
+from ..calls.restore import restoring
+from ..errors import UnreadableError
+from .axes import class_of
+from .intercept import Inject, MapMode, Watch
+
+Mode = TypeVar("Mode", bound=MapMode)
+
+
+def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
+    """The map a module forms on these arguments, taken from a run of its own forward.
+
+    A module that forms several maps of one shape has their heads dealt out in turn: head h of map i is head
+    h * maps + i, as differential attention orders them when it is not fused.
+
+    Raises:
+        UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
+    """
+    args, kwargs = own_arguments(module, args, kwargs)
+    watch = Watch(module, (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+    with restoring(module), watch:
+        module.forward(*args, **kwargs)
+    return watch.source()
+
+
+def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
+    """Run a captured call's forward twice: as it is, and with `attention` in place of the map it forms.
+
+    Dropout of the map is off in both runs, since the map is the one before dropout; all other randomness is the same.
+
+    Args:
+        call: the captured call.
+        attention: (batch, heads, queries, keys).
+
+    Returns:
+        The module's own output and the output with the map put in.
+
+    Raises:
+        UnreadableError: the forward forms no map that another could be put in place of.
+    """
+    with call.resumed():
+        own, watch = run_under(call, Watch(call.target.module))
+        return own, run_under(call, Inject(watch, attention))[0]
+
+
+def replaced(call: Call, attention: Tensor) -> Any:
+    """Run a captured call's forward with `attention` in place of the map it forms, and all dropout as it was.
+
+    Args:
+        call: the captured call.
+        attention: (batch, heads, queries, keys).
+
+    Returns:
+        The module's output, in the graph of the call and of the map.
+
+    Raises:
+        UnreadableError: the forward forms no map that another could be put in place of.
+    """
+    with call.resumed():
+        with torch.no_grad():
+            watch = run_under(call, Watch(call.target.module, as_called=True))[1]
+        return run_under(call, Inject(watch, attention, as_called=True))[0]
+
+
+def run_under(call: Call, mode: Mode) -> tuple[Any, Mode]:
+    """What a call's forward returns under a mode, and the mode."""
+    module = call.target.module
+    with restoring(module), mode:
+        call.restore_random_streams()
+        args, kwargs = own_arguments(module, call.args, call.kwargs)
+        return module.forward(*args, **kwargs), mode
+
+
+def own_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Copies of arguments, for a run that may write into them.
+
+    Raises:
+        UnreadableError: one of them, such as a cache of keys and values, is changed by a forward in ways that cannot be seen.
+    """
+    for value in pytree.tree_leaves((args, kwargs)):
+        if callable(getattr(value, "update", None)):
+            raise UnreadableError(
+                f"{class_of(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
+                'again. Call the model without it (use_cache=False), record with keep="maps" in eval mode, or describe the map '
+                "with @hookattn.recipe."
+            )
+    copied: tuple[Any, Any] = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    return copied

@@ -1,0 +1,43 @@
+"""Attention between channels: a query is a channel, a key is a channel, and tokens are what is summed over.
+
+El-Nouby et al. 2021, "XCiT", arXiv 2106.09681; Ding et al. 2022, "DaViT", arXiv 2204.03645. The map is (batch, heads, channels
+of a head, channels of a head).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.projection import project
+from ..attention.sources import QK
+from .registry import channels, recipe
+
+channels(
+    "timm.models.xcit.XCA",
+    "timm.models.edgenext.CrossCovarianceAttn",
+    "timm.models.davit.ChannelAttention",
+    "timm.models.davit.ChannelAttentionV2",
+)
+
+
+@recipe("timm.models.xcit.XCA", "timm.models.edgenext.CrossCovarianceAttn")
+def cross_covariance_attention(self: Any, x: Tensor) -> QK:
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.num_heads)
+    return QK(F.normalize(q, dim=-1), F.normalize(k, dim=-1), scale=self.temperature)
+
+
+@recipe("timm.models.davit.ChannelAttention")
+def davit_channel_attention(self: Any, x: Tensor) -> QK:
+    """Keys ask and values answer: the map is softmax(k^T v), and acts on the queries."""
+    _, k, v = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=3, of=3, h=self.num_heads)
+    return QK(k, v, scale=self.scale)
+
+
+@recipe("timm.models.davit.ChannelAttentionV2")
+def davit_channel_attention_v2(self: Any, x: Tensor) -> QK:
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.groups)
+    tokens = x.shape[1]
+    return QK(q, k, scale=(tokens if self.dynamic_scale else self.head_dim) ** -0.5)

@@ -1,0 +1,103 @@
+"""One query, or a few, that gather from all tokens: class attention and attention pooling.
+
+Touvron et al. 2021, "Going deeper with Image Transformers", arXiv 2103.17239.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.projection import project, project_heads, scale_of
+from ..attention.sources import QK
+from ..image.geometry import Geometry
+from ..image.tokens import Tokens, whole
+from .mechanisms import additive_or_bool, rotate
+from .places import received
+from .registry import Shape, layout, recipe
+
+
+@recipe("timm.models.cait.ClassAttn")
+def class_attention(self: Any, x: Tensor) -> QK:
+    q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)
+    k = project_heads(self.k, x, self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@recipe("timm.models.crossvit.CrossAttention")
+def crossvit_attention(self: Any, x: Tensor) -> QK:
+    q, k = project_heads(self.wq, x[:, 0:1], self.num_heads), project_heads(self.wk, x, self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@recipe("timm.models.volo.ClassAttention")
+def volo_class_attention(self: Any, x: Tensor) -> QK:
+    (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
+    q = project_heads(self.q, x[:, :1], self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout("timm.models.cait.ClassAttn", "timm.models.volo.ClassAttention", "timm.models.crossvit.CrossAttention")
+def class_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    return Tokens(("cls",), (0, 0)), received(geometry, lambda: geometry.tokens(shape[3], prefix=True))
+
+
+@recipe("timm.layers.attention_pool.AttentionPoolLatent")
+def attention_pool_latent(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
+    if self.pos_embed is not None:
+        x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+    q = rearrange(self.q(self.latent.expand(len(x), -1, -1)), "b n (h d) -> b h n d", h=self.num_heads)
+    (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
+    return QK(self.q_norm(q), self.k_norm(k), scale=scale_of(self), **additive_or_bool(attn_mask))
+
+
+@layout("timm.layers.attention_pool.AttentionPoolLatent")
+def attention_pool_latent_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    return Tokens(tuple(f"latent{i}" for i in range(shape[2])), (0, 0)), pooled_tokens(geometry, shape)
+
+
+@recipe("timm.layers.attention_pool.AttentionPoolPrr")
+def attention_pool_prr(self: Any, x: Tensor) -> QK:
+    """Tokens are their own queries and keys."""
+    q = k = rearrange(self.pre_norm(x), "b n (h d) -> b h n d", h=self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout("timm.layers.attention_pool.AttentionPoolPrr")
+def attention_pool_prr_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    tokens = pooled_tokens(geometry, shape)
+    return tokens, tokens
+
+
+@recipe("timm.layers.attention_pool2d.RotAttentionPool2d")
+def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
+    size = x.shape[-2:]
+    x = rearrange(x, "b c y x -> b (y x) c")
+    token = x.mean(1, keepdim=True) if self.cls_token is None else self.cls_token.expand(len(x), -1, -1)
+    x = torch.cat((token, x), dim=1)
+    if self.qkv is None:
+        q, k = (rearrange(part(x), "b n (h d) -> b h n d", h=self.num_heads) for part in (self.q, self.k))
+    else:
+        q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    rope = self.pos_embed.get_embed(tuple(size))
+    rope = torch.cat(rope, dim=-1) if isinstance(rope, tuple) else rope
+    half, dtype = getattr(self, "rotate_half", False), k.dtype
+    q, k = (torch.cat((t[:, :, :1], rotate(t[:, :, 1:], rope, half=half)), dim=2).to(dtype) for t in (q, k))
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout("timm.layers.attention_pool2d.AttentionPool2d", "timm.layers.attention_pool2d.RotAttentionPool2d")
+def attention_pool_2d_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """One token more comes first: a class token, or the mean of all the others, which is called "pool"."""
+    first = "pool" if geometry.module.cls_token is None else "cls"
+    tokens = whole(geometry.argument("x")[2:], (first,))
+    return tokens, tokens
+
+
+def pooled_tokens(geometry: Geometry, shape: Shape) -> Tokens:
+    """What a model pools: all of its tokens unless it says that its prefix tokens are left out."""
+    prefix = getattr(geometry.trunk, "pool_include_prefix", True)
+    return received(geometry, lambda: geometry.tokens(shape[3], prefix=bool(prefix)))

@@ -1,0 +1,187 @@
+"""All tokens attend to all tokens: ViT, DeiT, DINO, BEiT, EVA and their kin, with masks, relative and rotary positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.projection import project, project_heads, scale_of
+from ..attention.sources import QK
+from ..errors import TokenError
+from ..image.geometry import Geometry
+from ..image.sizes import pair, size_after
+from ..image.tokens import Tokens, cut, whole
+from .mechanisms import additive_or_bool, in_projection, project_with_biases, rotate_by_axis, rotate_patches
+from .places import received
+from .registry import Shape, layout, partition, recipe
+
+
+@recipe("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+def attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    q, k = self.q_norm(q), self.k_norm(k)
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+@recipe("timm.models.vision_transformer.ParallelScalingBlock")
+def parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
+    q, k = in_projection(self, x)
+    q = self.q_norm(rearrange(q, "b n (h d) -> b n h d", h=self.num_heads))
+    k = self.k_norm(rearrange(k, "b n (h d) -> b n h d", h=self.num_heads))
+    q, k = rearrange(q, "b n h d -> b h n d"), rearrange(k, "b n h d -> b h n d")
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+@recipe("timm.models.metaformer.Attention", "timm.models.convit.MHSA")
+def packed_attention(self: Any, x: Tensor) -> QK:
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout(
+    "timm.models.cait.TalkingHeadAttn",
+    "timm.models.convit.GPSA",
+    "timm.models.efficientformer.Attention",
+    "timm.models.metaformer.Attention",
+)
+def patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """All patches: a class token comes later, or never."""
+    tokens = received(geometry, lambda: geometry.tokens(shape[3], prefix=False))
+    return tokens, tokens
+
+
+@recipe("timm.models.tnt.Attention")
+def tnt_attention(self: Any, x: Tensor) -> QK:
+    q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@recipe("timm.models.beit.Attention")
+def beit_attention(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> QK:
+    q, k = project_with_biases(self, x)
+    bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+    if shared_rel_pos_bias is not None:
+        bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
+    return QK(q, k, scale=scale_of(self), bias=bias)
+
+
+@recipe("timm.models.vision_transformer_relpos.RelPosAttention")
+def relpos_attention(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    q, k = self.q_norm(q), self.k_norm(k)
+    bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+    return QK(q, k, scale=scale_of(self), bias=bias)
+
+
+@recipe("timm.layers.attention.AttentionRope")
+def attention_rope(
+    self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> QK:
+    if self.qkv is not None:
+        q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    else:
+        q, k = self.q_proj(x), self.k_proj(x)
+        q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
+        k = rearrange(k, "b n (h d) -> b h n d", d=q.shape[-1])
+    dtype = k.dtype
+    q, k = self.q_norm(q), self.k_norm(k)
+    if rope is not None:
+        q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
+    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+@recipe("timm.models.eva.EvaAttention")
+def eva_attention(
+    self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> QK:
+    if self.qkv is not None:
+        q, k = project_with_biases(self, x)
+    else:
+        q, k = project_heads(self.q_proj, x, self.num_heads), project_heads(self.k_proj, x, self.num_heads)
+    dtype = k.dtype
+    q, k = self.q_norm(q), self.k_norm(k)
+    if rope is not None:
+        q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+@recipe("timm.models.gemma4_vit.Gemma4Attention")
+def gemma4_attention(self: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None) -> QK:
+    q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
+    k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
+    q, k = self.q_norm(q), self.k_norm(k)
+    q, k = (rotate_by_axis(t, rope_cos, rope_sin) for t in (q, k))
+    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
+    return QK(q, k, scale=1.0, **additive_or_bool(attn_mask))
+
+
+@layout(
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.layers.diff_attention.DiffAttention",
+    "timm.models.vision_transformer.Attention",
+    "timm.models.vision_transformer.ParallelScalingBlock",
+    "timm.models.vision_transformer.DiffParallelScalingBlock",
+    "timm.models.vision_transformer_relpos.RelPosAttention",
+    "timm.models.beit.Attention",
+    "timm.models.convit.MHSA",
+    "timm.models.eva.EvaAttention",
+    "timm.models.gemma4_vit.Gemma4Attention",
+)
+def prefix_and_patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """All prefix tokens of the model and all patches, or what the block around cuts."""
+    tokens = received(geometry, lambda: geometry.tokens(shape[3], prefix=True))
+    return tokens, tokens
+
+
+@partition("timm.models.pit.Transformer")
+def pit_transformer(self: Any, geometry: Geometry) -> Tokens:
+    """A stage may pool the patches first."""
+    patches, tokens = geometry.block_argument(self, "x")
+    return whole(size_after(patches, None if self.pool is None else self.pool.conv), ("cls", "dist")[: tokens[1]])
+
+
+@partition("timm.models.metaformer.MetaFormerStage")
+def metaformer_stage(self: Any, geometry: Geometry) -> Tokens:
+    return whole(size_after(geometry.block_argument(self, "x"), self.downsample))
+
+
+@partition("timm.models.csatv2.TransformerBlock")
+def csatv2_transformer_block(self: Any, geometry: Geometry) -> Tokens:
+    return whole(size_after(geometry.block_argument(self, "x"), self.pool2))
+
+
+@partition("timm.models.crossvit.MultiScaleBlock")
+def crossvit_block(self: Any, geometry: Geometry) -> Tokens:
+    """Two branches with patches of two sizes; a class token that changes branches looks at the patches of the other.
+
+    The image is resized for each branch, which leaves a grid where it is on the image; it may be cropped instead, which does
+    not.
+    """
+    path, branches = list(geometry.path()), len(self.projs)
+    fused = next((i for i, fusion in enumerate(self.fusion) if fusion in path), None)
+    branch = (fused + 1) % branches if fused is not None else next(i for i, own in enumerate(self.blocks) if own in path)
+    model = geometry.holder("img_size_scaled")
+    size = pair(model.patch_embed[branch].img_size)
+    seen = geometry.image_size or size
+    if model.crop_scale and seen != size and size[0] <= seen[0] and size[1] <= seen[1]:
+        raise TokenError(
+            f"{geometry.name!r} sees {size[0]} x {size[1]} pixels that were cropped out of the image (crop_scale of the "
+            f"{type(model).__name__}); slice the map itself, m[...]."
+        )
+    return whole(size_after(size, model.patch_embed[branch].proj), ("cls",))
+
+
+@partition("timm.models.tnt.Block")
+def tnt_block(self: Any, geometry: Geometry) -> Tokens:
+    """The inner attention sees the pixels of a patch, the outer one all patches."""
+    if geometry.module is not self.attn_in:
+        return geometry.tokens(geometry.block_argument(self, "patch_embed")[1], prefix=True)
+    pixels = geometry.holder("pixel_embed").pixel_embed.new_patch_size
+    _, tokens, _ = geometry.block_argument(self, "patch_embed")
+    rows, columns = geometry.tokens(tokens, prefix=True).grid_size
+    return cut((rows * pixels[0], columns * pixels[1]), pixels)

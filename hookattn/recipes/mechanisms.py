@@ -1,0 +1,209 @@
+"""What several kinds of attention have in common: masks, biases, rotary and relative positions, the order of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from ..attention.projection import multiply, project
+from ..attention.sources import QK, exact_dtype, exactly
+from ..errors import TokenError
+from ..image.geometry import Geometry
+from ..image.tokens import Tokens, cut, whole
+from .registry import Shape
+
+
+class Masked(TypedDict, total=False):
+    """What a mask is to a `QK`."""
+
+    bias: Tensor
+    mask: Tensor | None
+
+
+def additive_or_bool(attn_mask: Tensor | None) -> Masked:
+    """What SDPA calls `attn_mask`: a bool tensor masks, a float tensor is added."""
+    if attn_mask is not None and attn_mask.dtype.is_floating_point:
+        return {"bias": attn_mask}
+    return {"mask": attn_mask}
+
+
+def in_projection(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, (batch, tokens, dim) each, of the projection a parallel block shares with its MLP."""
+    y = self.in_proj(self.in_norm(x))
+    _, q, k, _ = y.split(self.in_split, dim=-1)
+    return q, k
+
+
+def project_with_biases(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries and keys of a packed projection whose biases are parameters of their own (`q_bias`, `k_bias`, `v_bias`)."""
+    pattern = "b n (parts h d) -> parts b h n d"
+    if self.q_bias is None:
+        return project(self.qkv, x, pattern, parts=2, of=3, h=self.num_heads)
+    if self.qkv_bias_separate:
+        bias = torch.cat((self.q_bias, self.k_bias))
+        qk = torch.cat(project(self.qkv, x, "b n (parts c) -> parts b n c", parts=2, of=3), dim=-1) + bias
+        return torch.unbind(rearrange(qk, pattern, parts=2, h=self.num_heads))
+    q_weight, k_weight, _ = self.qkv.weight.chunk(3)
+    return multiply(x, q_weight, self.q_bias, self.num_heads), multiply(x, k_weight, self.k_bias, self.num_heads)
+
+
+def rotate_patches(self: Any, q: Tensor, rope: Tensor) -> Tensor:
+    """Rotate (batch, heads, tokens, head_dim) behind the prefix tokens, which have no position.
+
+    Args:
+        rope: (tokens, 2 * d) or (heads, tokens, 2 * d) or with a leading batch axis: sines, then cosines.
+
+    Source: Su et al. 2021, "RoFormer", equation 34; `rotate_half` pairs feature i with i + d/2 instead of 2i with 2i + 1.
+    """
+    prefix, patches = q[:, :, : self.num_prefix_tokens], q[:, :, self.num_prefix_tokens :]
+    return torch.cat((prefix, rotate(patches, rope, half=getattr(self, "rotate_half", False))), dim=2)
+
+
+def rotate(q: Tensor, rope: Tensor, *, half: bool = False) -> Tensor:
+    """The same for (..., tokens, head_dim) that all have a position."""
+    sin, cos = rope.chunk(2, dim=-1)
+    if half:
+        first, second = q.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    else:
+        turned = torch.stack((-q[..., 1::2], q[..., ::2]), dim=-1).flatten(-2)
+    return q * cos + turned * sin
+
+
+def rotate_by_axis(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(batch, heads, tokens, head_dim), one half of the features by the column and the other by the row.
+
+    Args:
+        cos, sin: (batch, tokens, head_dim).
+    """
+    first, second = rearrange(q, "b h n (half two d) -> two b h n half d", half=2, two=2)
+    turned: Tensor = rearrange([-second, first], "two b h n half d -> b h n (half two d)")
+    return q * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+def per_window(mask: Tensor | None, batch: int) -> tuple[Tensor, ...]:
+    """The additive mask of shifted windows, (windows, queries, keys), for the windows of every image; nothing for None.
+
+    Returns:
+        (batch, 1, queries, keys), where batch is images * windows.
+    """
+    if mask is None:
+        return ()
+    return (repeat(mask, "w q k -> (b w) 1 q k", b=batch // len(mask)),)
+
+
+def read_off_query(
+    q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor, *, scale: float, position_scale: float = 1.0, prefix: int = 0
+) -> QK:
+    """Queries with what they read for each row and column of keys, keys with indicators of theirs.
+
+    Args:
+        q, k: (batch, heads, queries, d) and (batch, heads, keys, d), row by row.
+        rel_h, rel_w: (rows of queries, rows of keys, d) and (columns of queries, columns of keys, d).
+        scale: of q.k alone.
+        position_scale: of what is read off the query.
+        prefix: how many queries and keys come first and have no position.
+    """
+    with exactly(q.device):
+        q, k, rel_h, rel_w = (t.to(exact_dtype(t.dtype)) for t in (q, k, rel_h, rel_w))
+        on_grid = rearrange(q[:, :, prefix:], "b h (y x) d -> b h y x d", y=len(rel_h), x=len(rel_w))
+        of_rows = torch.einsum("bhyxd,ykd->bhyxk", on_grid, rel_h).flatten(2, 3)
+        of_columns = torch.einsum("bhyxd,xkd->bhyxk", on_grid, rel_w).flatten(2, 3)
+        read = torch.cat((of_rows, of_columns), dim=-1) * position_scale
+        rows, columns = rel_h.shape[1], rel_w.shape[1]
+        row = repeat(torch.eye(rows, dtype=k.dtype, device=k.device), "y k -> (y x) k", x=columns)
+        column = repeat(torch.eye(columns, dtype=k.dtype, device=k.device), "x k -> (y x) k", y=rows)
+        place = torch.cat((row, column), dim=-1).expand(*k.shape[:2], -1, -1)
+        q = torch.cat((q * scale, F.pad(read, (0, 0, prefix, 0))), dim=-1)
+        k = torch.cat((k, F.pad(place, (0, 0, prefix, 0))), dim=-1)
+    return QK(q, k, scale=1.0)
+
+
+def offsets(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys): where in a table of 2 * max(queries, keys) - 1 the offset between a query and a key stands.
+
+    Where there are fewer of the one than of the other, its coordinates are stretched.
+    """
+    stretch_q, stretch_k = max(keys / queries, 1.0), max(queries / keys, 1.0)
+    query = torch.arange(queries, dtype=torch.float32, device=device)[:, None] * stretch_q
+    key = torch.arange(keys, dtype=torch.float32, device=device)[None, :] * stretch_k
+    return (query - key + (keys - 1) * stretch_k).long()
+
+
+def resized(table: Tensor, count: int) -> Tensor:
+    """A table of offsets, (offsets, d), for another number of them."""
+    if len(table) == count:
+        return table
+    return rearrange(F.interpolate(rearrange(table, "n d -> 1 d n"), size=count, mode="linear"), "1 d n -> n d")
+
+
+def pool_on_grid(t: Tensor, pool: Any, size: list[int], prefix: int) -> tuple[Tensor, list[int]]:
+    """(batch, heads, tokens, d) pooled head by head on its grid, the class token left out, and the size of the new grid."""
+    if pool is None:
+        return t, size
+    grid = rearrange(t[:, :, prefix:], "b h (y x) d -> (b h) d y x", y=size[0], x=size[1])
+    grid = pool(grid.contiguous())
+    tokens = rearrange(grid, "(b h) d y x -> b h (y x) d", h=t.shape[1])
+    return torch.cat((t[:, :, :prefix], tokens), dim=2), list(grid.shape[-2:])
+
+
+def flat(x: Tensor) -> Tensor:
+    """(batch, channels, height, width) as tokens, row by row."""
+    return rearrange(x, "b c y x -> b (y x) c")
+
+
+def unflat(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
+    """(batch, tokens, channels) on its grid of (height, width)."""
+    return rearrange(x, "b (y x) c -> b c y x", y=size[0], x=size[1])
+
+
+def in_windows(size: Sequence[int], window: int | None) -> Tokens:
+    """A grid in square windows, padded at its lower and right border; no window, or 0, is all of it."""
+    return cut(size, (window, window)) if window else whole(size)
+
+
+def padded_and_cut(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tokens:
+    """A grid that is padded to whole windows, then rolled up and left, then cut."""
+    rows, columns = (int(n) for n in size)
+    places = torch.arange(rows * columns).reshape(rows, columns)
+    places = F.pad(places, (0, -columns % window[1], 0, -rows % window[0]), value=-1)
+    places = places.roll((-shift[0], -shift[1]), (0, 1))
+    return Tokens((), (rows, columns), rearrange(places, "(h p) (w q) -> 1 (h w) (p q)", p=window[0], q=window[1]))
+
+
+def followed_by(geometry: Geometry, shape: Shape, tail: Tensor, prefix: tuple[str, ...] = ()) -> Tokens:
+    """Prefix tokens and patches, and after them tokens that lie nowhere on the image."""
+    after = tail.shape[-2]
+    patches = shape[3] - len(prefix) - after
+    places = torch.cat((torch.arange(patches), torch.full((after,), -1)))
+    return Tokens(prefix, geometry.tokens(patches, prefix=False).grid_size, places[None, None])
+
+
+def raise_shuffled(geometry: Geometry) -> None:
+    """Say that only some patches are left, and nobody knows which.
+
+    Raises:
+        TokenError: always.
+    """
+    raise TokenError(f"{geometry.name!r} sees some of the patches, chosen at random; slice the map itself, m[...].")
+
+
+def unrolled(schedule: Sequence[Sequence[int]], size: Sequence[int]) -> Tokens:
+    """Patches in the order of `Unroll`: stride by stride, what is pooled into one stands far apart."""
+    if len(size) != 2:
+        raise TokenError(f"its patches are a grid of {' x '.join(map(str, size))}, which is no image; slice m[...].")
+    grid = whole(size)
+    places = grid.patches[0].reshape(1, *size)
+    for rows, columns in schedule:
+        places = rearrange(places, "b (y row) (x column) -> (b row column) y x", row=rows, column=columns)
+    return Tokens((), grid.grid_size, places.reshape(1, 1, -1))
+
+
+def in_mask_units(tokens: Tokens, windows: int) -> Tokens:
+    """Unrolled tokens in their mask units, which take turns."""
+    return Tokens((), tokens.grid_size, rearrange(tokens.patches, "1 1 (n w) -> 1 w n", w=windows))

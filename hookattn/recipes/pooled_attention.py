@@ -1,0 +1,150 @@
+"""Fewer keys than tokens, or fewer queries: pooled, strided or shared between heads.
+
+Wang et al. 2021, "Pyramid Vision Transformer", arXiv 2102.12122; Ryali et al. 2023, "Hiera", arXiv 2306.00989; Shazeer 2019,
+arXiv 1911.02150, for one key that all heads share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.projection import project, project_heads, scale_of
+from ..attention.sources import QK
+from ..image.geometry import Geometry
+from ..image.sizes import pair, size_after
+from ..image.tokens import Tokens, cut, pooled, whole
+from .mechanisms import flat, in_mask_units, offsets, pool_on_grid, read_off_query, unflat, unrolled
+from .places import received
+from .registry import Shape, layout, partition, recipe
+
+
+@recipe("timm.models.pvt_v2.Attention")
+def pvt_v2_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
+    q = project_heads(self.q, x, self.num_heads)
+    if self.pool is not None:
+        x = self.act(self.norm(flat(self.sr(self.pool(unflat(x, feat_size))))))
+    elif self.sr is not None:
+        x = self.norm(flat(self.sr(unflat(x, feat_size))))
+    (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout("timm.models.pvt_v2.Attention")
+def pvt_v2_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    size = geometry.argument("feat_size")
+    return whole(size), whole(size_after(size, geometry.module.pool, geometry.module.sr))
+
+
+@recipe("timm.models.twins.GlobalSubSampleAttn")
+def global_sub_sample_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK:
+    q = project_heads(self.q, x, self.num_heads)
+    if self.sr is not None:
+        x = self.norm(flat(self.sr(unflat(x, size))))
+    (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout("timm.models.twins.GlobalSubSampleAttn")
+def global_sub_sample_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    size = geometry.argument("size")
+    return whole(size), whole(size_after(size, geometry.module.sr))
+
+
+@recipe("timm.models.nextvit.EfficientAttention")
+def nextvit_attention(self: Any, x: Tensor) -> QK:
+    q = project_heads(self.q, x, self.num_heads)
+    if self.sr is not None:
+        x = rearrange(self.norm(self.sr(rearrange(x, "b n c -> b c n"))), "b c n -> b n c")
+    k = project_heads(self.k, x, self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout("timm.models.nextvit.EfficientAttention")
+def nextvit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """A key is the mean of so many tokens one after the other, which are seldom a square; each of them gets its share.
+
+    Tokens that are left over at the end of the image are in no key.
+    """
+    queries, run = received(geometry, lambda: geometry.tokens(shape[2], prefix=False)), geometry.module.N_ratio
+    if geometry.module.sr is None:
+        return queries, queries
+    places = torch.arange(shape[2] // run * run)[None, None]
+    return queries, Tokens((), queries.grid_size, places, spread=run)
+
+
+@recipe("timm.models.hiera.MaskUnitAttention", form="b h w q k")
+def mask_unit_attention(self: Any, x: Tensor) -> QK:
+    """Tokens come unrolled: the tokens that are pooled into one query lie `windows * window_size` apart."""
+    windows = x.shape[1] // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
+    pattern = "b (n w) (parts h d) -> parts (b w) h n d"
+    q, k = project(self.qkv, x, pattern, parts=2, of=3, h=self.heads, w=windows)
+    if self.q_stride > 1:
+        q = rearrange(q, "b h (stride n) d -> b h stride n d", stride=self.q_stride).amax(2)
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout("timm.models.hiera.MaskUnitAttention")
+def mask_unit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """Tokens come unrolled, and a mask unit is every `windows`-th of them; queries are pooled over the last unrolling."""
+    self, model = geometry.module, geometry.holder("reroll")
+    path = list(geometry.path())
+    block = next(i for i, block in enumerate(model.blocks) if block in path)
+    queries = unrolled(*model.reroll.schedule[block])
+    keys = unrolled(*model.reroll.schedule[block - 1]) if self.q_stride > 1 else queries
+    windows = len(keys) // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
+    return in_mask_units(queries, windows), in_mask_units(keys, windows)
+
+
+@recipe("timm.models.hieradet_sam2.MultiScaleAttention")
+def hieradet_attention(self: Any, x: Tensor) -> QK:
+    q, k = project(self.qkv, x, "b y x (parts c) -> parts b y x c", parts=2, of=3)
+    if self.q_pool is not None:
+        q = rearrange(self.q_pool(rearrange(q, "b y x c -> b c y x")), "b c y x -> b y x c")
+    q, k = (rearrange(t, "b y x (h d) -> b h (y x) d", h=self.num_heads) for t in (q, k))
+    return QK(q, k, scale=scale_of(self))
+
+
+@layout("timm.models.hieradet_sam2.MultiScaleAttention")
+def hieradet_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """Queries are pooled inside their window, and stand for the cells of a coarser grid."""
+    window = geometry.argument("x")[1:3]
+    keys = received(geometry, lambda: whole(window))
+    pool = geometry.module.q_pool
+    return keys if pool is None else pooled(keys, window, pair(pool.stride)), keys
+
+
+@recipe("timm.models.mvitv2.MultiScaleAttention")
+def multi_scale_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    prefix = int(self.has_cls_token)
+    q, q_size = pool_on_grid(q, self.pool_q, feat_size, prefix)
+    q = q if self.norm_q is None else self.norm_q(q)
+    k, k_size = pool_on_grid(k, self.pool_k, feat_size, prefix)
+    k = k if self.norm_k is None else self.norm_k(k)
+    if self.rel_pos_type != "spatial":
+        return QK(q, k, scale=self.scale)
+    rel_h = self.rel_pos_h[offsets(q_size[0], k_size[0], x.device)]
+    rel_w = self.rel_pos_w[offsets(q_size[1], k_size[1], x.device)]
+    return read_off_query(q, k, rel_h, rel_w, scale=self.scale, prefix=prefix)
+
+
+@layout("timm.models.mvitv2.MultiScaleAttention", "timm.models.mvitv2.MultiScaleAttentionPoolFirst")
+def multi_scale_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    self, size = geometry.module, geometry.argument("feat_size")
+    prefix = ("cls",) if self.has_cls_token else ()
+    return whole(size_after(size, self.pool_q), prefix), whole(size_after(size, self.pool_k), prefix)
+
+
+@partition("timm.models.hieradet_sam2.MultiScaleBlock")
+def hieradet_block(self: Any, geometry: Geometry) -> Tokens:
+    _, rows, columns, _ = geometry.block_argument(self, "x")
+    return cut((rows, columns), self.window_size) if any(self.window_size) else whole((rows, columns))
+
+
+@partition("timm.models.nextvit.NextTransformerBlock")
+def next_transformer_block(self: Any, geometry: Geometry) -> Tokens:
+    return whole(size_after(geometry.block_argument(self, "x"), self.patch_embed))

@@ -1,0 +1,37 @@
+"""torchvision: Swin v1 and v2, MaxViT. Its ViT holds PyTorch's own `nn.MultiheadAttention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..image.geometry import Geometry
+from ..image.tokens import Tokens, cut
+from .mechanisms import padded_and_cut
+from .registry import Shape, file_form, layout, partition
+
+file_form(
+    "b w h q k",
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention",
+    "vit_pytorch.mobile_vit.Attention",
+)
+
+
+@layout(
+    "torchvision.models.swin_transformer.ShiftedWindowAttention",
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2",
+)
+def shifted_window_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The grid is padded, then rolled; along an axis that one window covers it is not rolled."""
+    self: Any = geometry.module
+    _, rows, columns, _ = geometry.argument("x")
+    shift = [0 if window >= n else step for n, window, step in zip((rows, columns), self.window_size, self.shift_size)]
+    tokens = padded_and_cut((rows, columns), self.window_size, shift)
+    return tokens, tokens
+
+
+@partition("torchvision.models.maxvit.PartitionAttentionLayer")
+def torchvision_maxvit_block(self: Any, geometry: Geometry) -> Tokens:
+    _, _, rows, columns = geometry.block_argument(self, "x")
+    if self.partition_type == "window":
+        return cut((rows, columns), (self.p, self.p))
+    return cut((rows, columns), (rows // self.p, columns // self.p), strided=True)

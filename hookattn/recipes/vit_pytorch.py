@@ -1,0 +1,245 @@
+"""vit-pytorch: how its classes fold their maps, recipes for those that call flex attention, where their tokens lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..attention.projection import project
+from ..attention.sources import QK
+from ..errors import TokenError
+from ..image.geometry import Geometry
+from ..image.images import Patches
+from ..image.tokens import Tokens, cut, whole
+from ..image.trunk import grid_size
+from .mechanisms import followed_by, in_windows, raise_shuffled
+from .places import queries_of
+from .registry import Shape, channels, file_form, layout, names_of, partition, recipe
+
+PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
+"""Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
+
+
+file_form("b h q k", "vit_pytorch.vit_for_small_dataset.LSA")
+
+
+file_form("b q k", "vit_pytorch.vit_with_patch_merger.PatchMerger")
+
+
+file_form(
+    "(b h) q k",
+    "vit_pytorch.cvt.Attention",
+    "vit_pytorch.rvt.Attention",
+    "vit_pytorch.twins_svt.GlobalAttention",
+    "vit_pytorch.twins_svt.LocalAttention",
+    "transformers.models.deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionAttention",
+    "transformers.models.got_ocr2.modeling_got_ocr2.GotOcr2VisionAttention",
+    "transformers.models.groupvit.modeling_groupvit.GroupViTAttention",
+    "transformers.models.pp_formulanet.modeling_pp_formulanet.PPFormulaNetVisionAttention",
+    "transformers.models.sam.modeling_sam.SamVisionAttention",
+    "transformers.models.sam_hq.modeling_sam_hq.SamHQVisionAttention",
+    "transformers.models.slanext.modeling_slanext.SLANeXtVisionAttention",
+    "transformers.models.unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionAttention",
+    "transformers.models.vitdet.modeling_vitdet.VitDetAttention",
+)
+
+
+channels("vit_pytorch.xcit.XCAttention")
+
+
+@recipe("vit_pytorch.vit_nd.Attention")
+def nd_attention(self: Any, x: Tensor, block_mask: Any = None, mask_fn: PairMask | None = None) -> QK:
+    q, k = project(self.to_qkv, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.heads)
+    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+
+
+@recipe("vit_pytorch.vit_nd_rotary.Attention")
+def nd_rotary_attention(
+    self: Any, x: Tensor, pos: Tensor | None = None, block_mask: Any = None, mask_fn: PairMask | None = None
+) -> QK:
+    q, k = project(self.to_qk, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.heads)
+    if self.rotary_emb is not None:
+        q, k = self.rotary_emb(q, pos), self.rotary_emb(k, pos)
+    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+
+
+@recipe("vit_pytorch.vit_nd_pope.Attention")
+def nd_polar_attention(
+    self: Any,
+    x: Tensor,
+    polar_pos_emb: tuple[Tensor, Tensor] | None = None,
+    block_mask: Any = None,
+    mask_fn: PairMask | None = None,
+) -> QK:
+    """Positions turn the angle of a number whose length is the query or key made positive."""
+    q, k = project(self.to_qk, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.heads)
+    if polar_pos_emb is not None:
+        angles, bias = polar_pos_emb
+        q, k = turned(q, angles), turned(k, angles + bias)
+    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+
+
+@recipe("vit_pytorch.levjepa_nd.Attention")
+def levjepa_nd_attention(self: Any, x: Tensor, rotary_emb: Any, pos: Tensor, block_mask: Any, dense_mask: Tensor | None) -> QK:
+    q, k = project(self.to_qkv, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.heads)
+    if rotary_emb is not None:
+        sin, cos = (rearrange(t, "b n d -> b 1 n d") for t in rotary_emb(pos))
+        q, k = rotate_first_channels(q, sin, cos), rotate_first_channels(k, sin, cos)
+    if block_mask is not None:
+        numbers = torch.arange(len(x), device=x.device)[:, None, None, None]
+        mask = open_pairs(block_mask.mask_mod, x, numbers)
+    else:
+        mask = None if dense_mask is None else rearrange(dense_mask, "b q k -> b 1 q k")
+    return QK(q, k, scale=self.scale, mask=mask)
+
+
+@layout("vit_pytorch.twins_svt.LocalAttention")
+def twins_local_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    self: Any = geometry.module
+    tokens = cut(geometry.argument("fmap")[-2:], (self.patch_size, self.patch_size))
+    return tokens, tokens
+
+
+@layout("vit_pytorch.scalable_vit.InteractiveWindowedSelfAttention")
+def interactive_windowed_self_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    tokens = in_windows(geometry.argument("x")[-2:], geometry.module.window_size)
+    return tokens, tokens
+
+
+@layout("vit_pytorch.crossformer.Attention")
+def crossformer_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """Short attention sees a window, long attention patches at equal distances."""
+    self: Any = geometry.module
+    window = (self.window_size, self.window_size)
+    tokens = cut(geometry.argument("x")[-2:], window, strided=self.attn_type == "long")
+    return tokens, tokens
+
+
+@layout("vit_pytorch.nest.Attention")
+def nest_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """As many blocks down as across, told by how many there are of an image."""
+    pieces, _, height, width = geometry.argument("x")
+    if geometry.images is None or isinstance(geometry.images, Patches) or pieces % geometry.images[0]:
+        raise TokenError(f"it is not known how many blocks {geometry.name!r} cuts an image into; slice the map itself, m[...].")
+    across = round((pieces // geometry.images[0]) ** 0.5)
+    tokens = cut((across * height, across * width), (height, width))
+    return tokens, tokens
+
+
+@layout("vit_pytorch.max_vit.Attention")
+def max_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """Every other attention of a stage is the one over a grid; the layer before it tells how the image was cut."""
+    _, down, across, height, width, _ = geometry.argument("x")
+    path = list(geometry.path())
+    layers = next(list(m) for m in path if isinstance(m, nn.Sequential) and any(part in path for part in m))
+    at = next(i for i, part in enumerate(layers) if part in path)
+    before = [str(getattr(part, "pattern", "")) for part in layers[:at]]
+    pattern = next((p for p in reversed(before) if p), "")
+    strided = {"b d (x w1) (y w2) -> b x y w1 w2 d": False, "b d (w1 x) (w2 y) -> b x y w1 w2 d": True}.get(pattern)
+    if strided is None:
+        raise TokenError(
+            f"it is not known how {geometry.name!r} gets its windows, by {pattern!r}; slice the map itself, m[...]."
+        )
+    tokens = cut((down * height, across * width), (height, width), strided=strided)
+    return tokens, tokens
+
+
+@partition("vit_pytorch.mobile_vit.MobileViTBlock")
+def mobile_vit_block(self: Any, geometry: Geometry) -> Tokens:
+    """A window takes one pixel of each patch."""
+    _, _, rows, columns = geometry.block_argument(self, "x")
+    return cut((rows, columns), (rows // self.ph, columns // self.pw), strided=True)
+
+
+@layout(
+    "vit_pytorch.simple_uvit.Attention",
+    "vit_pytorch.simple_vit_with_hyper_connections.Attention",
+    "vit_pytorch.simple_vit_with_register_tokens.Attention",
+)
+def registers_at_the_end(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    tokens = followed_by(geometry, shape, geometry.holder("register_tokens").register_tokens)
+    return tokens, tokens
+
+
+@layout("vit_pytorch.vat.Attention", "vit_pytorch.vaat.Attention")
+def registers_before_the_class_token(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The same class attends to actions and to what other models make of the image, which lies nowhere."""
+    trunk: Any = geometry.trunk
+    registers = getattr(trunk, "register_tokens", None)
+    if not isinstance(registers, Tensor) or not hasattr(trunk, "to_patch_embedding"):
+        raise TokenError(f"{geometry.name!r} is not inside of what cuts the image, and sees other tokens; slice m[...].")
+    names = (*(f"reg{i}" for i in range(registers.shape[-2])), "cls")
+    tokens = Tokens(names, geometry.tokens(shape[3] - len(names), prefix=False).grid_size)
+    return queries_of(shape, tokens), tokens
+
+
+@layout("vit_pytorch.jumbo_vit.Attention")
+def jumbo_class_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """A class token that is as wide as several comes as several."""
+    patches = len(geometry.holder("pos_embedding").pos_embedding)
+    names = tuple(f"cls{i}" for i in range(shape[3] - patches))
+    tokens = Tokens(names, geometry.tokens(patches, prefix=False).grid_size)
+    return tokens, tokens
+
+
+@layout("vit_pytorch.cross_vit.Attention")
+def cross_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """Patches of two sizes, each with a class token; the class token of one looks at itself and the patches of the other."""
+    patches = grid_size(geometry.trunk, geometry.image_size, shape[3] - 1)
+    if patches is None:
+        raise TokenError(
+            f"the {shape[3]} tokens of {geometry.name!r} are no grid over its image; slice the map itself, m[...]."
+        )
+    tokens = whole(patches, ("cls",))
+    return queries_of(shape, tokens), tokens
+
+
+@layout("vit_pytorch.vit.Attention", "vit_pytorch.mp3.Attention")
+def maybe_masked_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """Wrapped for pretraining, the encoder sees the patches that were kept in a random order."""
+    path = list(geometry.path())
+    for module in path:
+        wraps = [name for name in names_of(module) if name in ("vit_pytorch.mae.MAE", "vit_pytorch.mp3.MP3")]
+        if wraps and any(part in path for name in ("encoder", "vit") if (part := getattr(module, name, None)) is not None):
+            raise_shuffled(geometry)
+    tokens = geometry.tokens(shape[3])
+    return queries_of(shape, tokens), tokens
+
+
+@layout("vit_pytorch.vit_with_patch_dropout.Attention", "vit_pytorch.simple_vit_with_patch_dropout.Attention")
+def attention_after_patch_dropout_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    trunk: Any = geometry.trunk
+    sides = getattr(trunk.to_patch_embedding[0], "axes_lengths", {})
+    if geometry.images is None or isinstance(geometry.images, Patches) or not {"p1", "p2"} <= set(sides):
+        raise TokenError(f"it is not known whether {geometry.name!r} sees all patches; slice the map itself, m[...].")
+    size = geometry.images[1] // sides["p1"], geometry.images[2] // sides["p2"]
+    tokens = whole(size, ("cls",) * isinstance(getattr(trunk, "cls_token", None), Tensor))
+    if len(tokens) != shape[3]:
+        raise_shuffled(geometry)
+    return tokens, tokens
+
+
+def open_pairs(mask_fn: PairMask | None, x: Tensor, batch: Tensor | int = 0) -> Tensor | None:
+    """Where a query may attend, (queries, keys) or (batch, 1, queries, keys), told by a function of their numbers."""
+    if mask_fn is None:
+        return None
+    tokens = torch.arange(x.shape[1], device=x.device)
+    return mask_fn(batch, 0, tokens[:, None], tokens)
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Real and imaginary parts of numbers of length softplus(x) at these angles, in float32."""
+    lengths = F.softplus(x.float())
+    return torch.cat((lengths * angles.cos(), lengths * angles.sin()), dim=-1).to(x.dtype)
+
+
+def rotate_first_channels(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """The first channels rotated, each odd one with the even one before it."""
+    turning, rest = x.tensor_split((sin.shape[-1],), dim=-1)
+    crossed = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((turning * cos + crossed * sin, rest), dim=-1)

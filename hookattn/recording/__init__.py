@@ -1,0 +1,13 @@
+"""What touches a running model between `with` and the end of the block, and leaves it as it was.
+
+From top to bottom, an import may only point down:
+
+    inspection   what of a model can be read, how, and who calls it
+    recorder     AttentionRecorder
+    keep_maps    maps made while a module runs, of the queries and keys it makes itself
+    detect       which modules form maps, where names do not tell
+    follow       gradients that are followed through backward
+    edits        other maps in place of a module's own
+    passes       what counts as one forward, and its maps
+    selection    which modules are attention, and what `layers=` means
+"""

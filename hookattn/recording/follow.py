@@ -1,0 +1,33 @@
+"""Gradients that are followed through backward, also where a checkpoint runs a module again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..calls.call import Call
+from ..conditions.checkpoints import checkpoint_around, fingerprint
+from ..maps.gradient import Gradient
+
+
+def match_recomputed(forwards: Iterable[Iterable[Gradient]], call: Call) -> Gradient | None:
+    """The gradient of the call that a checkpoint makes again, out of those of one module; None if it is none of them.
+
+    Args:
+        forwards: the gradients of each forward, the last one first: a checkpoint of before may have had the same number.
+        call: as it is made again.
+    """
+    if (around := checkpoint_around()) is None:
+        return None
+    again = fingerprint(call.tensors, around)
+    waiting = next((found for each in forwards if (found := [g for g in each if g.waits_for(again)])), [])
+    if len(waiting) == 1:
+        return waiting[0]
+    for gradient in waiting:
+        gradient.refuse(_AMBIGUOUS)
+    return None
+
+
+_AMBIGUOUS = (
+    "it was called with the same input more than once in one reentrant checkpoint, and which call backward has come to cannot "
+    "be told. Checkpoint with use_reentrant=False."
+)

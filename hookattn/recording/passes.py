@@ -1,0 +1,175 @@
+"""What counts as one forward: a call of the model, of one of its methods, or of its modules one by one; and its maps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import FrameType
+
+from torch import nn
+
+from ..calls.restore import is_reading
+from ..conditions.checkpoints import in_backward
+from ..conditions.frames import Running, caller_of_hook, code_of_methods
+from ..conditions.threads import Here
+from ..image.images import Images
+from ..maps.attention_map import AttentionMap
+from ..maps.gradient import Backwards
+
+
+class ForwardPass:
+    """What is gathered while one forward runs.
+
+    Attributes:
+        maps: by name, in the order the modules ran.
+        images: the pictures that each part of the model looks at, those of the whole model under None.
+        closed: whether it was a call of the model that has returned.
+        backwards: which backward was the last to reach it.
+    """
+
+    def __init__(self) -> None:
+        self.maps: dict[str, AttentionMap] = {}
+        self.images: dict[nn.Module | None, Images] = {}
+        self.closed = False
+        self.backwards = Backwards()
+
+    def unused(self, name: str) -> str:
+        """What to call the map of a module's next call: `name`, then `name#1`, `name#2`, ..."""
+        if name not in self.maps:
+            return name
+        return next(n for i in range(1, len(self.maps) + 1) if (n := f"{name}#{i}") not in self.maps)
+
+
+class Forwards:
+    """The forwards of a model, told apart while they run.
+
+    A call of the model is announced by its hooks, `start` and `stop`. A call of one of its methods (`forward_features`)
+    announces nothing: it is recognised by its frame on the stack. Either lasts as long as that frame is on the stack, since
+    PyTorch calls no hook where a KeyboardInterrupt ends it. Where there is neither, somebody calls module after module by hand,
+    and a new forward begins when one is called again.
+
+    Args:
+        model: whose forwards they are.
+        keep_all: whether the ones before the last are kept.
+        here: the thread and the task that they run in; None for any.
+
+    Attributes:
+        elsewhere: in which others the model was called, in words.
+    """
+
+    def __init__(self, model: nn.Module, *, keep_all: bool, here: Here | None = None) -> None:
+        self.all: list[ForwardPass] = []
+        self.here, self.elsewhere = here, dict[str, None]()
+        self._keep_all = keep_all
+        self._methods = code_of_methods(model)
+        self._call: Running | None = None
+        self._depth = 0
+        self._images: dict[nn.Module | None, Images] = {}
+
+    def concerns_us(self) -> bool:
+        """Whether a module that is called now belongs to a forward that is recorded: one where the recorder was opened."""
+        if in_backward() or is_reading():
+            return False
+        if self.here is not None and not self.here():
+            self.elsewhere[str(Here())] = None
+            return False
+        return True
+
+    def is_here(self) -> bool:
+        """Whether what runs now runs in the thread and the task that these forwards are of."""
+        return self.here is None or self.here()
+
+    def see_images(self, images: Mapping[nn.Module | None, Images]) -> None:
+        """Note the pictures that the maps to come are of, by the part of the model that looks at them."""
+        self._images.update(images)
+
+    def start(self) -> None:
+        """A call of the model begins."""
+        if self._depth and not self._call:
+            self._depth = 0
+        if self._depth == 0:
+            self._begin(Running(caller_of_hook(), held=True))
+            self._images.clear()
+        self._depth += 1
+
+    def stop(self) -> None:
+        """A call of the model has ended, whether it returned or raised."""
+        if self._depth == 0:  # a hook before ours raised, and this forward was never announced
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self.all[-1].closed, self._call = True, None
+
+    def current(self, name: str) -> ForwardPass:
+        """The forward that a call of the module `name` belongs to; a new one where it belongs to none before."""
+        forward = self._running_forward(name)
+        if self._images:
+            forward.images.update(self._images)
+            self._images.clear()
+        return forward
+
+    def leave(self) -> None:
+        """Let go of the frame that a forward is a call of."""
+        self._call = None
+
+    def _begin(self, call: Running | None) -> ForwardPass:
+        if not self._keep_all:
+            self.all.clear()
+        self.all.append(ForwardPass())
+        self._call = call
+        return self.all[-1]
+
+    def _running_forward(self, name: str) -> ForwardPass:
+        last = self.all[-1] if self.all else None
+        if last is not None and not last.closed and self._call:
+            return last
+        frame = self._outermost_method()
+        by_hand = frame is None and self._call is None
+        if by_hand and last is not None and not last.closed and name not in last.maps:
+            return last
+        return self._begin(None if frame is None else Running(frame, held=False))
+
+    def _outermost_method(self) -> FrameType | None:
+        """The frame of the outermost method of the model's class on the stack."""
+        frame: FrameType | None = sys._getframe(1)
+        found = None
+        while frame is not None:
+            found = frame if frame.f_code in self._methods else found
+            frame = frame.f_back
+        return found
+
+
+def why_empty(model: nn.Module, forwards: Forwards, layers: list[str]) -> str:
+    """Why there is no map, and what to type next."""
+    if not forwards.all and forwards.elsewhere:
+        return (
+            f"a forward ran in {' and in '.join(list(forwards.elsewhere)[:4])}, but this recorder was opened in "
+            f"{forwards.here} and records what runs there alone. Open it where the model is called: put `with "
+            "AttentionRecorder(model) as rec:` into the function that the other thread or task runs."
+        )
+    if not forwards.all and not layers:
+        return (
+            f"nothing in {type(model).__name__} is named like attention, so the first call of the model itself is "
+            "watched: call model(...) inside the block, not one of its methods or parts, or name the modules, layers=[...]."
+        )
+    if not forwards.all:
+        return (
+            f"no forward of the {type(model).__name__} has run inside the block: call it between `with "
+            "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with. "
+            "An export or a trace of it is none."
+        )
+    if not layers:
+        return (
+            f"a forward of {type(model).__name__} ran and was watched: none of its modules called "
+            "scaled_dot_product_attention, or a softmax whose outcome weighs values. If there is a kernel of its own, name "
+            "the module, AttentionRecorder(model, layers=[...]), and describe its map with @hookattn.recipe."
+        )
+    return (
+        f"a forward ran, but it called none of {', '.join(layers[:4])}{', ...' * (len(layers) > 4)}. "
+        "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
+    )
+
+
+def is_a_forward() -> bool:
+    """Whether a module that is called now belongs to a forward: not to a checkpoint run again in backward, not to a replay."""
+    return not in_backward() and not is_reading()

@@ -1,0 +1,179 @@
+"""Which modules of a model form attention maps: found by class, not by path."""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import nn
+
+from ..errors import LayerNotFoundError, ModelError, UnreadableError, did_you_mean, listed
+from ..recipes.no_map import unreadable
+from ..recipes.registry import is_known
+
+Layer = Union[str, int]
+Layers = Union[None, Layer, Sequence[Layer], Callable[[str, nn.Module], bool]]
+_NO_LIST = (str, bytes, type, nn.Module, torch.Tensor)
+_LOOKS_LIKE_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA|SHMA|SHSA|GPSA)")
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}  # one process each, and the model in it is called as it is
+
+
+class Found(NamedTuple):
+    """What a model has in the way of attention.
+
+    Attributes:
+        readable: attention modules by name, in the order of `named_modules`.
+        skipped: names of the others, each with its class and the reason why no map of it can be read.
+    """
+
+    readable: dict[str, nn.Module]
+    skipped: dict[str, str]
+
+
+def find_attention(model: nn.Module) -> Found:
+    """All attention of a model: what has a recipe, and the innermost modules whose class is named like attention."""
+    named = {name or type(module).__name__: module for name, module in model.named_modules()}
+    skipped = {name: reason for name, module in named.items() if (reason := unreadable(module))}
+    likely = {name: m for name, m in named.items() if name not in skipped and _is_attention(m)}
+    inner = [*likely.values(), *(named[name] for name in skipped)]
+    readable = {name: m for name, m in likely.items() if is_known(m) or not _holds_another(m, inner)}
+    return Found(readable, skipped)
+
+
+def recordable(model: nn.Module) -> nn.Module:
+    """The module whose forward will run in Python, or an error that says why there is none."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}{_instead_of(model)}.")
+    model = _unwrapped(model)
+    for name, module in model.named_modules():
+        where = f" (its module {name!r})" if name else ""
+        if isinstance(module, nn.DataParallel):
+            raise ModelError(
+                f"DataParallel{where} runs copies of the model in threads that share the hooks; record the model inside: "
+                "AttentionRecorder(model.module)."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model."
+            )
+        if isinstance(module, (torch.fx.GraphModule, torch.export.UnflattenedModule)):
+            raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
+    return model
+
+
+def _instead_of(thing: Any) -> str:
+    """What to record instead of something that is no module."""
+    if hasattr(thing, "_torchdynamo_orig_callable"):
+        return ": it was compiled, and runs eagerly inside the block; record the model that it calls"
+    if type(thing).__module__.startswith("torch."):
+        return ": what was exported or packaged has no attention modules left; record the eager model"
+    return ""
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, DistributedDataParallel and FullyShardedDataParallel wrap around it."""
+    wraps = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
+    inner = getattr(model, "module" if wraps else "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def choose(model: nn.Module, layers: Layers) -> Found:
+    """The attention modules of a model that `layers` narrows it down to.
+
+    Returns:
+        What was found; nothing readable and nothing skipped if no class of the model is named like attention.
+
+    Raises:
+        ModelError: all attention of the model is of a kind that forms no map.
+        LayerNotFoundError: a name, pattern or index fits nothing.
+        UnreadableError: a name asks for a module that forms no readable map.
+    """
+    found = find_attention(model)
+    if layers is None:
+        if found.skipped and not found.readable:
+            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.skipped.items())[:3])
+            raise ModelError(f"{type(model).__name__} has no attention map that can be read. {reasons}.")
+        return found
+    if callable(layers) and not isinstance(layers, (type, nn.Module)):
+        chosen = [name for name, module in found.readable.items() if layers(name, module)]
+        if not chosen:
+            raise _nothing(model, found) if not found.readable else _none("layers= accepts none of", found)
+    else:
+        wanted = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, _NO_LIST) else [layers]
+        if not wanted:
+            raise _none(f"layers={layers!r} names nothing. There is:", found)
+        chosen = [name for layer in wanted for name in _named(model, found, layer)]
+    modules = {**found.readable, **dict(model.named_modules())}
+    in_order = [name for name in modules if name in set(chosen)]
+    return Found({name: modules[name] for name in in_order}, found.skipped)
+
+
+def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:
+    """Names that one entry of `layers` stands for."""
+    names = list(found.readable)
+    if not isinstance(layer, str):
+        layer = _position(layer)
+        if not names:
+            raise _nothing(model, found)
+        if not -len(names) <= layer < len(names):
+            raise LayerNotFoundError(
+                f"there is no layer {layer}: the model has {len(names)} attention modules, 0 to {len(names) - 1}."
+            )
+        return [names[layer]]
+    if layer in found.readable:
+        return [layer]
+    if layer in found.skipped:
+        raise UnreadableError(f"{layer!r} has no map to read. {found.skipped[layer]}.")
+    matches = fnmatch.filter(names, layer) or [name for name in names if name.startswith(f"{layer}.")]
+    if not matches and layer and layer in dict(model.named_modules()):
+        return [layer]
+    if not matches and not names:
+        raise _nothing(model, found)
+    if not matches:
+        raise LayerNotFoundError(f"no attention module is called {layer!r}. {did_you_mean(layer, names)}")
+    return matches
+
+
+def _position(layer: Any) -> int:
+    if isinstance(layer, bool) or not hasattr(layer, "__index__") or bool(getattr(layer, "ndim", False)):
+        what = f"the class {layer.__name__}" if isinstance(layer, type) else f"a {type(layer).__name__}"
+        raise LayerNotFoundError(
+            f"layers= takes names, positions, a list of these, or a predicate such as lambda name, module: ...; {what} names "
+            "nothing."
+        )
+    return operator.index(layer)
+
+
+def _none(what: str, found: Found) -> LayerNotFoundError:
+    return LayerNotFoundError(f"{what} {listed(found.readable)}.")
+
+
+def _nothing(model: nn.Module, found: Found) -> LayerNotFoundError:
+    inside = f"only what forms no map ({listed(found.skipped)})" if found.skipped else "nothing"
+    return LayerNotFoundError(
+        f"layers= has nothing to choose from: {inside} in {type(model).__name__} is named like attention. Name modules as "
+        "model.named_modules() does, layers=[...], or leave layers= out to have the first forward watched."
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return is_known(module) or _LOOKS_LIKE_ATTENTION.search(type(module).__name__) is not None
+
+
+def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:
+    inside = set(module.modules()) - {module}
+    return any(other in inside for other in others)
+
+
+def replaced(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Names under which another module stands in a model by now."""
+    for name, module in chosen.items():
+        try:
+            if model.get_submodule(name) is not module and module is not model:
+                yield name
+        except AttributeError:  # nothing stands there
+            continue
