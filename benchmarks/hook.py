@@ -42,7 +42,7 @@ GIVEN: dict[str, Any] = {"attn_mask": None, "is_causal": False}  # what a block 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "is it compiled or traced?": [(hooks, "is_traced")],
     "is it a forward that is recorded, and which?": [(ForwardPasses, "is_recorded_here"), (ForwardPasses, "current")],
-    "arguments": [(call, "kept")],
+    "arguments": [(call, "keep_arguments")],
     "is the module as it was looked up?": [(layer.Layer, "refreshed")],
     "autocast": [(call, "autocast_now")],
     "caches and moving buffers": [(layer.Layer, "state_now"), (layer.Layer, "mutable_now")],

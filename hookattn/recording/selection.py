@@ -169,7 +169,7 @@ def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:
     return any(other in inside for other in others)
 
 
-def replaced(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Iterator[str]:
+def find_replaced(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Iterator[str]:
     """Names under which another module stands in a model by now."""
     for name, module in chosen.items():
         try:
