@@ -17,6 +17,7 @@ from ..calls.hooks import Args, Hook, Kwargs
 from ..calls.layer import Layer, look_up
 from ..conditions.compiled import EAGER, INSIDE
 from ..conditions.threads import Here
+from ..conditions.wrappers import recordable
 from ..errors import NoMapError, RecorderError
 from ..image.geometry import Geometry
 from ..image.images import images_in
@@ -30,7 +31,7 @@ from .edits import Edit, Edits
 from .keep_maps import KeepMaps
 from .passes import ForwardPass, ForwardPasses, why_empty
 from .record import Recording, Wanted
-from .selection import Layers, choose, find_replaced, recordable
+from .selection import Layers, choose, find_replaced
 
 Keep = Literal["inputs", "maps"]
 Forwards = Literal["last", "all"]
