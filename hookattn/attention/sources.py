@@ -206,8 +206,8 @@ class Dense(_Whole):
         return self.tensor.dtype
 
     def values(self) -> Tensor:
-        """(batch, heads, queries, keys), as it is kept."""
-        return self.tensor
+        """(batch, heads, queries, keys), as it is kept; a copy, since what is read is the reader's to write into."""
+        return self.tensor.clone()
 
 
 @dataclass(frozen=True, eq=False)

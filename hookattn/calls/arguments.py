@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,11 +10,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _AS_THEY_ARE = frozenset({int, float, bool, str, type(None)})
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def keep_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> tuple[Arguments, tuple[Tensor, ...]]:
-    """The arguments themselves, no copies, or cut off from the graph; and the tensors among them."""
+    """The arguments themselves, no copies, or cut off from the graph; and the tensors among them.
+
+    A cache of keys and values, which the call is about to fill, is kept as it is before: its tensors, in a copy of what holds
+    them.
+    """
     tensors: list[Tensor] = []
     for value in (*args, *kwargs.values()):
         if type(value) is Tensor and not (detach and value.requires_grad):
@@ -22,17 +28,62 @@ def keep_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: boo
             break
     else:
         return (args, {**kwargs}), tuple(tensors)
-    given = (_detached(args), _detached(kwargs)) if detach else (args, {**kwargs})
+    args, kwargs = tuple([_kept(a) for a in args]), {name: _kept(a) for name, a in kwargs.items()}
+    given = (_detached(args), _detached(kwargs)) if detach else (args, kwargs)
     return given, tuple(tensors_in((*given[0], *given[1].values())))
 
 
+def is_cache(value: Any) -> bool:
+    """Whether an argument is one that a forward changes: a cache of keys and values, as transformers has them."""
+    return callable(getattr(value, "update", None)) and not isinstance(value, (dict, set)) and hasattr(value, "__dict__")
+
+
+def copy_structure(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    """A copy of objects, lists, tuples and dicts one inside the other, which holds the same tensors and all else as it is."""
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)([copy_structure(each, seen) for each in value])
+    if type(value) is dict:
+        return {key: copy_structure(each, seen) for key, each in value.items()}
+    if isinstance(value, (Tensor, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return value
+    copied = seen[id(value)] = copy.copy(value)
+    for name, each in vars(value).items():
+        object.__setattr__(copied, name, copy_structure(each, seen))
+    return copied
+
+
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among some values and in the lists, tuples and dicts among them."""
+    """The tensors among some values and in the lists, tuples, dicts and caches among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple, dict)):
             yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+        elif is_cache(value):
+            yield from _held_by(value, set())
+
+
+def _held_by(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors that an object holds, and the objects in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, type) and not callable(value):
+        seen.add(id(value))
+        for each in _parts_of(value):
+            yield from _held_by(each, seen)
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, (list, tuple)):
+        return value
+    return value.values() if isinstance(value, dict) else getattr(value, "__dict__", {}).values()
+
+
+def _kept(value: Any) -> Any:
+    return copy_structure(value) if is_cache(value) else value
 
 
 def _detached(value: Any) -> Any:

@@ -9,10 +9,13 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..conditions.autocast import Autocast, autocast_now
 from ..conditions.changes import stamps
+from ..conditions.function_modes import SDPA, modes_in_force, modes_resumed
 from ..conditions.sharding import is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
@@ -26,12 +29,28 @@ _TRAINING = attrgetter("training")
 
 
 class Modes(NamedTuple):
-    """What the outcome of a call depends on besides its arguments."""
+    """What the outcome of a call depends on besides its arguments.
+
+    Attributes:
+        grad: whether operations are recorded for autograd.
+        autocast: of the device of the first argument.
+        training: the training flags of the module and all below it.
+        random: where the random streams were, if one of them is in train mode.
+        functions: function modes of the user's.
+        sdpa: what `F.scaled_dot_product_attention` was.
+    """
 
     grad: bool
     autocast: Autocast | None
     training: tuple[bool, ...]
     random: RandomStreams | None
+    functions: tuple[TorchFunctionMode, ...]
+    sdpa: object
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether attention is what PyTorch makes of it, so that a recipe may leave out what it does not need."""
+        return not self.functions and self.sdpa is SDPA
 
 
 class Call(NamedTuple):
@@ -93,6 +112,7 @@ class Call(NamedTuple):
                 device, enabled, dtype, cached = self.modes.autocast
                 cached = cached and self.modes.grad  # a parameter that is cast without grad must not be met by a forward with
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
+            stack.enter_context(modes_resumed(self.modes.functions))
             stack.enter_context(training_flags(self.layer.inner, self.modes.training))
             stack.enter_context(in_place(self.layer.slots))
             stack.enter_context(in_place([(holder, key, copied(value)) for holder, key, value in self.held]))
@@ -114,6 +134,8 @@ class Call(NamedTuple):
             changed = [name for name, a, b in zip(names, self.stamps, now) if a != b]
             changed = [name for name in changed if name != "values of parameters"] or changed
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
+        if F.scaled_dot_product_attention is not self.modes.sdpa:
+            self._raise_stale("torch.nn.functional.scaled_dot_product_attention was replaced after the forward")
         if structure_of(self.layer.inner) != self.layer.structure:
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
@@ -161,7 +183,9 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     if tensors:
         autocast = autocast_now("cpu" if (x := tensors[0]).is_cpu else x.device.type)
         random = random_streams(x.device) if True in training else None
-    modes = Modes(torch.is_grad_enabled() and not detach, autocast, training, random)
+    modes = Modes(
+        torch.is_grad_enabled() and not detach, autocast, training, random, modes_in_force(), F.scaled_dot_product_attention
+    )
     return Call(layer, args, kwargs, modes, tensors, state, held, stamped)
 
 

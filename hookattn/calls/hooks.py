@@ -9,9 +9,11 @@ from threading import get_ident
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..conditions.compiled import is_traced
+from ..conditions.dispatch_modes import unseen_by_modes
 from .restore import reading
 
 Args = tuple[Any, ...]
@@ -35,7 +37,12 @@ class Hook:
         self.run, self.takes = run, takes
 
     def __call__(self, *given: Any) -> Any:
-        return None if is_traced() or len(given) != self.takes else self.run(*given)
+        if is_traced() or len(given) != self.takes:
+            return None
+        if torch._C._len_torch_dispatch_stack():  # of a checkpoint that caches operators, of somebody who counts them
+            with unseen_by_modes():
+                return self.run(*given)
+        return self.run(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")  # takes whatever it is given and returns None
@@ -79,6 +86,9 @@ class Around:
         """
         raise NotImplementedError
 
+    def has_failed(self, error: Exception, state: Any = None) -> Any:
+        """Something went wrong in `begin`, or in `end` of what it had returned: ours, so the user's forward goes on."""
+
     def hook(self, *, outermost: bool = False, ends: bool = True) -> None:
         """Put the hooks on, or on again.
 
@@ -117,7 +127,10 @@ class Around:
     def _begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if module is not self.module or reading.get():
             return
-        state = self.begin(args, kwargs)
+        try:
+            state = self.begin(args, kwargs)
+        except Exception as error:
+            state = self.has_failed(error)
         if state is None and not self._ends:
             return
         if not self._ends:
@@ -137,7 +150,10 @@ class Around:
             return None
         received = [*args, *kwargs.values()]
         changed = len(received) != len(given) or any(a is not b for a, b in zip(received, given))
-        return self.end(state, args, kwargs, changed, output)
+        try:
+            return self.end(state, args, kwargs, changed, output)
+        except Exception as error:
+            return self.has_failed(error, state)
 
 
 def _depth(module: nn.Module) -> int:

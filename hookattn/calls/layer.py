@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..conditions.changes import SAMPLES, Samples, Steps, counted_steps, stamps, stamps_of_arguments
@@ -32,11 +33,11 @@ class Layer(NamedTuple):
         slots: where each tensor of the state, the statistics and the moving buffers hangs: a dict of a module, the key, the
             tensor.
         parts: the same and where each submodule, number and forward of an instance's own hangs.
-        bare: attributes of the modules that have no forward of their own.
+        bare: the modules that have no forward of their own, each with its attributes and the forward of its class.
         samples: a few values of each parameter.
         caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name, and
             None, as `mutable_now` has it while it is empty.
-        hooks: dicts of the hooks of all modules below this one.
+        hooks: dicts of the hooks of all modules below this one, and of those of all modules.
         structure: what `structure_of` gave when all this was looked up.
         steps: counts the steps of optimizers on parameters.
     """
@@ -51,7 +52,7 @@ class Layer(NamedTuple):
     moving: tuple[tuple[str, nn.Module, str], ...]
     slots: tuple[tuple[dict[str, Any], str, Tensor], ...]
     parts: tuple[tuple[dict[str, Any], str, Any], ...]
-    bare: tuple[dict[str, Any], ...]
+    bare: tuple[tuple[nn.Module, dict[str, Any], Any], ...]
     samples: Samples
     caches: tuple[tuple[dict[str, Any], str, None], ...]
     hooks: tuple[dict[int, Any], ...]
@@ -80,8 +81,8 @@ class Layer(NamedTuple):
         return self if self._is_as_it_was() else look_up(*self[:4])
 
     def _is_as_it_was(self) -> bool:
-        for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
-            if "forward" in attributes:
+        for module, attributes, forward in self.bare:  # a loop: it runs at every call and costs half of what any(...) does
+            if "forward" in attributes or module.__class__.forward is not forward:
                 return False
         try:
             for holder, key, value in self.parts:
@@ -108,9 +109,10 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
     parts += [(vars(m), name, value) for m in inner for name, value in vars(m).items() if is_number(name, value)]
     parts += [(m._modules, name, child) for m in inner for name, child in m._modules.items()]
     parts += [(vars(m), "forward", vars(m)["forward"]) for m in inner if "forward" in vars(m)]
-    bare = tuple(vars(m) for m in inner if "forward" not in vars(m))
+    bare = tuple((m, vars(m), type(m).forward) for m in inner if "forward" not in vars(m))
     caches = tuple((vars(m), name, None) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
-    hooks = tuple(hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks))
+    below = [hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    everywhere = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
     return Layer(
         name=name,
         module=module,
@@ -125,7 +127,7 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
         bare=bare,
         samples=samples,
         caches=caches,
-        hooks=hooks,
+        hooks=(*below, *everywhere),
         structure=structure_of(inner),
         steps=counted_steps(),
     )
@@ -159,4 +161,4 @@ def _hooks_of_others(layer: Layer) -> list[int]:
 
 def _is_cache(value: Any) -> bool:
     """Whether an attribute holds what a forward may fill or replace."""
-    return value is None or isinstance(value, (dict, list, set, Tensor))
+    return value is None or isinstance(value, (dict, list, set, tuple, Tensor))

@@ -18,7 +18,7 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
         found += [value for name, value in attributes.items() if is_number(name, value)]
         found += [id(part) for part in attributes["_modules"].values()]
         found += [*attributes["_parameters"], *attributes["_buffers"]]
-        found.append(id(attributes.get("forward")))
+        found += [id(attributes.get("forward")), type(module), type(module).forward]
     return found
 
 

@@ -8,6 +8,8 @@ From top to bottom, an import may only point down:
     compiled     compiled code runs eagerly meanwhile; exports and traces are left alone
     wrappers     DDP and FSDP are looked through; DataParallel, scripted and exported models refused
     sharding     FSDP and tensor parallelism: parameters that are not to be had
+    function_modes  modes of the user's, in force again when a call is read
+    dispatch_modes  what a hook of ours runs is invisible to dispatch modes that are on
     transforms   torch.func: tensors that are gone when the transform has returned
     training     train mode: the random streams that dropout draws from
     autocast     mixed precision

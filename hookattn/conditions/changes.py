@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from ctypes import string_at
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 SAMPLES = 4096
 _FEW = 16
+_FEW_BYTES = 64
 _AT_HAND = ("cpu",)  # where values are read without waiting for anything
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -62,11 +64,26 @@ def stamps(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[int, int, int]
 
 
 def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[Any, ...]]:
-    """The same of arguments; inference tensors count no versions, so up to 4096 of their values are kept and compared."""
+    """What changes when an argument is written to, also by those who count no versions: a few of its values.
+
+    Those are NumPy, whose buffer a tensor may share, and whoever writes through `.data`. An inference tensor counts no versions
+    at all, so up to 4096 of its values are kept and compared.
+    """
     try:
-        return [*_quick_stamps(tensors, steps.taken)]
+        return [(*stamp, _few_bytes(t)) for stamp, t in zip(_quick_stamps(tensors, steps.taken), tensors)]
     except RuntimeError:
         return [(_many_values(t), *_stamp(t, steps)) for t in tensors]
+
+
+def _few_bytes(tensor: Tensor) -> bytes:
+    """Some bytes of a tensor on the CPU, read without an operator: from its beginning, and from its middle if it is contiguous."""
+    if not tensor.is_cpu or not (at := tensor.data_ptr()):
+        return b""
+    if not tensor.is_contiguous():
+        return string_at(at, tensor.element_size()) if tensor.numel() else b""
+    size = tensor.nbytes
+    few = min(size, _FEW_BYTES)
+    return string_at(at, few) + string_at(at + (size - few) // 2, few)
 
 
 def _quick_stamps(tensors: Sequence[Tensor], taken: dict[int, int]) -> list[tuple[int, int, int]]:
@@ -123,7 +140,9 @@ class Samples:
 
     def _look_up(self) -> None:
         """Find where the values lie."""
-        self._parameters = [p for p in self._of if p.dtype in _BITS and p.device.type != "meta" and p.is_contiguous()]
+        self._parameters = [
+            p for p in self._of if p.dtype in _BITS and p.device.type != "meta" and _in_memory_order(p).is_contiguous()
+        ]
         self._addresses = [p.data_ptr() for p in self._parameters]
         few = [_few_bits(p) for p in self._parameters]
         self._at_hand = [bits for bits in few if bits.device.type in _AT_HAND]
@@ -145,6 +164,13 @@ class Samples:
         return numbers, Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
 
 
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A view whose last axis is the one along which values lie side by side: contiguous if the tensor is dense."""
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True))
+
+
 def _few_bits(parameter: Tensor) -> Tensor:
     """A view of some values as integers; the step is odd, to meet many columns."""
-    return parameter.detach().view(-1)[:: max(1, parameter.numel() // _FEW - 1 | 1)].view(_BITS[parameter.dtype])
+    return (
+        _in_memory_order(parameter.detach()).view(-1)[:: max(1, parameter.numel() // _FEW - 1 | 1)].view(_BITS[parameter.dtype])
+    )

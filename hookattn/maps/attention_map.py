@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..attention.sources import Source, largest_difference
 from ..calls.call import Call
 from ..calls.callsite import CallSite
-from ..errors import LayerNotFoundError, RecorderError, StaleMapError, UnfaithfulMapError, UnreadableError, did_you_mean
+from ..errors import HookattnError, LayerNotFoundError, RecorderError, UnfaithfulMapError, did_you_mean
 from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
 from ..recipes.places import axes_of, tokens_of
@@ -196,7 +196,7 @@ class AttentionMap(LazyArray):
         """The same, computed now, while the call is about to run or has just run; or one that says why it cannot be."""
         try:
             return self.kept(self.read(...))
-        except (UnreadableError, StaleMapError) as reason:
+        except Exception as reason:  # whatever it is, the user's forward goes on
             return self.lost(reason)
 
     def kept(self, attention: Tensor) -> AttentionMap:
@@ -205,12 +205,17 @@ class AttentionMap(LazyArray):
 
     def lost(self, reason: Exception) -> AttentionMap:
         """The same if it could not be computed."""
-        return self._from(Lost(self.name, str(reason)))
+        return self._from(Lost(self.name, reason_of(reason)))
 
     def _from(self, origin: Origin) -> AttentionMap:
         other = copy.copy(self)
         other._origin = origin
         return other
+
+
+def reason_of(error: Exception) -> str:
+    """What to say of an error that was kept: ours speak for themselves."""
+    return str(error) if isinstance(error, HookattnError) else f"it could not be computed: {type(error).__name__}: {error}"
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
 from ..conditions.checkpoints import checkpoint_around, fingerprint
-from ..errors import NoGradientError, StaleMapError, UnreadableError
+from ..errors import NoGradientError, UnreadableError
 from .axes import class_of, interleave_heads
 from .lazy import Delivery, LazyArray
 from .replay import run_under
@@ -126,7 +126,7 @@ class Gradient(LazyArray):
             self._whole = None
             try:
                 self._whole = self._deliver(slope_of(call.restamped(), self._received).values())
-            except (UnreadableError, StaleMapError) as reason:  # backward goes on
+            except Exception as reason:  # whatever it is, the user's backward goes on
                 self.refuse(f"its gradient could not be computed during backward: {reason}")
 
     def _missing(self) -> str:
@@ -159,6 +159,34 @@ _SECOND_ORDER = (
 )
 
 
+def _from_outside(outputs: list[Tensor], received: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of a run, each once, and of what backward brought to them that which came from outside of the module.
+
+    A module may return its map beside what it made of it. What reaches the map then includes what came through the other, which
+    the run is going to carry back once more.
+    """
+    once = {id(output): (output, grad) for output, grad in zip(outputs, received)}
+    ends = [output for output, _ in once.values()]
+    feeds = [[j for j, other in enumerate(ends) if i != j and _is_made_of(other, end)] for i, end in enumerate(ends)]
+    found: dict[int, Tensor] = {}
+
+    def outside(i: int) -> Tensor:
+        if i not in found:
+            found[i] = received_by[i]
+            if feeds[i]:
+                others = [ends[j] for j in feeds[i]]
+                found[i] = found[i] - torch.autograd.grad(others, ends[i], [outside(j) for j in feeds[i]], retain_graph=True)[0]
+        return found[i]
+
+    received_by = [grad for _, grad in once.values()]
+    return ends, [outside(i) for i in range(len(ends))]
+
+
+def _is_made_of(output: Tensor, other: Tensor) -> bool:
+    nothing = torch.zeros_like(output)
+    return torch.autograd.grad(output, other, nothing, retain_graph=True, allow_unused=True)[0] is not None
+
+
 def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
     """What the gradient of a map is made of: the forward of the module is run again from its map on, and then backward.
 
@@ -180,7 +208,8 @@ def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
                 f"{call.layer.name!r}: {class_of(module)} forms no map by scaled_dot_product_attention or softmax that all "
                 "of its output depends on, so there is no gradient to be had."
             )
-        ends = [outputs[place] for place in received]
-        grads = torch.autograd.grad(ends, run.variables, list(received.values()), materialize_grads=True)
+        places = [place for place in received if outputs[place].requires_grad]  # the others are inputs that are handed on
+        ends, brought = _from_outside([outputs[place] for place in places], [received[place] for place in places])
+        grads = torch.autograd.grad(ends, run.variables, brought, materialize_grads=True)
     slope: Source = interleave_heads([site.source(grad) for site, grad in zip(run.sites, grads)], module)
     return slope

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..calls.restore import is_reading
+from ..conditions.function_modes import SDPA, OwnMode
 
-SDPA = F.scaled_dot_product_attention
 SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 Run = Callable[..., Any]
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -44,7 +43,7 @@ class Sites:
         """Any other function of torch has been called with these arguments, and this came out."""
 
 
-class Intercept(TorchFunctionMode):
+class Intercept(OwnMode):
     """Hands what a forward calls to `Sites`; sees inside PyTorch's own multi-head attention as well.
 
     A map that is read while a forward runs is no part of it: a mode that was made outside of any reading sees none.

@@ -119,7 +119,7 @@ def source_by_recipe(call: Call) -> Source | None:
 def _by_recipe(call: Call) -> Source | None:
     if any(t.is_nested for t in call.tensors):
         raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
-    recipe = find_recipe(call.layer.module)
+    recipe = find_recipe(call.layer.module) if call.modes.are_plain else None
     source = NotImplemented if recipe is None else recipe(call.layer.module, *call.args, **call.kwargs)
     return None if source is NotImplemented else source
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..attention.sources import Source
+from ..calls.arguments import copy_structure, is_cache
 from ..calls.call import Call
 from ..calls.restore import restoring
-from ..errors import UnreadableError
-from .axes import class_of
 from .intercept import Intercept, Sites
 from .sites import Inject, Watch
 
@@ -33,7 +32,7 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     Raises:
         UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
     """
-    args, kwargs = copy_arguments(module, args, kwargs)
+    args, kwargs = copy_arguments(args, kwargs)
     watch = Watch(module, (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
     with restoring(module), Intercept([watch]):
         module.forward(*args, **kwargs)
@@ -84,22 +83,15 @@ def run_under(call: Call, sites: S) -> tuple[Any, S]:
     module = call.layer.module
     with restoring(module), Intercept([sites]):
         call.restore_random_streams()
-        args, kwargs = copy_arguments(module, call.args, call.kwargs)
+        args, kwargs = copy_arguments(call.args, call.kwargs)
         return module.forward(*args, **kwargs), sites
 
 
-def copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Copies of arguments, for a run that may write into them.
+def copy_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Copies of arguments, for a run that may write into them or fill a cache among them."""
 
-    Raises:
-        UnreadableError: one of them, such as a cache of keys and values, is changed by a forward in ways that cannot be seen.
-    """
-    for value in pytree.tree_leaves((args, kwargs)):
-        if callable(getattr(value, "update", None)):
-            raise UnreadableError(
-                f"{class_of(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
-                'again. Call the model without it (use_cache=False), record with keep="maps" in eval mode, or describe the map '
-                "with @hookattn.recipe."
-            )
-    copied: tuple[Any, Any] = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    return copied
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else copy_structure(value) if is_cache(value) else value
+
+    both: tuple[Any, Any] = pytree.tree_map(copied, (args, kwargs))
+    return both

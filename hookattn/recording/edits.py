@@ -134,6 +134,10 @@ class _Editing(Around):
             attention = source_of(call).narrow().values()
         return run_with_map(call, self._edited(attention, edits))
 
+    def has_failed(self, error: Exception, state: Any = None) -> Any:
+        """What an edit raises is the user's to see: a forward without it would be another one than was asked for."""
+        raise error
+
     def _edits_in(self, checkpoint: bytes, edits: list[Edit]) -> list[Edit]:
         """The edits of a call in a checkpoint: those of its forward when backward makes it again."""
         if in_backward():

@@ -8,23 +8,18 @@ from threading import get_ident
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn, overrides
-from torch.overrides import TorchFunctionMode
-from torch.utils._device import DeviceContext
+from torch import nn
 
 from ..attention.overheard import AwaitedError, Heard, hearing
 from ..calls.call import Call
 from ..calls.hooks import Hook
-from ..errors import StaleMapError, UnreadableError
+from ..conditions.function_modes import put_below_others, take_off
 from ..maps.attention_map import AttentionMap
 from ..maps.intercept import Intercept, Sites
 from ..maps.reading import name_in_errors, source_by_recipe
 from ..maps.sites import Watch
 
 _WITH_A_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which they leave if any mode is on
-_push: Callable[[TorchFunctionMode], None] = overrides._push_mode
-_pop: Callable[[], TorchFunctionMode] = overrides._pop_mode
-_top: Callable[[], TorchFunctionMode | None] = overrides._get_current_function_mode
 Put = Callable[[AttentionMap], None]
 
 
@@ -92,7 +87,7 @@ class KeepMaps:
                 attention = None if source is None else source.narrow().values()
         except AwaitedError as wanted:
             self._wait_for(wanted.layer, awaited)
-        except (UnreadableError, StaleMapError) as reason:
+        except Exception as reason:  # whatever it is, the user's forward goes on
             awaited.put(m.lost(reason))
         else:
             if attention is not None:
@@ -126,8 +121,8 @@ class KeepMaps:
         if self._watched is None:
             self._watched = WeakSet()
             mode = Intercept(self._watched)
-            _put_below_others(mode)
-            self._stack.callback(_take_off, mode)
+            put_below_others(mode)
+            self._stack.callback(take_off, mode)
             self._stack.callback(self._watched.clear)
         return self._watched
 
@@ -137,26 +132,5 @@ def _make_of_what_was_formed(awaited: Awaited, watch: Watch) -> None:
     try:
         with name_in_errors(call), call.in_its_modes():
             awaited.put(m.kept(watch.source().narrow().values()))
-    except UnreadableError as reason:
+    except Exception as reason:  # whatever it is, the user's forward goes on
         awaited.put(m.lost(reason))
-
-
-def _put_below_others(mode: TorchFunctionMode) -> None:
-    """Put a mode on this thread below all others, which may go before it; but a device, which insists on that place, stays."""
-    above = []
-    while (top := _top()) is not None and not isinstance(top, DeviceContext):
-        above.append(_pop())
-    for each in (mode, *reversed(above)):
-        _push(each)
-
-
-def _take_off(mode: TorchFunctionMode) -> None:
-    """Take a mode off this thread, wherever it stands among others."""
-    above = []
-    while (top := _top()) is not None:
-        _pop()
-        if top is mode:
-            break
-        above.append(top)
-    for other in reversed(above):
-        _push(other)

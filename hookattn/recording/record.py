@@ -18,10 +18,10 @@ from ..conditions.checkpoints import in_backward
 from ..image.geometry import Geometry, plain_facts, sizes_of
 from ..image.images import images_in
 from ..image.trunk import stems_of
-from ..maps.attention_map import AttentionMap
+from ..maps.attention_map import AttentionMap, reason_of
 from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
-from ..maps.reading import Captured
+from ..maps.reading import Captured, Lost
 from .edits import rehook_before_others
 from .follow import match_recomputed
 from .keep_maps import Awaited, KeepMaps
@@ -97,6 +97,10 @@ class Recording:
         geometry = Geometry(self.model, layer.name, images, sizes_of(call.args, call.kwargs), around, facts)
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
+    def lost(self, layer: Layer, name: str, error: Exception) -> AttentionMap:
+        """The map of a call that could not be recorded."""
+        return AttentionMap(name, Lost(name, reason_of(error)), Geometry(self.model, layer.name), self.wanted.deliver)
+
     def gradient_of(self, name: str, forward: ForwardPass) -> Gradient | None:
         """The gradient of a map, which no backward has brought yet; None where none is wanted."""
         if not self.wanted.gradients:
@@ -136,9 +140,20 @@ class _RecordedLayer(Around):
     def begin(self, args: Args, kwargs: Kwargs) -> _Begun | None:
         """Record a call; one that a checkpoint makes again in backward was recorded before."""
         forward = self._recording.passes.current(self._layer.name)
-        if forward is not None:
-            return self._record(forward, args, kwargs)
-        return self._follow_recomputed(args, kwargs) if in_backward() else None
+        if forward is None:
+            return self._follow_recomputed(args, kwargs) if in_backward() else None
+        name = forward.next_name(self._layer.name)
+        try:
+            return self._record(name, forward, args, kwargs)
+        except Exception as error:  # arguments of a kind that nobody thought of: told when the map is read
+            forward.maps[name] = self._recording.lost(self._layer, name, error)
+            return None
+
+    def has_failed(self, error: Exception, state: _Begun | None = None) -> None:
+        """Say why there is no map when it is read."""
+        if state is not None and state.m is not None:
+            m, forward = state.m
+            forward.maps[m.name] = m.lost(error)
 
     def end(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
         """Take what the module really received, if that is something else, and follow what backward will bring."""
@@ -153,9 +168,9 @@ class _RecordedLayer(Around):
         if gradient is not None:
             gradient.follow(call, output)
 
-    def _record(self, forward: ForwardPass, args: Args, kwargs: Kwargs) -> _Begun | None:
+    def _record(self, name: str, forward: ForwardPass, args: Args, kwargs: Kwargs) -> _Begun | None:
         recording, wanted = self._recording, self._recording.wanted
-        name, changes = forward.next_name(self._layer.name), self.is_followed()
+        changes = self.is_followed()
         call = capture(self._layer, args, kwargs, detach=wanted.detach)
         gradient = recording.gradient_of(name, forward) if wanted.gradients else None
         site = None if recording.origins is None else recording.site_of(args, kwargs)
