@@ -76,7 +76,7 @@ def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[A
 
 
 def _few_bytes(tensor: Tensor) -> bytes:
-    """Some bytes of a tensor on the CPU, read without an operator: from its beginning, and from its middle if it is contiguous."""
+    """Some bytes of a tensor on the CPU, read without an operator: of its beginning, and of its middle if it is contiguous."""
     if not tensor.is_cpu or not (at := tensor.data_ptr()):
         return b""
     if not tensor.is_contiguous():

@@ -24,7 +24,7 @@ class OwnMode(TorchFunctionMode):
 
 
 def modes_in_force() -> tuple[TorchFunctionMode, ...]:
-    """The user's modes that are on in this thread, the outermost first; a default device, which makes no map another, is none."""
+    """The user's modes that are on in this thread, the outermost first; a default device is left out."""
     if not torch._C._len_torch_function_stack():  # nearly always, and asked at each call
         return ()
     stack: list[TorchFunctionMode] = overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]

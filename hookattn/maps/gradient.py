@@ -166,20 +166,15 @@ def _from_outside(outputs: list[Tensor], received: list[Tensor]) -> tuple[list[T
     the run is going to carry back once more.
     """
     once = {id(output): (output, grad) for output, grad in zip(outputs, received)}
-    ends = [output for output, _ in once.values()]
+    ends, brought = [output for output, _ in once.values()], [grad for _, grad in once.values()]
     feeds = [[j for j, other in enumerate(ends) if i != j and _is_made_of(other, end)] for i, end in enumerate(ends)]
-    found: dict[int, Tensor] = {}
-
-    def outside(i: int) -> Tensor:
-        if i not in found:
-            found[i] = received_by[i]
-            if feeds[i]:
-                others = [ends[j] for j in feeds[i]]
-                found[i] = found[i] - torch.autograd.grad(others, ends[i], [outside(j) for j in feeds[i]], retain_graph=True)[0]
-        return found[i]
-
-    received_by = [grad for _, grad in once.values()]
-    return ends, [outside(i) for i in range(len(ends))]
+    for i in sorted(range(len(ends)), key=lambda i: len(feeds[i])):  # what feeds another comes after it
+        if feeds[i]:
+            others = torch.autograd.grad(
+                [ends[j] for j in feeds[i]], ends[i], [brought[j] for j in feeds[i]], retain_graph=True
+            )
+            brought[i] = brought[i] - others[0]
+    return ends, brought
 
 
 def _is_made_of(output: Tensor, other: Tensor) -> bool:
