@@ -138,7 +138,7 @@ class _RecordedLayer(Around):
         forward = self._recording.passes.current(self._layer.name)
         if forward is not None:
             return self._record(forward, args, kwargs)
-        return self._follow_recomputed(args, kwargs) if in_backward() else None
+        return self._follow_recomputed(args, kwargs)
 
     def end(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
         """Take what the module really received, if that is something else, and follow what backward will bring."""
@@ -178,13 +178,13 @@ class _RecordedLayer(Around):
     def _follow_recomputed(self, args: Args, kwargs: Kwargs) -> _Begun | None:
         """A checkpoint makes a call again: save for backward what was saved in the forward, and follow its gradient."""
         recording, wanted = self._recording, self._recording.wanted
-        saves = wanted.maps and not wanted.detach
-        if not saves and not wanted.gradients:
+        saves, follows = wanted.maps and not wanted.detach, wanted.gradients and in_backward()
+        if not saves and not follows:
             return None
         call = capture(self._layer, args, kwargs, detach=wanted.detach)
         if saves:
             recording.map_of(call, self._layer.name, ForwardPass(), None, None).computed()
-        if not wanted.gradients:
+        if not follows:
             return None
         gradient = match_recomputed(recording.passes.gradients_of(self._layer.name), call)
         return None if gradient is None else _Begun(call, gradient)
