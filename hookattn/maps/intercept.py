@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention.sources import QK, Dense, Outer, Scores, Source, exact_dtype, exactly
 from ..errors import UnreadableError
-from ..recipes.registry import find_form
+from ..recipes.registry import find_axes
 from .axes import check_softmax_axis, class_of, folded, interleave_heads, unfolded
 
 SDPA = F.scaled_dot_product_attention
@@ -169,7 +169,7 @@ def _as_qk(
 ) -> QK:
     """The arguments of a `scaled_dot_product_attention` as queries and keys."""
     q, k = unfolded(module, query, batch), unfolded(module, key, batch)
-    if attn_mask is not None and find_form(module) is not None:
+    if attn_mask is not None and find_axes(module) is not None:
         attn_mask = unfolded(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
     elif attn_mask is not None and attn_mask.dim() == query.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..attention.projection import project
 from ..attention.sources import QK
-from .registry import channels, recipe
+from .registry import recipe, register_channel_attention
 
-channels(
+register_channel_attention(
     "timm.models.xcit.XCA",
     "timm.models.edgenext.CrossCovarianceAttn",
     "timm.models.davit.ChannelAttention",

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..attention.projection import project, project_heads, scale_of
 from ..attention.sources import QK
 from ..image.geometry import Geometry
-from ..image.tokens import Tokens, whole
+from ..image.tokens import Tokens
+from ..image.windows import whole_grid
 from .mechanisms import additive_or_bool, rotate
-from .places import received
+from .places import find_windows
 from .registry import Shape, layout, recipe
 
 
@@ -42,7 +43,7 @@ def volo_class_attention(self: Any, x: Tensor) -> QK:
 
 @layout("timm.models.cait.ClassAttn", "timm.models.volo.ClassAttention", "timm.models.crossvit.CrossAttention")
 def class_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    return Tokens(("cls",), (0, 0)), received(geometry, lambda: geometry.tokens(shape[3], prefix=True))
+    return Tokens(("cls",), (0, 0)), find_windows(geometry) or geometry.tokens(shape[3], prefix=True)
 
 
 @recipe("timm.layers.attention_pool.AttentionPoolLatent")
@@ -56,7 +57,7 @@ def attention_pool_latent(self: Any, x: Tensor, attn_mask: Tensor | None = None)
 
 @layout("timm.layers.attention_pool.AttentionPoolLatent")
 def attention_pool_latent_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    return Tokens(tuple(f"latent{i}" for i in range(shape[2])), (0, 0)), pooled_tokens(geometry, shape)
+    return Tokens(tuple(f"latent{i}" for i in range(shape[2])), (0, 0)), find_pooled_tokens(geometry, shape)
 
 
 @recipe("timm.layers.attention_pool.AttentionPoolPrr")
@@ -68,7 +69,7 @@ def attention_pool_prr(self: Any, x: Tensor) -> QK:
 
 @layout("timm.layers.attention_pool.AttentionPoolPrr")
 def attention_pool_prr_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = pooled_tokens(geometry, shape)
+    tokens = find_pooled_tokens(geometry, shape)
     return tokens, tokens
 
 
@@ -93,11 +94,11 @@ def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
 def attention_pool_2d_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """One token more comes first: a class token, or the mean of all the others, which is called "pool"."""
     first = "pool" if geometry.module.cls_token is None else "cls"
-    tokens = whole(geometry.argument("x")[2:], (first,))
+    tokens = whole_grid(geometry.argument("x")[2:], (first,))
     return tokens, tokens
 
 
-def pooled_tokens(geometry: Geometry, shape: Shape) -> Tokens:
+def find_pooled_tokens(geometry: Geometry, shape: Shape) -> Tokens:
     """What a model pools: all of its tokens unless it says that its prefix tokens are left out."""
     prefix = getattr(geometry.trunk, "pool_include_prefix", True)
-    return received(geometry, lambda: geometry.tokens(shape[3], prefix=bool(prefix)))
+    return find_windows(geometry) or geometry.tokens(shape[3], prefix=bool(prefix))

@@ -14,9 +14,10 @@ from ..attention.sources import QK
 from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.sizes import pair, size_after
-from ..image.tokens import Tokens, cut, whole
+from ..image.tokens import Tokens
+from ..image.windows import cut_windows, whole_grid
 from .mechanisms import additive_or_bool, flat, offsets, read_off_query
-from .places import received
+from .places import find_windows
 from .registry import Shape, layout, partition, recipe
 
 
@@ -28,7 +29,7 @@ def volo_attention(self: Any, x: Tensor) -> QK:
 
 @layout("timm.models.volo.Attention", "timm.models.vision_transformer_sam.Attention", "timm.models.maxxvit.AttentionCl")
 def channels_last_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = received(geometry, lambda: whole(geometry.argument("x")[1:-1]))
+    tokens = find_windows(geometry) or whole_grid(geometry.argument("x")[1:-1])
     return tokens, tokens
 
 
@@ -52,7 +53,7 @@ def attention_2d(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
     return QK(q, k, **additive_or_bool(attn_mask))
 
 
-@recipe("timm.models.iformer.SHMA", form="b q k")
+@recipe("timm.models.iformer.SHMA", axes="b q k")
 def single_head_modulation_attention(self: Any, x: Tensor) -> QK:
     """One head, in windows where `window_size` says so; keys that only pad the image to whole windows are attended to."""
     if self.window_size and self.window_size > 0:
@@ -69,11 +70,11 @@ def single_head_modulation_attention(self: Any, x: Tensor) -> QK:
 def single_head_modulation_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     _, _, rows, columns = geometry.argument("x")
     window = geometry.module.window_size
-    tokens = cut((rows, columns), pair(window)) if window and window > 0 else whole((rows, columns))
+    tokens = cut_windows((rows, columns), pair(window)) if window and window > 0 else whole_grid((rows, columns))
     return tokens, tokens
 
 
-@recipe("timm.models.shvit.SHSA", form="b q k")
+@recipe("timm.models.shvit.SHSA", axes="b q k")
 def single_head_self_attention(self: Any, x: Tensor) -> QK:
     """One head that sees the first `pdim` channels only."""
     qkv = rearrange(self.qkv(self.pre_norm(x[:, : self.pdim])), "b d y x -> b 1 (y x) d")
@@ -90,7 +91,7 @@ def levit_attention(self: Any, x: Tensor) -> QK:
 
 @layout("timm.models.levit.Attention")
 def levit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = at_resolution(geometry)
+    tokens = find_tokens_at_resolution(geometry)
     return tokens, tokens
 
 
@@ -105,9 +106,9 @@ def levit_attention_downsample(self: Any, x: Tensor) -> QK:
 @layout("timm.models.levit.AttentionDownsample")
 def levit_attention_downsample_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """A query is every `stride`-th token, or the mean around it."""
-    keys, stride = at_resolution(geometry), geometry.module.stride
+    keys, stride = find_tokens_at_resolution(geometry), geometry.module.stride
     rows, columns = keys.grid_size
-    return whole((-(-rows // stride), -(-columns // stride))), keys
+    return whole_grid((-(-rows // stride), -(-columns // stride))), keys
 
 
 @recipe("timm.models.tiny_vit.Attention")
@@ -134,10 +135,10 @@ def efficientformer_v2_downsample(self: Any, x: Tensor) -> QK:
 @layout("timm.models.efficientformer_v2.Attention2dDownsample")
 def efficientformer_v2_downsample_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     size = geometry.argument("x")[2:]
-    return whole(size_after(size, geometry.module.q.pool)), whole(size)
+    return whole_grid(size_after(size, geometry.module.q.pool)), whole_grid(size)
 
 
-@recipe("timm.layers.bottleneck_attn.BottleneckAttn", form="(b h) q k")
+@recipe("timm.layers.bottleneck_attn.BottleneckAttn", axes="(b h) q k")
 def bottleneck_attention(self: Any, x: Tensor) -> QK:
     qkv = self.qkv(x)
     q, k, _ = qkv.split([self.dim_out_qk, self.dim_out_qk, self.dim_out_v], dim=1)
@@ -158,7 +159,7 @@ def bottleneck_attention(self: Any, x: Tensor) -> QK:
     "timm.layers.attention2d.Attention2d",
 )
 def channels_first_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = received(geometry, lambda: whole(geometry.argument("x")[2:]))
+    tokens = find_windows(geometry) or whole_grid(geometry.argument("x")[2:])
     return tokens, tokens
 
 
@@ -172,10 +173,10 @@ def multi_query_attention_2d(self: Any, x: Tensor, attn_mask: Tensor | None = No
 @layout("timm.layers.attention2d.MultiQueryAttention2d")
 def multi_query_attention_2d_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     size = geometry.argument("x")[2:]
-    return whole(size_after(size, geometry.module.query)), whole(size_after(size, geometry.module.key))
+    return whole_grid(size_after(size, geometry.module.query)), whole_grid(size_after(size, geometry.module.key))
 
 
-@recipe("timm.layers.attention2d.MultiQueryAttentionV2", form="b q h k")
+@recipe("timm.layers.attention2d.MultiQueryAttentionV2", axes="b q h k")
 def multi_query_attention_v2(self: Any, x: Tensor, m: Tensor | None = None) -> QK:
     q = torch.einsum("bnc,hdc->bhnd", flat(x), self.query_proj)
     k = torch.einsum("bnc,cd->bnd", flat(x if m is None else m), self.key_proj)
@@ -185,7 +186,7 @@ def multi_query_attention_v2(self: Any, x: Tensor, m: Tensor | None = None) -> Q
 @layout("timm.layers.attention2d.MultiQueryAttentionV2")
 def multi_query_attention_v2_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     size, other = geometry.argument("x")[2:], geometry.argument("m")
-    return whole(size), whole(size if other is None else other[2:])
+    return whole_grid(size), whole_grid(size if other is None else other[2:])
 
 
 @recipe("timm.models.cpubone.ConvAttention", "timm.models.lowformer.ConvAttention")
@@ -206,7 +207,7 @@ def conv_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tok
     rows, columns = geometry.argument("x")[2:]
     if getattr(self, "small_kernels", False) and self.att_stride > 1:
         rows, columns = rows + -rows % self.att_stride, columns + -columns % self.att_stride
-    tokens = whole(size_after((rows, columns), self.conv_proj))
+    tokens = whole_grid(size_after((rows, columns), self.conv_proj))
     return tokens, tokens
 
 
@@ -215,12 +216,12 @@ def mobilevit_block(self: Any, geometry: Geometry) -> Tokens:
     """A window takes one pixel of each patch; the grid is resized to whole patches before, and it is that grid that is cut."""
     grid_size = size_after(geometry.block_argument(self, "x"), self.conv_kxk)
     rows, columns = (-(-n // patch) for n, patch in zip(grid_size, self.patch_size))
-    return cut((rows * self.patch_size[0], columns * self.patch_size[1]), (rows, columns), strided=True)
+    return cut_windows((rows * self.patch_size[0], columns * self.patch_size[1]), (rows, columns), strided=True)
 
 
 @layout("timm.models.efficientformer_v2.Attention2d")
 def efficientformer_v2_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = whole(size_after(geometry.argument("x"), geometry.module.stride_conv))
+    tokens = whole_grid(size_after(geometry.argument("x"), geometry.module.stride_conv))
     return tokens, tokens
 
 
@@ -229,14 +230,14 @@ def per_head(self: Any) -> str:
     return "b (h d) y x -> b h (y x) d" if self.use_conv else "b n (h d) -> b h n d"
 
 
-def at_resolution(geometry: Geometry) -> Tokens:
+def find_tokens_at_resolution(geometry: Geometry) -> Tokens:
     """All tokens on the grid that a module is made for, if the image gives that grid too."""
     x, (rows, columns) = geometry.argument("x"), pair(geometry.module.resolution)
     if len(x) == 4:
-        return whole(x[2:])
+        return whole_grid(x[2:])
     if geometry.images is not None and geometry.tokens(x[1], prefix=False).grid_size != (rows, columns):
         raise TokenError(
             f"{geometry.name!r} is made for a grid of {rows} x {columns}, which is not the one an image of this size makes; "
             "slice the map itself, m[...]."
         )
-    return whole((rows, columns))
+    return whole_grid((rows, columns))

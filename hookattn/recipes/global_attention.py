@@ -13,9 +13,10 @@ from ..attention.sources import QK
 from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.sizes import pair, size_after
-from ..image.tokens import Tokens, cut, whole
+from ..image.tokens import Tokens
+from ..image.windows import cut_windows, whole_grid
 from .mechanisms import additive_or_bool, in_projection, project_with_biases, rotate_by_axis, rotate_patches
-from .places import received
+from .places import find_windows
 from .registry import Shape, layout, partition, recipe
 
 
@@ -49,7 +50,7 @@ def packed_attention(self: Any, x: Tensor) -> QK:
 )
 def patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """All patches: a class token comes later, or never."""
-    tokens = received(geometry, lambda: geometry.tokens(shape[3], prefix=False))
+    tokens = find_windows(geometry) or geometry.tokens(shape[3], prefix=False)
     return tokens, tokens
 
 
@@ -134,7 +135,7 @@ def gemma4_attention(self: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, a
 )
 def prefix_and_patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """All prefix tokens of the model and all patches, or what the block around cuts."""
-    tokens = received(geometry, lambda: geometry.tokens(shape[3], prefix=True))
+    tokens = find_windows(geometry) or geometry.tokens(shape[3], prefix=True)
     return tokens, tokens
 
 
@@ -142,17 +143,17 @@ def prefix_and_patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, T
 def pit_transformer(self: Any, geometry: Geometry) -> Tokens:
     """A stage may pool the patches first."""
     patches, tokens = geometry.block_argument(self, "x")
-    return whole(size_after(patches, None if self.pool is None else self.pool.conv), ("cls", "dist")[: tokens[1]])
+    return whole_grid(size_after(patches, None if self.pool is None else self.pool.conv), ("cls", "dist")[: tokens[1]])
 
 
 @partition("timm.models.metaformer.MetaFormerStage")
 def metaformer_stage(self: Any, geometry: Geometry) -> Tokens:
-    return whole(size_after(geometry.block_argument(self, "x"), self.downsample))
+    return whole_grid(size_after(geometry.block_argument(self, "x"), self.downsample))
 
 
 @partition("timm.models.csatv2.TransformerBlock")
 def csatv2_transformer_block(self: Any, geometry: Geometry) -> Tokens:
-    return whole(size_after(geometry.block_argument(self, "x"), self.pool2))
+    return whole_grid(size_after(geometry.block_argument(self, "x"), self.pool2))
 
 
 @partition("timm.models.crossvit.MultiScaleBlock")
@@ -173,7 +174,7 @@ def crossvit_block(self: Any, geometry: Geometry) -> Tokens:
             f"{geometry.name!r} sees {size[0]} x {size[1]} pixels that were cropped out of the image (crop_scale of the "
             f"{type(model).__name__}); slice the map itself, m[...]."
         )
-    return whole(size_after(size, model.patch_embed[branch].proj), ("cls",))
+    return whole_grid(size_after(size, model.patch_embed[branch].proj), ("cls",))
 
 
 @partition("timm.models.tnt.Block")
@@ -184,4 +185,4 @@ def tnt_block(self: Any, geometry: Geometry) -> Tokens:
     pixels = geometry.holder("pixel_embed").pixel_embed.new_patch_size
     _, tokens, _ = geometry.block_argument(self, "patch_embed")
     rows, columns = geometry.tokens(tokens, prefix=True).grid_size
-    return cut((rows * pixels[0], columns * pixels[1]), pixels)
+    return cut_windows((rows * pixels[0], columns * pixels[1]), pixels)

@@ -14,7 +14,8 @@ from ..attention.projection import multiply, project
 from ..attention.sources import QK, exact_dtype, exactly
 from ..errors import TokenError
 from ..image.geometry import Geometry
-from ..image.tokens import Tokens, cut, whole
+from ..image.tokens import Tokens
+from ..image.windows import cut_windows, whole_grid
 from .registry import Shape
 
 
@@ -162,21 +163,12 @@ def unflat(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
     return rearrange(x, "b (y x) c -> b c y x", y=size[0], x=size[1])
 
 
-def in_windows(size: Sequence[int], window: int | None) -> Tokens:
+def cut_square_windows(size: Sequence[int], window: int | None) -> Tokens:
     """A grid in square windows, padded at its lower and right border; no window, or 0, is all of it."""
-    return cut(size, (window, window)) if window else whole(size)
+    return cut_windows(size, (window, window)) if window else whole_grid(size)
 
 
-def padded_and_cut(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tokens:
-    """A grid that is padded to whole windows, then rolled up and left, then cut."""
-    rows, columns = (int(n) for n in size)
-    places = torch.arange(rows * columns).reshape(rows, columns)
-    places = F.pad(places, (0, -columns % window[1], 0, -rows % window[0]), value=-1)
-    places = places.roll((-shift[0], -shift[1]), (0, 1))
-    return Tokens((), (rows, columns), rearrange(places, "(h p) (w q) -> 1 (h w) (p q)", p=window[0], q=window[1]))
-
-
-def followed_by(geometry: Geometry, shape: Shape, tail: Tensor, prefix: tuple[str, ...] = ()) -> Tokens:
+def append_tokens(geometry: Geometry, shape: Shape, tail: Tensor, prefix: tuple[str, ...] = ()) -> Tokens:
     """Prefix tokens and patches, and after them tokens that lie nowhere on the image."""
     after = tail.shape[-2]
     patches = shape[3] - len(prefix) - after
@@ -193,17 +185,17 @@ def raise_shuffled(geometry: Geometry) -> None:
     raise TokenError(f"{geometry.name!r} sees some of the patches, chosen at random; slice the map itself, m[...].")
 
 
-def unrolled(schedule: Sequence[Sequence[int]], size: Sequence[int]) -> Tokens:
+def unroll_tokens(schedule: Sequence[Sequence[int]], size: Sequence[int]) -> Tokens:
     """Patches in the order of `Unroll`: stride by stride, what is pooled into one stands far apart."""
     if len(size) != 2:
         raise TokenError(f"its patches are a grid of {' x '.join(map(str, size))}, which is no image; slice m[...].")
-    grid = whole(size)
+    grid = whole_grid(size)
     places = grid.patches[0].reshape(1, *size)
     for rows, columns in schedule:
         places = rearrange(places, "b (y row) (x column) -> (b row column) y x", row=rows, column=columns)
     return Tokens((), grid.grid_size, places.reshape(1, 1, -1))
 
 
-def in_mask_units(tokens: Tokens, windows: int) -> Tokens:
+def group_in_mask_units(tokens: Tokens, windows: int) -> Tokens:
     """Unrolled tokens in their mask units, which take turns."""
     return Tokens((), tokens.grid_size, rearrange(tokens.patches, "1 1 (n w) -> 1 w n", w=windows))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..attention.projection import is_plain_conv, is_plain_linear, project, scale_of
 from ..attention.sources import QK, Scores, Source, exact_dtype, exactly
 from ..image.geometry import Geometry
-from ..image.tokens import Tokens, neighbourhoods
+from ..image.tokens import Tokens
+from ..image.windows import slide_windows
 from .mechanisms import additive_or_bool, in_projection
 from .registry import Shape, layout, recipe
 
@@ -65,7 +66,7 @@ def gated_positional_self_attention(self: Any, x: Tensor) -> QK:
     )
 
 
-@recipe("timm.models.volo.OutlookAttention", form="b h w q k")
+@recipe("timm.models.volo.OutlookAttention", axes="b h w q k")
 def outlook_attention(self: Any, x: Tensor) -> Scores:
     """Queries and keys are the kernel_size ** 2 places of the window around one token, and every token has its window."""
     if self.training:
@@ -84,7 +85,7 @@ def outlook_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
     """
     self = geometry.module
     _, rows, columns, _ = geometry.argument("x")
-    tokens = neighbourhoods((rows, columns), self.kernel_size, self.stride, self.padding)
+    tokens = slide_windows((rows, columns), self.kernel_size, self.stride, self.padding)
     return tokens, tokens
 
 

@@ -16,9 +16,10 @@ from ..attention.projection import project, project_heads, scale_of
 from ..attention.sources import QK
 from ..image.geometry import Geometry
 from ..image.sizes import pair, size_after
-from ..image.tokens import Tokens, cut, pooled, whole
-from .mechanisms import flat, in_mask_units, offsets, pool_on_grid, read_off_query, unflat, unrolled
-from .places import received
+from ..image.tokens import Tokens
+from ..image.windows import cut_windows, pool_windows, whole_grid
+from .mechanisms import flat, group_in_mask_units, offsets, pool_on_grid, read_off_query, unflat, unroll_tokens
+from .places import find_windows
 from .registry import Shape, layout, partition, recipe
 
 
@@ -36,7 +37,7 @@ def pvt_v2_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
 @layout("timm.models.pvt_v2.Attention")
 def pvt_v2_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     size = geometry.argument("feat_size")
-    return whole(size), whole(size_after(size, geometry.module.pool, geometry.module.sr))
+    return whole_grid(size), whole_grid(size_after(size, geometry.module.pool, geometry.module.sr))
 
 
 @recipe("timm.models.twins.GlobalSubSampleAttn")
@@ -51,7 +52,7 @@ def global_sub_sample_attention(self: Any, x: Tensor, size: tuple[int, int]) -> 
 @layout("timm.models.twins.GlobalSubSampleAttn")
 def global_sub_sample_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     size = geometry.argument("size")
-    return whole(size), whole(size_after(size, geometry.module.sr))
+    return whole_grid(size), whole_grid(size_after(size, geometry.module.sr))
 
 
 @recipe("timm.models.nextvit.EfficientAttention")
@@ -69,16 +70,16 @@ def nextvit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
 
     Tokens that are left over at the end of the image are in no key.
     """
-    queries, run = received(geometry, lambda: geometry.tokens(shape[2], prefix=False)), geometry.module.N_ratio
+    queries, run = find_windows(geometry) or geometry.tokens(shape[2], prefix=False), geometry.module.N_ratio
     if geometry.module.sr is None:
         return queries, queries
     places = torch.arange(shape[2] // run * run)[None, None]
     return queries, Tokens((), queries.grid_size, places, spread=run)
 
 
-@recipe("timm.models.hiera.MaskUnitAttention", form="b h w q k")
+@recipe("timm.models.hiera.MaskUnitAttention", axes="b h w q k")
 def mask_unit_attention(self: Any, x: Tensor) -> QK:
-    """Tokens come unrolled: the tokens that are pooled into one query lie `windows * window_size` apart."""
+    """Tokens come unroll_tokens: the tokens that are pooled into one query lie `windows * window_size` apart."""
     windows = x.shape[1] // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
     pattern = "b (n w) (parts h d) -> parts (b w) h n d"
     q, k = project(self.qkv, x, pattern, parts=2, of=3, h=self.heads, w=windows)
@@ -89,14 +90,14 @@ def mask_unit_attention(self: Any, x: Tensor) -> QK:
 
 @layout("timm.models.hiera.MaskUnitAttention")
 def mask_unit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    """Tokens come unrolled, and a mask unit is every `windows`-th of them; queries are pooled over the last unrolling."""
+    """Tokens come unroll_tokens, and a mask unit is every `windows`-th of them; queries are pooled over the last unrolling."""
     self, model = geometry.module, geometry.holder("reroll")
     path = list(geometry.path())
     block = next(i for i, block in enumerate(model.blocks) if block in path)
-    queries = unrolled(*model.reroll.schedule[block])
-    keys = unrolled(*model.reroll.schedule[block - 1]) if self.q_stride > 1 else queries
+    queries = unroll_tokens(*model.reroll.schedule[block])
+    keys = unroll_tokens(*model.reroll.schedule[block - 1]) if self.q_stride > 1 else queries
     windows = len(keys) // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
-    return in_mask_units(queries, windows), in_mask_units(keys, windows)
+    return group_in_mask_units(queries, windows), group_in_mask_units(keys, windows)
 
 
 @recipe("timm.models.hieradet_sam2.MultiScaleAttention")
@@ -112,9 +113,9 @@ def hieradet_attention(self: Any, x: Tensor) -> QK:
 def hieradet_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """Queries are pooled inside their window, and stand for the cells of a coarser grid."""
     window = geometry.argument("x")[1:3]
-    keys = received(geometry, lambda: whole(window))
+    keys = find_windows(geometry) or whole_grid(window)
     pool = geometry.module.q_pool
-    return keys if pool is None else pooled(keys, window, pair(pool.stride)), keys
+    return keys if pool is None else pool_windows(keys, window, pair(pool.stride)), keys
 
 
 @recipe("timm.models.mvitv2.MultiScaleAttention")
@@ -136,15 +137,15 @@ def multi_scale_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
 def multi_scale_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     self, size = geometry.module, geometry.argument("feat_size")
     prefix = ("cls",) if self.has_cls_token else ()
-    return whole(size_after(size, self.pool_q), prefix), whole(size_after(size, self.pool_k), prefix)
+    return whole_grid(size_after(size, self.pool_q), prefix), whole_grid(size_after(size, self.pool_k), prefix)
 
 
 @partition("timm.models.hieradet_sam2.MultiScaleBlock")
 def hieradet_block(self: Any, geometry: Geometry) -> Tokens:
     _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.window_size) if any(self.window_size) else whole((rows, columns))
+    return cut_windows((rows, columns), self.window_size) if any(self.window_size) else whole_grid((rows, columns))
 
 
 @partition("timm.models.nextvit.NextTransformerBlock")
 def next_transformer_block(self: Any, geometry: Geometry) -> Tokens:
-    return whole(size_after(geometry.block_argument(self, "x"), self.patch_embed))
+    return whole_grid(size_after(geometry.block_argument(self, "x"), self.patch_embed))

@@ -15,23 +15,24 @@ from ..attention.sources import QK
 from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.images import Patches
-from ..image.tokens import Tokens, cut, whole
+from ..image.tokens import Tokens
 from ..image.trunk import grid_size
-from .mechanisms import followed_by, in_windows, raise_shuffled
-from .places import queries_of
-from .registry import Shape, channels, file_form, layout, names_of, partition, recipe
+from ..image.windows import cut_windows, whole_grid
+from .mechanisms import append_tokens, cut_square_windows, raise_shuffled
+from .places import find_queries
+from .registry import Shape, layout, partition, qualified_names, recipe, register_axes, register_channel_attention
 
 PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
 
 
-file_form("b h q k", "vit_pytorch.vit_for_small_dataset.LSA")
+register_axes("b h q k", "vit_pytorch.vit_for_small_dataset.LSA")
 
 
-file_form("b q k", "vit_pytorch.vit_with_patch_merger.PatchMerger")
+register_axes("b q k", "vit_pytorch.vit_with_patch_merger.PatchMerger")
 
 
-file_form(
+register_axes(
     "(b h) q k",
     "vit_pytorch.cvt.Attention",
     "vit_pytorch.rvt.Attention",
@@ -49,7 +50,7 @@ file_form(
 )
 
 
-channels("vit_pytorch.xcit.XCAttention")
+register_channel_attention("vit_pytorch.xcit.XCAttention")
 
 
 @recipe("vit_pytorch.vit_nd.Attention")
@@ -101,13 +102,13 @@ def levjepa_nd_attention(self: Any, x: Tensor, rotary_emb: Any, pos: Tensor, blo
 @layout("vit_pytorch.twins_svt.LocalAttention")
 def twins_local_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     self: Any = geometry.module
-    tokens = cut(geometry.argument("fmap")[-2:], (self.patch_size, self.patch_size))
+    tokens = cut_windows(geometry.argument("fmap")[-2:], (self.patch_size, self.patch_size))
     return tokens, tokens
 
 
 @layout("vit_pytorch.scalable_vit.InteractiveWindowedSelfAttention")
 def interactive_windowed_self_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = in_windows(geometry.argument("x")[-2:], geometry.module.window_size)
+    tokens = cut_square_windows(geometry.argument("x")[-2:], geometry.module.window_size)
     return tokens, tokens
 
 
@@ -116,7 +117,7 @@ def crossformer_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Toke
     """Short attention sees a window, long attention patches at equal distances."""
     self: Any = geometry.module
     window = (self.window_size, self.window_size)
-    tokens = cut(geometry.argument("x")[-2:], window, strided=self.attn_type == "long")
+    tokens = cut_windows(geometry.argument("x")[-2:], window, strided=self.attn_type == "long")
     return tokens, tokens
 
 
@@ -127,7 +128,7 @@ def nest_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tok
     if geometry.images is None or isinstance(geometry.images, Patches) or pieces % geometry.images[0]:
         raise TokenError(f"it is not known how many blocks {geometry.name!r} cuts an image into; slice the map itself, m[...].")
     across = round((pieces // geometry.images[0]) ** 0.5)
-    tokens = cut((across * height, across * width), (height, width))
+    tokens = cut_windows((across * height, across * width), (height, width))
     return tokens, tokens
 
 
@@ -145,7 +146,7 @@ def max_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
         raise TokenError(
             f"it is not known how {geometry.name!r} gets its windows, by {pattern!r}; slice the map itself, m[...]."
         )
-    tokens = cut((down * height, across * width), (height, width), strided=strided)
+    tokens = cut_windows((down * height, across * width), (height, width), strided=strided)
     return tokens, tokens
 
 
@@ -153,7 +154,7 @@ def max_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
 def mobile_vit_block(self: Any, geometry: Geometry) -> Tokens:
     """A window takes one pixel of each patch."""
     _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut((rows, columns), (rows // self.ph, columns // self.pw), strided=True)
+    return cut_windows((rows, columns), (rows // self.ph, columns // self.pw), strided=True)
 
 
 @layout(
@@ -162,7 +163,7 @@ def mobile_vit_block(self: Any, geometry: Geometry) -> Tokens:
     "vit_pytorch.simple_vit_with_register_tokens.Attention",
 )
 def registers_at_the_end(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = followed_by(geometry, shape, geometry.holder("register_tokens").register_tokens)
+    tokens = append_tokens(geometry, shape, geometry.holder("register_tokens").register_tokens)
     return tokens, tokens
 
 
@@ -175,7 +176,7 @@ def registers_before_the_class_token(geometry: Geometry, shape: Shape) -> tuple[
         raise TokenError(f"{geometry.name!r} is not inside of what cuts the image, and sees other tokens; slice m[...].")
     names = (*(f"reg{i}" for i in range(registers.shape[-2])), "cls")
     tokens = Tokens(names, geometry.tokens(shape[3] - len(names), prefix=False).grid_size)
-    return queries_of(shape, tokens), tokens
+    return find_queries(shape, tokens), tokens
 
 
 @layout("vit_pytorch.jumbo_vit.Attention")
@@ -195,8 +196,8 @@ def cross_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens
         raise TokenError(
             f"the {shape[3]} tokens of {geometry.name!r} are no grid over its image; slice the map itself, m[...]."
         )
-    tokens = whole(patches, ("cls",))
-    return queries_of(shape, tokens), tokens
+    tokens = whole_grid(patches, ("cls",))
+    return find_queries(shape, tokens), tokens
 
 
 @layout("vit_pytorch.vit.Attention", "vit_pytorch.mp3.Attention")
@@ -204,11 +205,11 @@ def maybe_masked_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tok
     """Wrapped for pretraining, the encoder sees the patches that were kept in a random order."""
     path = list(geometry.path())
     for module in path:
-        wraps = [name for name in names_of(module) if name in ("vit_pytorch.mae.MAE", "vit_pytorch.mp3.MP3")]
+        wraps = [name for name in qualified_names(module) if name in ("vit_pytorch.mae.MAE", "vit_pytorch.mp3.MP3")]
         if wraps and any(part in path for name in ("encoder", "vit") if (part := getattr(module, name, None)) is not None):
             raise_shuffled(geometry)
     tokens = geometry.tokens(shape[3])
-    return queries_of(shape, tokens), tokens
+    return find_queries(shape, tokens), tokens
 
 
 @layout("vit_pytorch.vit_with_patch_dropout.Attention", "vit_pytorch.simple_vit_with_patch_dropout.Attention")
@@ -218,7 +219,7 @@ def attention_after_patch_dropout_tokens(geometry: Geometry, shape: Shape) -> tu
     if geometry.images is None or isinstance(geometry.images, Patches) or not {"p1", "p2"} <= set(sides):
         raise TokenError(f"it is not known whether {geometry.name!r} sees all patches; slice the map itself, m[...].")
     size = geometry.images[1] // sides["p1"], geometry.images[2] // sides["p2"]
-    tokens = whole(size, ("cls",) * isinstance(getattr(trunk, "cls_token", None), Tensor))
+    tokens = whole_grid(size, ("cls",) * isinstance(getattr(trunk, "cls_token", None), Tensor))
     if len(tokens) != shape[3]:
         raise_shuffled(geometry)
     return tokens, tokens

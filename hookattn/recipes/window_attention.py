@@ -18,11 +18,12 @@ from ..attention.projection import project, scale_of
 from ..attention.sources import QK
 from ..image.geometry import Geometry
 from ..image.sizes import pair, size_after
-from ..image.tokens import Tokens, cut, neighbourhoods, whole
+from ..image.tokens import Tokens
+from ..image.windows import cut_windows, slide_windows, whole_grid
 from .mechanisms import offsets, per_window, project_with_biases, read_off_query, resized, rotate
-from .registry import Shape, file_form, layout, partition, recipe
+from .registry import Shape, layout, partition, recipe, register_axes
 
-file_form("b q k", "timm.models.efficientvit_msra.CascadedGroupAttention")
+register_axes("b q k", "timm.models.efficientvit_msra.CascadedGroupAttention")
 
 
 @recipe("timm.models.swin_transformer.WindowAttention")
@@ -37,13 +38,13 @@ def davit_window_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=scale_of(self))
 
 
-@recipe("timm.models.nest.Attention", form="b h w q k")
+@recipe("timm.models.nest.Attention", axes="b h w q k")
 def nest_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b w n (parts h d) -> parts (b w) h n d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
-@recipe("timm.models.twins.LocallyGroupedAttn", form="b w h q k")
+@recipe("timm.models.twins.LocallyGroupedAttn", axes="b w h q k")
 def locally_grouped_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK:
     """Keys that only pad the image to whole windows are attended to, as in the module."""
     height, width = size
@@ -57,7 +58,7 @@ def locally_grouped_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK
 
 @layout("timm.models.twins.LocallyGroupedAttn")
 def locally_grouped_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = cut(geometry.argument("size"), pair(geometry.module.ws))
+    tokens = cut_windows(geometry.argument("size"), pair(geometry.module.ws))
     return tokens, tokens
 
 
@@ -92,7 +93,7 @@ def swin_v2_cr_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK
     return QK(q, k, scale=scale, bias=(self._relative_positional_encodings(), *per_window(mask, len(x))))
 
 
-@recipe("timm.models.vision_transformer_sam.Attention", form="(b h) q k")
+@recipe("timm.models.vision_transformer_sam.Attention", axes="(b h) q k")
 def sam_attention(self: Any, x: Tensor) -> QK:
     _, height, width, _ = x.shape
     x = rearrange(x, "b y x c -> b (y x) c")
@@ -109,7 +110,7 @@ def sam_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=self.scale)
 
 
-@recipe("timm.layers.halo_attn.HaloAttn", form="(b h) w q k")
+@recipe("timm.layers.halo_attn.HaloAttn", axes="(b h) w q k")
 def halo_attention(self: Any, x: Tensor) -> QK:
     """Each block looks at itself and a halo around it (Vaswani et al. 2021, arXiv 2103.12731); zero padding is attended to."""
     block, window = self.block_size_ds, self.win_size
@@ -133,8 +134,8 @@ def halo_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tok
     """
     self = geometry.module
     _, _, rows, columns = geometry.argument("x")
-    queries = cut((rows // self.block_stride, columns // self.block_stride), pair(self.block_size_ds))
-    return queries, neighbourhoods((rows, columns), self.win_size, self.block_size, self.halo_size)
+    queries = cut_windows((rows // self.block_stride, columns // self.block_stride), pair(self.block_size_ds))
+    return queries, slide_windows((rows, columns), self.win_size, self.block_size, self.halo_size)
 
 
 @partition(
@@ -144,64 +145,64 @@ def halo_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tok
 )
 def swin_block(self: Any, geometry: Geometry) -> Tokens:
     _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.window_size, self.shift_size)
+    return cut_windows((rows, columns), self.window_size, self.shift_size)
 
 
 @partition("timm.models.maxxvit.PartitionAttentionCl")
 def partition_attention_cl(self: Any, geometry: Geometry) -> Tokens:
     _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.partition_size, strided=not self.partition_block)
+    return cut_windows((rows, columns), self.partition_size, strided=not self.partition_block)
 
 
 @partition("timm.models.maxxvit.PartitionAttention2d")
 def partition_attention_2d(self: Any, geometry: Geometry) -> Tokens:
     _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.partition_size, strided=not self.partition_block)
+    return cut_windows((rows, columns), self.partition_size, strided=not self.partition_block)
 
 
 @partition("timm.models.maxxvit.ParallelPartitionAttention")
 def parallel_partition_attention(self: Any, geometry: Geometry) -> Tokens:
     _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.partition_size, strided=geometry.module is self.attn_grid)
+    return cut_windows((rows, columns), self.partition_size, strided=geometry.module is self.attn_grid)
 
 
 @partition("timm.models.davit.SpatialBlock")
 def davit_spatial_block(self: Any, geometry: Geometry) -> Tokens:
     _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.window_size)
+    return cut_windows((rows, columns), self.window_size)
 
 
 @partition("timm.models.gcvit.GlobalContextVitBlock")
 def gcvit_block(self: Any, geometry: Geometry) -> Tokens:
     """A global query has the place of the token that its row makes, though it was pooled from the whole image."""
     _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.window_size)
+    return cut_windows((rows, columns), self.window_size)
 
 
 @partition("timm.models.tiny_vit.TinyVitBlock")
 def tiny_vit_block(self: Any, geometry: Geometry) -> Tokens:
     """An image as large as the window is one window."""
     _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), pair(self.window_size))
+    return cut_windows((rows, columns), pair(self.window_size))
 
 
 @partition("timm.models.efficientvit_msra.LocalWindowAttention")
 def efficientvit_msra_local_window_attention(self: Any, geometry: Geometry) -> Tokens:
     """The window is that of the attention inside, which is made smaller where the image is."""
     _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut((rows, columns), pair(self.attn.resolution))
+    return cut_windows((rows, columns), pair(self.attn.resolution))
 
 
 @partition("timm.models.vision_transformer_sam.Block")
 def sam_block(self: Any, geometry: Geometry) -> Tokens:
     _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), pair(self.window_size)) if self.window_size > 0 else whole((rows, columns))
+    return cut_windows((rows, columns), pair(self.window_size)) if self.window_size > 0 else whole_grid((rows, columns))
 
 
 @partition("timm.models.nest.NestLevel")
 def nest_level(self: Any, geometry: Geometry) -> Tokens:
     grid_size = size_after(geometry.block_argument(self, "x"), self.pool)
-    return cut(grid_size, pair(self.block_size))
+    return cut_windows(grid_size, pair(self.block_size))
 
 
 def clamped(logit_scale: Tensor) -> Tensor:

@@ -23,14 +23,14 @@ from ..conditions.checkpoints import in_backward
 from ..conditions.compiled import EAGER, INSIDE
 from ..conditions.threads import Here
 from ..errors import NoMapError, RecorderError
-from ..image.geometry import Geometry, plain_facts, sizes_of
+from ..image.geometry import Geometry, measure_arguments, read_settings
 from ..image.images import images_in
 from ..image.trunk import stems_of, trunk_of
 from ..maps.attention_map import AttentionMap, Maps
 from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
 from ..maps.reading import Captured, Lost
-from ..recipes.places import block_of
+from ..recipes.places import find_block
 from .detect import Watching
 from .edits import Edit, Edits, rehook_before_others
 from .follow import match_recomputed
@@ -206,7 +206,7 @@ class AttentionRecorder:
 
     def _choose(self, name: str, module: nn.Module) -> None:
         self._chosen[name] = module
-        self._trunks[name], self._blocks[name] = trunk_of(self.model, name), block_of(self.model, name)
+        self._trunks[name], self._blocks[name] = trunk_of(self.model, name), find_block(self.model, name)
 
     def _hook(self, stack: ExitStack) -> None:
         """Put every hook on the stack that will take it off."""
@@ -344,8 +344,8 @@ class AttentionRecorder:
         chosen = call.target.name
         images = forward.images.get(self._trunks[chosen], forward.images.get(None))
         around = None if (block := self._blocks[chosen]) is None else self._around.get(block)
-        facts = {} if block is None else plain_facts(block)
-        geometry = Geometry(self.model, chosen, images, sizes_of(call.args, call.kwargs), around, facts)
+        facts = {} if block is None else read_settings(block)
+        geometry = Geometry(self.model, chosen, images, measure_arguments(call.args, call.kwargs), around, facts)
         gradient = before.gradient if self._gradients and before is not None else None
         if self._gradients and gradient is None:
             gradient = Gradient(name, self._deliver, forward.backwards, in_backward=self._keep == "maps")
@@ -375,7 +375,7 @@ class AttentionRecorder:
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is block and self._forwards.concerns_us():
-                self._around[block] = sizes_of(args, kwargs)
+                self._around[block] = measure_arguments(args, kwargs)
 
         return Hook(note)
 
