@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import TokenError
+from ..errors import NoGridError, TokenError
 from .images import Images, Patches
 from .tokens import Size, Tokens
 from .trunk import grid_size, patch_size, path_to, prefix_names, sees_patches, trunk_of
@@ -117,7 +117,8 @@ class Geometry(NamedTuple):
             prefix: whether the model's prefix tokens are among them; None tries it with, then without them.
 
         Raises:
-            TokenError: the count does not fit the image.
+            NoGridError: the count does not fit the image.
+            TokenError: the module does not see patches.
         """
         if not sees_patches(self.model, self.name):
             raise TokenError(
@@ -135,7 +136,7 @@ class Geometry(NamedTuple):
                 return whole_grid(grid, each)
         seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
         how = {None: "with or without", True: "with", False: "without"}[prefix]
-        raise TokenError(
+        raise NoGridError(
             f"{count} tokens are no grid of patches over {seen}, {how} {len(names)} prefix tokens "
             f"({type(trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
             "itself, m[...]."
@@ -168,7 +169,8 @@ def _bind(module: nn.Module, arguments: Arguments, name: str) -> Any:
     bound = inspect.signature(module.forward).bind(*arguments[0], **arguments[1])
     bound.apply_defaults()
     if name not in bound.arguments:
-        raise TokenError(f"{type(module).__name__}.forward has no parameter {name!r}: {', '.join(bound.arguments)}.")
+        forward = getattr(module.forward, "__qualname__", "forward")
+        raise TokenError(f"{forward} has no parameter {name!r}, only {', '.join(bound.arguments)}.")
     return bound.arguments[name]
 
 

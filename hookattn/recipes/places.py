@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import TokenError
+from ..errors import NoGridError, TokenError
 from ..image.geometry import Geometry, ModuleSnapshot
 from ..image.images import Patches
 from ..image.tokens import Tokens
@@ -55,7 +55,7 @@ def find_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
         raise TokenError(f"{geometry.name!r} attends from channels to channels, which lie nowhere on the image; slice m[...].")
     try:
         queries, keys = _lay_out(geometry, shape)
-    except TokenError:
+    except NoGridError:
         _check_windows(geometry, shape, 1)  # windows of an unknown kind say more than a count that is no grid
         raise
     _check_windows(geometry, shape, keys.windows)
