@@ -1,6 +1,11 @@
 """One query, or a few, that gather from all tokens: class attention and attention pooling.
 
-Touvron et al. 2021, "Going deeper with Image Transformers", arXiv 2103.17239.
+Touvron et al. 2021, "Going deeper with Image Transformers", arXiv 2103.17239; Chen et al. 2021, "CrossViT", arXiv 2103.14899;
+Zhai et al. 2022, "Scaling Vision Transformers", arXiv 2106.04560, for pooling by a learned query; Radford et al. 2021, "CLIP",
+arXiv 2103.00020, for pooling by the mean of all tokens.
+
+`timm.layers.attention_pool2d.AttentionPool2d` has a layout and no recipe: versions of timm resample its position embedding
+differently where the features are not square. It is called once a model, on the last features, and is replayed.
 """
 
 from __future__ import annotations
@@ -20,17 +25,13 @@ from .mechanisms import additive_or_bool, rotate
 from .places import find_windows
 from .registry import Shape, layout, recipe
 
+# The class token asks
+
 
 @recipe("timm.models.cait.ClassAttn")
 def class_attention(self: Any, x: Tensor) -> QK:
     q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)
     k = project_heads(self.k, x, self.num_heads)
-    return QK(q, k, scale=scale_of(self))
-
-
-@recipe("timm.models.crossvit.CrossAttention")
-def crossvit_attention(self: Any, x: Tensor) -> QK:
-    q, k = project_heads(self.wq, x[:, 0:1], self.num_heads), project_heads(self.wk, x, self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
@@ -41,9 +42,18 @@ def volo_class_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=scale_of(self))
 
 
+@recipe("timm.models.crossvit.CrossAttention")
+def crossvit_attention(self: Any, x: Tensor) -> QK:
+    q, k = project_heads(self.wq, x[:, 0:1], self.num_heads), project_heads(self.wk, x, self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
 @layout("timm.models.cait.ClassAttn", "timm.models.volo.ClassAttention", "timm.models.crossvit.CrossAttention")
 def class_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     return Tokens(("cls",), (0, 0)), find_windows(geometry) or geometry.tokens(shape[3], prefix=True)
+
+
+# A learned query asks
 
 
 @recipe("timm.layers.attention_pool.AttentionPoolLatent")
@@ -73,6 +83,15 @@ def attention_pool_prr_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens,
     return tokens, tokens
 
 
+def find_pooled_tokens(geometry: Geometry, shape: Shape) -> Tokens:
+    """What a model pools: all of its tokens unless it says that its prefix tokens are left out."""
+    prefix = getattr(geometry.trunk, "pool_include_prefix", True)
+    return find_windows(geometry) or geometry.tokens(shape[3], prefix=bool(prefix))
+
+
+# The mean of all tokens asks
+
+
 @recipe("timm.layers.attention_pool2d.RotAttentionPool2d")
 def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
     size = x.shape[-2:]
@@ -96,9 +115,3 @@ def attention_pool_2d_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
     first = "pool" if geometry.module.cls_token is None else "cls"
     tokens = whole_grid(geometry.argument("x")[2:], (first,))
     return tokens, tokens
-
-
-def find_pooled_tokens(geometry: Geometry, shape: Shape) -> Tokens:
-    """What a model pools: all of its tokens unless it says that its prefix tokens are left out."""
-    prefix = getattr(geometry.trunk, "pool_include_prefix", True)
-    return find_windows(geometry) or geometry.tokens(shape[3], prefix=bool(prefix))

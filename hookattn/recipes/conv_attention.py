@@ -1,4 +1,9 @@
-"""Scaled dot products of tokens that stay on their grid: (batch, channels, height, width), or channels last."""
+"""Attention whose tokens stay on their grid: (batch, channels, height, width), or channels last, projected by convolutions.
+
+Graham et al. 2021, "LeViT", arXiv 2104.01136, for a learned bias for the distance between query and key, without its sign;
+Srinivas et al. 2021, "Bottleneck Transformers", arXiv 2101.11605, for positions read off the query; Shazeer 2019, arXiv
+1911.02150, for one key that all heads share. For grids that are pooled see the note in `pooled_attention`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,18 @@ from ..image.geometry import Geometry
 from ..image.sizes import pair, size_after
 from ..image.tokens import Tokens
 from ..image.windows import cut_windows, whole_grid
-from .mechanisms import additive_or_bool, flat, offsets, read_off_query
-from .places import find_windows
-from .registry import Shape, layout, partition, recipe
+from .mechanisms import (
+    additive_or_bool,
+    channels_first_tokens,
+    channels_last_tokens,
+    flat,
+    offsets,
+    patch_tokens,
+    read_off_query,
+)
+from .registry import Shape, layout, recipe
+
+# Scaled dot products of a grid
 
 
 @recipe("timm.models.volo.Attention")
@@ -27,10 +41,7 @@ def volo_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=scale_of(self))
 
 
-@layout("timm.models.volo.Attention", "timm.models.vision_transformer_sam.Attention", "timm.models.maxxvit.AttentionCl")
-def channels_last_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = find_windows(geometry) or whole_grid(geometry.argument("x")[1:-1])
-    return tokens, tokens
+layout("timm.models.volo.Attention")(channels_last_tokens)
 
 
 @recipe("timm.models.fastvit.Attention")
@@ -40,10 +51,16 @@ def fastvit_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=scale_of(self))
 
 
+layout("timm.models.fastvit.Attention")(channels_first_tokens)
+
+
 @recipe("timm.models.visformer.Attention")
 def visformer_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b (parts h d) y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
+
+
+layout("timm.models.visformer.Attention")(channels_first_tokens)
 
 
 @recipe("timm.layers.attention2d.Attention2d")
@@ -51,6 +68,12 @@ def attention_2d(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
     packed = "(h parts d)" if self.head_first else "(parts h d)"
     q, k = project(self.qkv, x, f"b {packed} y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, **additive_or_bool(attn_mask))
+
+
+layout("timm.layers.attention2d.Attention2d")(channels_first_tokens)
+
+
+# One head
 
 
 @recipe("timm.models.iformer.SHMA", axes="b q k")
@@ -82,6 +105,12 @@ def single_head_self_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=scale_of(self))
 
 
+layout("timm.models.shvit.SHSA")(channels_first_tokens)
+
+
+# A bias for the distance between query and key
+
+
 @recipe("timm.models.levit.Attention")
 def levit_attention(self: Any, x: Tensor) -> QK:
     qkv = rearrange(self.qkv(x), per_head(self), h=self.num_heads)
@@ -111,11 +140,22 @@ def levit_attention_downsample_tokens(geometry: Geometry, shape: Shape) -> tuple
     return whole_grid((-(-rows // stride), -(-columns // stride))), keys
 
 
-@recipe("timm.models.tiny_vit.Attention")
-def tiny_vit_attention(self: Any, x: Tensor) -> QK:
-    qkv = rearrange(self.qkv(self.norm(x)), "b n (h d) -> b h n d", h=self.num_heads)
-    q, k, _ = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
-    return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))
+def per_head(self: Any) -> str:
+    """What makes (batch, heads, tokens, features) of a LeViT projection, on a grid or flat."""
+    return "b (h d) y x -> b h (y x) d" if self.use_conv else "b n (h d) -> b h n d"
+
+
+def find_tokens_at_resolution(geometry: Geometry) -> Tokens:
+    """All tokens on the grid that a module is made for, if the image gives that grid too."""
+    x, (rows, columns) = geometry.argument("x"), pair(geometry.module.resolution)
+    if len(x) == 4:
+        return whole_grid(x[2:])
+    if geometry.images is not None and geometry.tokens(x[1], prefix=False).grid_size != (rows, columns):
+        raise TokenError(
+            f"{geometry.name!r} is made for a grid of {rows} x {columns}, which is not the one an image of this size makes; "
+            "slice the map itself, m[...]."
+        )
+    return whole_grid((rows, columns))
 
 
 @recipe("timm.models.efficientformer.Attention")
@@ -123,6 +163,9 @@ def efficientformer_attention(self: Any, x: Tensor) -> QK:
     qkv = rearrange(self.qkv(x), "b n (h d) -> b h n d", h=self.num_heads)
     q, k, _ = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
     return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))
+
+
+layout("timm.models.efficientformer.Attention")(patch_tokens)
 
 
 @recipe("timm.models.efficientformer_v2.Attention2dDownsample")
@@ -138,6 +181,9 @@ def efficientformer_v2_downsample_tokens(geometry: Geometry, shape: Shape) -> tu
     return whole_grid(size_after(size, geometry.module.q.pool)), whole_grid(size)
 
 
+# Positions read off the query
+
+
 @recipe("timm.layers.bottleneck_attn.BottleneckAttn", axes="(b h) q k")
 def bottleneck_attention(self: Any, x: Tensor) -> QK:
     qkv = self.qkv(x)
@@ -150,17 +196,10 @@ def bottleneck_attention(self: Any, x: Tensor) -> QK:
     return read_off_query(q, k, rel_h, rel_w, scale=self.scale, position_scale=position_scale)
 
 
-@layout(
-    "timm.models.maxxvit.Attention2d",
-    "timm.models.fastvit.Attention",
-    "timm.models.visformer.Attention",
-    "timm.models.shvit.SHSA",
-    "timm.layers.bottleneck_attn.BottleneckAttn",
-    "timm.layers.attention2d.Attention2d",
-)
-def channels_first_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = find_windows(geometry) or whole_grid(geometry.argument("x")[2:])
-    return tokens, tokens
+layout("timm.layers.bottleneck_attn.BottleneckAttn")(channels_first_tokens)
+
+
+# One key for all heads
 
 
 @recipe("timm.layers.attention2d.MultiQueryAttention2d")
@@ -189,6 +228,9 @@ def multi_query_attention_v2_tokens(geometry: Geometry, shape: Shape) -> tuple[T
     return whole_grid(size), whole_grid(size if other is None else other[2:])
 
 
+# Strided convolutions before the projection
+
+
 @recipe("timm.models.cpubone.ConvAttention", "timm.models.lowformer.ConvAttention")
 def conv_attention(self: Any, x: Tensor) -> QK:
     """A strided convolution makes fewer tokens of all three, queries too."""
@@ -209,35 +251,3 @@ def conv_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tok
         rows, columns = rows + -rows % self.att_stride, columns + -columns % self.att_stride
     tokens = whole_grid(size_after((rows, columns), self.conv_proj))
     return tokens, tokens
-
-
-@partition("timm.models.mobilevit.MobileVitBlock")
-def mobilevit_block(self: Any, geometry: Geometry) -> Tokens:
-    """A window takes one pixel of each patch; the grid is resized to whole patches before, and it is that grid that is cut."""
-    grid_size = size_after(geometry.block_argument(self, "x"), self.conv_kxk)
-    rows, columns = (-(-n // patch) for n, patch in zip(grid_size, self.patch_size))
-    return cut_windows((rows * self.patch_size[0], columns * self.patch_size[1]), (rows, columns), strided=True)
-
-
-@layout("timm.models.efficientformer_v2.Attention2d")
-def efficientformer_v2_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = whole_grid(size_after(geometry.argument("x"), geometry.module.stride_conv))
-    return tokens, tokens
-
-
-def per_head(self: Any) -> str:
-    """What makes (batch, heads, tokens, features) of a LeViT projection, on a grid or flat."""
-    return "b (h d) y x -> b h (y x) d" if self.use_conv else "b n (h d) -> b h n d"
-
-
-def find_tokens_at_resolution(geometry: Geometry) -> Tokens:
-    """All tokens on the grid that a module is made for, if the image gives that grid too."""
-    x, (rows, columns) = geometry.argument("x"), pair(geometry.module.resolution)
-    if len(x) == 4:
-        return whole_grid(x[2:])
-    if geometry.images is not None and geometry.tokens(x[1], prefix=False).grid_size != (rows, columns):
-        raise TokenError(
-            f"{geometry.name!r} is made for a grid of {rows} x {columns}, which is not the one an image of this size makes; "
-            "slice the map itself, m[...]."
-        )
-    return whole_grid((rows, columns))

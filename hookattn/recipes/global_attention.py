@@ -1,4 +1,10 @@
-"""All tokens attend to all tokens: ViT, DeiT, DINO, BEiT, EVA and their kin, with masks, relative and rotary positions."""
+"""All tokens attend to all tokens: ViT, DeiT, DINO, BEiT, EVA and their kin, with masks, relative and rotary positions.
+
+Dosovitskiy et al. 2021, "ViT", arXiv 2010.11929; Dehghani et al. 2023, "ViT-22B", arXiv 2302.05442, for norms of queries and
+keys and for blocks whose attention shares a projection with the MLP; Bao et al. 2022, "BEiT", arXiv 2106.08254, for a learned
+bias for the offset between query and key, added to the scores; Su et al. 2021, "RoFormer", arXiv 2104.09864, for queries and
+keys that are turned by their positions.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +21,18 @@ from ..image.geometry import Geometry
 from ..image.sizes import pair, size_after
 from ..image.tokens import Tokens
 from ..image.windows import cut_windows, whole_grid
-from .mechanisms import additive_or_bool, in_projection, project_with_biases, rotate_by_axis, rotate_patches
-from .places import find_windows
-from .registry import Shape, layout, partition, recipe
+from .mechanisms import (
+    additive_or_bool,
+    in_projection,
+    patch_tokens,
+    prefix_and_patch_tokens,
+    project_with_biases,
+    rotate_by_axis,
+    rotate_patches,
+)
+from .registry import layout, partition, recipe
+
+# One packed projection
 
 
 @recipe("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
@@ -25,6 +40,9 @@ def attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: 
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     q, k = self.q_norm(q), self.k_norm(k)
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+layout("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")(prefix_and_patch_tokens)
 
 
 @recipe("timm.models.vision_transformer.ParallelScalingBlock")
@@ -36,28 +54,22 @@ def parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
+layout("timm.models.vision_transformer.ParallelScalingBlock")(prefix_and_patch_tokens)
+
+
 @recipe("timm.models.metaformer.Attention", "timm.models.convit.MHSA")
 def packed_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
-@layout(
-    "timm.models.cait.TalkingHeadAttn",
-    "timm.models.convit.GPSA",
-    "timm.models.efficientformer.Attention",
-    "timm.models.metaformer.Attention",
-)
-def patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    """All patches: a class token comes later, or never."""
-    tokens = find_windows(geometry) or geometry.tokens(shape[3], prefix=False)
-    return tokens, tokens
+layout("timm.models.metaformer.Attention")(patch_tokens)
 
 
-@recipe("timm.models.tnt.Attention")
-def tnt_attention(self: Any, x: Tensor) -> QK:
-    q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
-    return QK(q, k, scale=scale_of(self))
+layout("timm.models.convit.MHSA")(prefix_and_patch_tokens)
+
+
+# A bias for the offset between query and key
 
 
 @recipe("timm.models.beit.Attention")
@@ -69,12 +81,21 @@ def beit_attention(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = No
     return QK(q, k, scale=scale_of(self), bias=bias)
 
 
+layout("timm.models.beit.Attention")(prefix_and_patch_tokens)
+
+
 @recipe("timm.models.vision_transformer_relpos.RelPosAttention")
 def relpos_attention(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     q, k = self.q_norm(q), self.k_norm(k)
     bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
     return QK(q, k, scale=scale_of(self), bias=bias)
+
+
+layout("timm.models.vision_transformer_relpos.RelPosAttention")(prefix_and_patch_tokens)
+
+
+# Rotary positions
 
 
 @recipe("timm.layers.attention.AttentionRope")
@@ -95,6 +116,9 @@ def attention_rope(
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
+layout("timm.layers.attention.AttentionRope")(prefix_and_patch_tokens)
+
+
 @recipe("timm.models.eva.EvaAttention")
 def eva_attention(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -110,6 +134,9 @@ def eva_attention(
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
+layout("timm.models.eva.EvaAttention")(prefix_and_patch_tokens)
+
+
 @recipe("timm.models.gemma4_vit.Gemma4Attention")
 def gemma4_attention(self: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None) -> QK:
     q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
@@ -120,23 +147,10 @@ def gemma4_attention(self: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, a
     return QK(q, k, scale=1.0, **additive_or_bool(attn_mask))
 
 
-@layout(
-    "timm.layers.attention.Attention",
-    "timm.layers.attention.AttentionRope",
-    "timm.layers.diff_attention.DiffAttention",
-    "timm.models.vision_transformer.Attention",
-    "timm.models.vision_transformer.ParallelScalingBlock",
-    "timm.models.vision_transformer.DiffParallelScalingBlock",
-    "timm.models.vision_transformer_relpos.RelPosAttention",
-    "timm.models.beit.Attention",
-    "timm.models.convit.MHSA",
-    "timm.models.eva.EvaAttention",
-    "timm.models.gemma4_vit.Gemma4Attention",
-)
-def prefix_and_patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    """All prefix tokens of the model and all patches, or what the block around cuts."""
-    tokens = find_windows(geometry) or geometry.tokens(shape[3], prefix=True)
-    return tokens, tokens
+layout("timm.models.gemma4_vit.Gemma4Attention")(prefix_and_patch_tokens)
+
+
+# Blocks that pool the grid before their attention sees it
 
 
 @partition("timm.models.pit.Transformer")
@@ -154,6 +168,9 @@ def metaformer_stage(self: Any, geometry: Geometry) -> Tokens:
 @partition("timm.models.csatv2.TransformerBlock")
 def csatv2_transformer_block(self: Any, geometry: Geometry) -> Tokens:
     return whole_grid(size_after(geometry.block_argument(self, "x"), self.pool2))
+
+
+# Models of several grids
 
 
 @partition("timm.models.crossvit.MultiScaleBlock")
@@ -175,6 +192,12 @@ def crossvit_block(self: Any, geometry: Geometry) -> Tokens:
             f"{type(model).__name__}); slice the map itself, m[...]."
         )
     return whole_grid(size_after(size, model.patch_embed[branch].proj), ("cls",))
+
+
+@recipe("timm.models.tnt.Attention")
+def tnt_attention(self: Any, x: Tensor) -> QK:
+    q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
+    return QK(q, k, scale=scale_of(self))
 
 
 @partition("timm.models.tnt.Block")

@@ -1,4 +1,4 @@
-"""What several kinds of attention have in common: masks, biases, rotary and relative positions, the order of tokens."""
+"""What several kinds of attention have in common: masks, projections, rotary and relative positions, orders of tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.tokens import Tokens
 from ..image.windows import cut_windows, whole_grid
+from .places import find_windows
 from .registry import Shape
+
+# Masks
 
 
 class Masked(TypedDict, total=False):
@@ -31,6 +34,20 @@ def additive_or_bool(attn_mask: Tensor | None) -> Masked:
     if attn_mask is not None and attn_mask.dtype.is_floating_point:
         return {"bias": attn_mask}
     return {"mask": attn_mask}
+
+
+def per_window(mask: Tensor | None, batch: int) -> tuple[Tensor, ...]:
+    """The additive mask of shifted windows, (windows, queries, keys), for the windows of every image; nothing for None.
+
+    Returns:
+        (batch, 1, queries, keys), where batch is images * windows.
+    """
+    if mask is None:
+        return ()
+    return (repeat(mask, "w q k -> (b w) 1 q k", b=batch // len(mask)),)
+
+
+# Projections
 
 
 def in_projection(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +68,29 @@ def project_with_biases(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         return torch.unbind(rearrange(qk, pattern, parts=2, h=self.num_heads))
     q_weight, k_weight, _ = self.qkv.weight.chunk(3)
     return multiply(x, q_weight, self.q_bias, self.num_heads), multiply(x, k_weight, self.k_bias, self.num_heads)
+
+
+def pool_on_grid(t: Tensor, pool: Any, size: list[int], prefix: int) -> tuple[Tensor, list[int]]:
+    """(batch, heads, tokens, d) pooled head by head on its grid, the class token left out, and the size of the new grid."""
+    if pool is None:
+        return t, size
+    grid = rearrange(t[:, :, prefix:], "b h (y x) d -> (b h) d y x", y=size[0], x=size[1])
+    grid = pool(grid.contiguous())
+    tokens = rearrange(grid, "(b h) d y x -> b h (y x) d", h=t.shape[1])
+    return torch.cat((t[:, :, :prefix], tokens), dim=2), list(grid.shape[-2:])
+
+
+def flat(x: Tensor) -> Tensor:
+    """(batch, channels, height, width) as tokens, row by row."""
+    return rearrange(x, "b c y x -> b (y x) c")
+
+
+def unflat(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
+    """(batch, tokens, channels) on its grid of (height, width)."""
+    return rearrange(x, "b (y x) c -> b c y x", y=size[0], x=size[1])
+
+
+# Rotary positions
 
 
 def rotate_patches(self: Any, q: Tensor, rope: Tensor) -> Tensor:
@@ -87,15 +127,7 @@ def rotate_by_axis(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return q * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
-def per_window(mask: Tensor | None, batch: int) -> tuple[Tensor, ...]:
-    """The additive mask of shifted windows, (windows, queries, keys), for the windows of every image; nothing for None.
-
-    Returns:
-        (batch, 1, queries, keys), where batch is images * windows.
-    """
-    if mask is None:
-        return ()
-    return (repeat(mask, "w q k -> (b w) 1 q k", b=batch // len(mask)),)
+# Relative positions that are read off the query
 
 
 def read_off_query(
@@ -143,24 +175,34 @@ def resized(table: Tensor, count: int) -> Tensor:
     return rearrange(F.interpolate(rearrange(table, "n d -> 1 d n"), size=count, mode="linear"), "1 d n -> n d")
 
 
-def pool_on_grid(t: Tensor, pool: Any, size: list[int], prefix: int) -> tuple[Tensor, list[int]]:
-    """(batch, heads, tokens, d) pooled head by head on its grid, the class token left out, and the size of the new grid."""
-    if pool is None:
-        return t, size
-    grid = rearrange(t[:, :, prefix:], "b h (y x) d -> (b h) d y x", y=size[0], x=size[1])
-    grid = pool(grid.contiguous())
-    tokens = rearrange(grid, "(b h) d y x -> b h (y x) d", h=t.shape[1])
-    return torch.cat((t[:, :, :prefix], tokens), dim=2), list(grid.shape[-2:])
+# Layouts of many classes
 
 
-def flat(x: Tensor) -> Tensor:
-    """(batch, channels, height, width) as tokens, row by row."""
-    return rearrange(x, "b c y x -> b (y x) c")
+def prefix_and_patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The layout of attention that sees all prefix tokens of the model and all patches, or what the block around cuts."""
+    tokens = find_windows(geometry) or geometry.tokens(shape[3], prefix=True)
+    return tokens, tokens
 
 
-def unflat(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
-    """(batch, tokens, channels) on its grid of (height, width)."""
-    return rearrange(x, "b (y x) c -> b c y x", y=size[0], x=size[1])
+def patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The layout of attention that sees all patches: a class token comes later, or never."""
+    tokens = find_windows(geometry) or geometry.tokens(shape[3], prefix=False)
+    return tokens, tokens
+
+
+def channels_first_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The layout of attention that is called with (batch, channels, rows, columns), the image or a window of it."""
+    tokens = find_windows(geometry) or whole_grid(geometry.argument("x")[2:])
+    return tokens, tokens
+
+
+def channels_last_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The layout of attention that is called with (batch, rows, columns, channels), the image or a window of it."""
+    tokens = find_windows(geometry) or whole_grid(geometry.argument("x")[1:-1])
+    return tokens, tokens
+
+
+# Tokens in another order
 
 
 def cut_square_windows(size: Sequence[int], window: int | None) -> Tokens:
@@ -174,15 +216,6 @@ def append_tokens(geometry: Geometry, shape: Shape, tail: Tensor, prefix: tuple[
     patches = shape[3] - len(prefix) - after
     places = torch.cat((torch.arange(patches), torch.full((after,), -1)))
     return Tokens(prefix, geometry.tokens(patches, prefix=False).grid_size, places[None, None])
-
-
-def raise_shuffled(geometry: Geometry) -> None:
-    """Say that only some patches are left, and nobody knows which.
-
-    Raises:
-        TokenError: always.
-    """
-    raise TokenError(f"{geometry.name!r} sees some of the patches, chosen at random; slice the map itself, m[...].")
 
 
 def unroll_tokens(schedule: Sequence[Sequence[int]], size: Sequence[int]) -> Tokens:
@@ -199,3 +232,12 @@ def unroll_tokens(schedule: Sequence[Sequence[int]], size: Sequence[int]) -> Tok
 def group_in_mask_units(tokens: Tokens, windows: int) -> Tokens:
     """Unrolled tokens in their mask units, which take turns."""
     return Tokens((), tokens.grid_size, rearrange(tokens.patches, "1 1 (n w) -> 1 w n", w=windows))
+
+
+def raise_shuffled(geometry: Geometry) -> None:
+    """Say that only some patches are left, and nobody knows which.
+
+    Raises:
+        TokenError: always.
+    """
+    raise TokenError(f"{geometry.name!r} sees some of the patches, chosen at random; slice the map itself, m[...].")

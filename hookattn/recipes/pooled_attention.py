@@ -1,7 +1,11 @@
-"""Fewer keys than tokens, or fewer queries: pooled, strided or shared between heads.
+"""Fewer keys than tokens, or fewer queries: pooled or strided.
 
-Wang et al. 2021, "Pyramid Vision Transformer", arXiv 2102.12122; Ryali et al. 2023, "Hiera", arXiv 2306.00989; Shazeer 2019,
-arXiv 1911.02150, for one key that all heads share.
+Wang et al. 2021, "Pyramid Vision Transformer", arXiv 2102.12122; Chu et al. 2021, "Twins", arXiv 2104.13840; Li et al. 2022,
+"MViTv2", arXiv 2112.01526, equation 4; Ryali et al. 2023, "Hiera", arXiv 2306.00989.
+
+A pooled axis has a coarser grid of its own over the image, as large as the pooling makes it. Where its cells do not tile the
+image (an odd number of rows that is halved, padding), the coarser grid is taken to cover the image all the same, so that a
+cell may lie up to half a cell off on a picture.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from ..image.windows import cut_windows, pool_windows, whole_grid
 from .mechanisms import flat, group_in_mask_units, offsets, pool_on_grid, read_off_query, unflat, unroll_tokens
 from .places import find_windows
 from .registry import Shape, layout, partition, recipe
+
+# Keys of a coarser grid
 
 
 @recipe("timm.models.pvt_v2.Attention")
@@ -77,6 +83,39 @@ def nextvit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
     return queries, Tokens((), queries.grid_size, places, spread=run)
 
 
+@partition("timm.models.nextvit.NextTransformerBlock")
+def next_transformer_block(self: Any, geometry: Geometry) -> Tokens:
+    return whole_grid(size_after(geometry.block_argument(self, "x"), self.patch_embed))
+
+
+# Queries and keys pooled head by head
+
+
+@recipe("timm.models.mvitv2.MultiScaleAttention")
+def multi_scale_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    prefix = int(self.has_cls_token)
+    q, q_size = pool_on_grid(q, self.pool_q, feat_size, prefix)
+    q = q if self.norm_q is None else self.norm_q(q)
+    k, k_size = pool_on_grid(k, self.pool_k, feat_size, prefix)
+    k = k if self.norm_k is None else self.norm_k(k)
+    if self.rel_pos_type != "spatial":
+        return QK(q, k, scale=self.scale)
+    rel_h = self.rel_pos_h[offsets(q_size[0], k_size[0], x.device)]
+    rel_w = self.rel_pos_w[offsets(q_size[1], k_size[1], x.device)]
+    return read_off_query(q, k, rel_h, rel_w, scale=self.scale, prefix=prefix)
+
+
+@layout("timm.models.mvitv2.MultiScaleAttention", "timm.models.mvitv2.MultiScaleAttentionPoolFirst")
+def multi_scale_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    self, size = geometry.module, geometry.argument("feat_size")
+    prefix = ("cls",) if self.has_cls_token else ()
+    return whole_grid(size_after(size, self.pool_q), prefix), whole_grid(size_after(size, self.pool_k), prefix)
+
+
+# Queries pooled inside their windows
+
+
 @recipe("timm.models.hiera.MaskUnitAttention", axes="b h w q k")
 def mask_unit_attention(self: Any, x: Tensor) -> QK:
     """Tokens come unroll_tokens: the tokens that are pooled into one query lie `windows * window_size` apart."""
@@ -118,34 +157,7 @@ def hieradet_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens,
     return keys if pool is None else pool_windows(keys, window, pair(pool.stride)), keys
 
 
-@recipe("timm.models.mvitv2.MultiScaleAttention")
-def multi_scale_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
-    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    prefix = int(self.has_cls_token)
-    q, q_size = pool_on_grid(q, self.pool_q, feat_size, prefix)
-    q = q if self.norm_q is None else self.norm_q(q)
-    k, k_size = pool_on_grid(k, self.pool_k, feat_size, prefix)
-    k = k if self.norm_k is None else self.norm_k(k)
-    if self.rel_pos_type != "spatial":
-        return QK(q, k, scale=self.scale)
-    rel_h = self.rel_pos_h[offsets(q_size[0], k_size[0], x.device)]
-    rel_w = self.rel_pos_w[offsets(q_size[1], k_size[1], x.device)]
-    return read_off_query(q, k, rel_h, rel_w, scale=self.scale, prefix=prefix)
-
-
-@layout("timm.models.mvitv2.MultiScaleAttention", "timm.models.mvitv2.MultiScaleAttentionPoolFirst")
-def multi_scale_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    self, size = geometry.module, geometry.argument("feat_size")
-    prefix = ("cls",) if self.has_cls_token else ()
-    return whole_grid(size_after(size, self.pool_q), prefix), whole_grid(size_after(size, self.pool_k), prefix)
-
-
 @partition("timm.models.hieradet_sam2.MultiScaleBlock")
 def hieradet_block(self: Any, geometry: Geometry) -> Tokens:
     _, rows, columns, _ = geometry.block_argument(self, "x")
     return cut_windows((rows, columns), self.window_size) if any(self.window_size) else whole_grid((rows, columns))
-
-
-@partition("timm.models.nextvit.NextTransformerBlock")
-def next_transformer_block(self: Any, geometry: Geometry) -> Tokens:
-    return whole_grid(size_after(geometry.block_argument(self, "x"), self.patch_embed))

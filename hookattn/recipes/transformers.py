@@ -1,4 +1,8 @@
-"""Hugging Face transformers: encoders that are much used, windows, tokens that come in another order."""
+"""Hugging Face transformers: encoders that are much used, windows, tokens that come in another order.
+
+Most of its attention needs no recipe: it is found by the name of its class and read by replay. Encoders that are much used
+have one, so that rows and heads need not run them again.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,15 @@ from .mechanisms import append_tokens, cut_square_windows, group_in_mask_units, 
 from .places import find_queries
 from .registry import Shape, layout, partition, qualified_names, recipe, register_axes
 
+# Encoders
+
+
 _FUNCTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
 _MODELING = "transformers.models.{0}.modeling_{0}.{1}"
+
+
 _ENCODERS = {
     "aimv2": "Aimv2Attention",
     "altclip": "AltCLIPAttention",
@@ -48,6 +59,8 @@ _ENCODERS = {
     "vivit": "VivitAttention",
     "x_clip": "XCLIPAttention",
 }
+
+
 _OLDER_ENCODERS = {
     "audio_spectrogram_transformer": "ASTSelfAttention",
     "deit": "DeiTSelfAttention",
@@ -59,9 +72,6 @@ _OLDER_ENCODERS = {
     "vit_msn": "ViTMSNSelfAttention",
     "vivit": "VivitSelfAttention",
 }
-
-
-register_axes("b h w q k", "transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention")
 
 
 @recipe(*(_MODELING.format(*names) for names in _ENCODERS.items()), where=lambda module: hasattr(module, "q_proj"))
@@ -80,6 +90,17 @@ def older_encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **opti
         return NotImplemented
     q, k = (project_heads(layer, hidden_states, self.num_attention_heads) for layer in (self.query, self.key))
     return QK(q, k, scale=self.scaling)
+
+
+def is_plain_call(self: Any, hidden_states: Tensor, *more: Any, is_causal: bool | None = None, **options: Any) -> bool:
+    """Whether all tokens of images see all others. What a mask, a bias or a window means is the affair of the function that the
+    configuration names."""
+    bare = all(value is None or isinstance(value, bool) for value in (*more, *options.values()))
+    causal = getattr(self, "is_causal", True) if is_causal is None else is_causal
+    return bare and not causal and hidden_states.dim() == 3 and self.config._attn_implementation in _FUNCTIONS
+
+
+# Windows
 
 
 @partition(
@@ -124,6 +145,9 @@ def transformers_vitdet_layer(self: Any, geometry: Geometry) -> Tokens:
     return cut_square_windows((rows, columns), self.window_size)
 
 
+register_axes("b h w q k", "transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention")
+
+
 @layout("transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention")
 def transformers_hiera_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """Tokens come unroll_tokens; a block that pools its queries gets its keys from the stage before."""
@@ -135,6 +159,9 @@ def transformers_hiera_attention_tokens(geometry: Geometry, shape: Shape) -> tup
     keys = unroll_tokens(*encoder.schedule[stage - 1]) if self.query_stride > 1 else queries
     windows = len(keys) // (self.query_stride * self.window_size) if self.use_mask_unit_attn else 1
     return group_in_mask_units(queries, windows), group_in_mask_units(keys, windows)
+
+
+# Tokens in another order
 
 
 @layout(
@@ -165,11 +192,3 @@ def masked_autoencoder_attention_tokens(geometry: Geometry, shape: Shape) -> tup
         raise_shuffled(geometry)
     tokens = Tokens(("cls",), geometry.tokens(shape[3] - 1, prefix=False).grid_size)
     return tokens, tokens
-
-
-def is_plain_call(self: Any, hidden_states: Tensor, *more: Any, is_causal: bool | None = None, **options: Any) -> bool:
-    """Whether all tokens of images see all others. What a mask, a bias or a window means is the affair of the function that the
-    configuration names."""
-    bare = all(value is None or isinstance(value, bool) for value in (*more, *options.values()))
-    causal = getattr(self, "is_causal", True) if is_causal is None else is_causal
-    return bare and not causal and hidden_states.dim() == 3 and self.config._attn_implementation in _FUNCTIONS

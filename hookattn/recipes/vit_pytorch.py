@@ -1,4 +1,8 @@
-"""vit-pytorch: how its classes fold their maps, recipes for those that call flex attention, where their tokens lie."""
+"""vit-pytorch: how its classes lay out their maps, recipes for those that call flex attention, where their tokens lie.
+
+`flex_attention` is one call that shows neither softmax nor `scaled_dot_product_attention`, so its callers have a recipe; all
+others are found by the name of their class and read by replay.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,7 @@ from .mechanisms import append_tokens, cut_square_windows, raise_shuffled
 from .places import find_queries
 from .registry import Shape, layout, partition, qualified_names, recipe, register_axes, register_channel_attention
 
-PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
-"""Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
+# Axes of the maps that classes form themselves
 
 
 register_axes("b h q k", "vit_pytorch.vit_for_small_dataset.LSA")
@@ -51,6 +54,13 @@ register_axes(
 
 
 register_channel_attention("vit_pytorch.xcit.XCAttention")
+
+
+# Flex attention
+
+
+PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
+"""Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
 
 
 @recipe("vit_pytorch.vit_nd.Attention")
@@ -97,6 +107,30 @@ def levjepa_nd_attention(self: Any, x: Tensor, rotary_emb: Any, pos: Tensor, blo
     else:
         mask = None if dense_mask is None else rearrange(dense_mask, "b q k -> b 1 q k")
     return QK(q, k, scale=self.scale, mask=mask)
+
+
+def open_pairs(mask_fn: PairMask | None, x: Tensor, batch: Tensor | int = 0) -> Tensor | None:
+    """Where a query may attend, (queries, keys) or (batch, 1, queries, keys), told by a function of their numbers."""
+    if mask_fn is None:
+        return None
+    tokens = torch.arange(x.shape[1], device=x.device)
+    return mask_fn(batch, 0, tokens[:, None], tokens)
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Real and imaginary parts of numbers of length softplus(x) at these angles, in float32."""
+    lengths = F.softplus(x.float())
+    return torch.cat((lengths * angles.cos(), lengths * angles.sin()), dim=-1).to(x.dtype)
+
+
+def rotate_first_channels(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """The first channels rotated, each odd one with the even one before it."""
+    turning, rest = x.tensor_split((sin.shape[-1],), dim=-1)
+    crossed = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((turning * cos + crossed * sin, rest), dim=-1)
+
+
+# Windows
 
 
 @layout("vit_pytorch.twins_svt.LocalAttention")
@@ -157,6 +191,9 @@ def mobile_vit_block(self: Any, geometry: Geometry) -> Tokens:
     return cut_windows((rows, columns), (rows // self.ph, columns // self.pw), strided=True)
 
 
+# All tokens, in another order or with others among them
+
+
 @layout(
     "vit_pytorch.simple_uvit.Attention",
     "vit_pytorch.simple_vit_with_hyper_connections.Attention",
@@ -200,6 +237,9 @@ def cross_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens
     return find_queries(shape, tokens), tokens
 
 
+# Tokens that may have been dropped
+
+
 @layout("vit_pytorch.vit.Attention", "vit_pytorch.mp3.Attention")
 def maybe_masked_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """Wrapped for pretraining, the encoder sees the patches that were kept in a random order."""
@@ -223,24 +263,3 @@ def attention_after_patch_dropout_tokens(geometry: Geometry, shape: Shape) -> tu
     if len(tokens) != shape[3]:
         raise_shuffled(geometry)
     return tokens, tokens
-
-
-def open_pairs(mask_fn: PairMask | None, x: Tensor, batch: Tensor | int = 0) -> Tensor | None:
-    """Where a query may attend, (queries, keys) or (batch, 1, queries, keys), told by a function of their numbers."""
-    if mask_fn is None:
-        return None
-    tokens = torch.arange(x.shape[1], device=x.device)
-    return mask_fn(batch, 0, tokens[:, None], tokens)
-
-
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Real and imaginary parts of numbers of length softplus(x) at these angles, in float32."""
-    lengths = F.softplus(x.float())
-    return torch.cat((lengths * angles.cos(), lengths * angles.sin()), dim=-1).to(x.dtype)
-
-
-def rotate_first_channels(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """The first channels rotated, each odd one with the even one before it."""
-    turning, rest = x.tensor_split((sin.shape[-1],), dim=-1)
-    crossed = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
-    return torch.cat((turning * cos + crossed * sin, rest), dim=-1)
