@@ -79,6 +79,7 @@ class Geometry(NamedTuple):
                 "recorder, call the model on images (batch, channels, height, width), or slice the map itself, m[...]."
             )
         height, width = (side / n for side, n in zip(self.image_size, grid_size))
+        # rounded down where a rest is left out, up where the image is padded
         if patch and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, self.image_size, patch)):
             return patch
         return height, width
@@ -130,6 +131,7 @@ class Geometry(NamedTuple):
         if isinstance(self.images, Patches):
             return _of_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
         size = self.image_size
+        # where it is not known whether prefix tokens are among them, with them is tried first
         for each in {None: (names, ()), True: (names,), False: ((),)}[prefix]:
             grid = grid_size(trunk, size, count - len(each), exactly=prefix is not None)
             if grid is not None:
@@ -145,6 +147,7 @@ class Geometry(NamedTuple):
 
 def read_settings(module: nn.Module) -> dict[str, Any]:
     """Attributes of a module that are numbers, words or tuples of such."""
+    # what tells of windows is plain; modules and tensors may be large
     return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
 
 
@@ -160,6 +163,7 @@ class ModuleSnapshot:
 
 def measure_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """What a module is called with, tensors by their sizes."""
+    # runs in every recorded call: what is a plain tensor or a number takes no function call
     positional = tuple([a.shape if type(a) is Tensor else _size(a) for a in args])
     return positional, {name: a if type(a) in _PLAIN else _size(a) for name, a in kwargs.items()}
 
@@ -186,6 +190,7 @@ def _of_patches(images: Patches, prefixes: tuple[tuple[str, ...], ...], count: i
     coordinates = images.coordinates.long().cpu()
     valid = images.valid.bool().cpu() & (coordinates >= 0).all(-1)  # Gemma marks padding by the coordinates
     rows, columns = (int(coordinates[..., i][valid].max()) + 1 for i in range(2))
+    # (images, patches): numbers on the common grid
     places = torch.where(valid, coordinates[..., 0] * columns + coordinates[..., 1], -1)
     return Tokens(prefix, (rows, columns), places[:, None])
 

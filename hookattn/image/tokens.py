@@ -74,7 +74,7 @@ class Tokens:
             if not (-rows <= row < rows and -columns <= column < columns):
                 raise TokenError(f"there is no patch {query}. {self.choices()}")
             return self.num_prefix_tokens + row % rows * columns + column % columns
-        if isinstance(query, Integral) and not isinstance(query, bool):
+        if isinstance(query, Integral) and not isinstance(query, bool):  # True is an Integral
             if not -count <= query < count:
                 raise TokenError(f"there is no token {query}. {self.choices()}")
             return int(query) % count
@@ -87,7 +87,7 @@ class Tokens:
             TokenError: there is no such token.
         """
         names = torch.arange(len(self.prefix)).expand(*self.patches.shape[:2], -1)
-        patches = torch.where(self.patches < 0, -1, self.patches + len(self.prefix))
+        patches = torch.where(self.patches < 0, -1, self.patches + len(self.prefix))  # numbered as by `index`
         tokens = torch.cat((names, patches), dim=-1)
         if query == "mean":
             return self._gathered(tokens >= (len(self.prefix) if patches.shape[-1] else 0))
@@ -103,8 +103,9 @@ class Tokens:
             (images, heads, rows, columns); a patch that stands in several windows gets the sum.
         """
         given = repeat(rows[..., len(self.prefix) :] / self.spread, "b w h n -> b h (w n spread)", spread=self.spread)
-        if self.places is None:
+        if self.places is None:  # row by row already
             return rearrange(given, "b h (r c) -> b h r c", r=self.grid_size[0])
+        # what padding gets goes to one place more, which is cut off
         area = self.grid_size[0] * self.grid_size[1]
         places = torch.where(self.places < 0, area, self.places).to(given.device)
         places = repeat(places, "i w n -> (i b) h (w n)", b=len(given) // len(places), h=given.shape[1])
@@ -125,6 +126,7 @@ class Tokens:
         columns = max(1, self.grid_size[1])
         cells = torch.stack((places // columns, places % columns), dim=-1)
         centres = (cells + 0.5) * torch.tensor(cell_size, dtype=torch.float64)
+        # -1 has a row and a column too, and they are wrong
         centres = centres.masked_fill(places[..., None] < 0, torch.nan)
         return F.pad(centres, (0, 0, 0, 0, len(self.prefix), 0), value=torch.nan)
 
@@ -173,6 +175,7 @@ class Tokens:
     def _index_by_image(self, query: Query) -> int | Tensor:
         """The number of a token, image by image where a point lies on another patch in each: (images, 1, 1)."""
         index = self.index(query)
+        # the same point lies on another patch where images have grids of their own
         if len(self.patches) == 1 or not _is_point(query):
             return index
         found = [_patch_at(query, size) for size in self._covered()]  # type: ignore[arg-type]  # is a point
@@ -187,5 +190,6 @@ def _is_point(query: Query) -> bool:
 
 def _patch_at(point: tuple[float, float], grid_size: Size) -> Size:
     """The patch (row, col) under a point of the image in fractions of its height and width."""
+    # the lower right border belongs to the last patch
     row, column = (min(int(fraction * n), n - 1) for fraction, n in zip(point, grid_size))
     return row, column

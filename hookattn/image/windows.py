@@ -48,6 +48,7 @@ def cut_windows(grid_size: Sequence[int], window: Sides, shift: Sides = 0, *, st
     Raises:
         TokenError: the window has no rows or no columns.
     """
+    # the same on numbers of places as the block does on features: what stands where is read off
     places = _number(grid_size).roll([-n for n in pair(shift)], (0, 1))
     return _cut(grid_size, _pad(places, window), window, strided=strided)
 
@@ -99,6 +100,7 @@ def pool_windows(tokens: Tokens, window: Sequence[int], stride: Sequence[int]) -
         stride: (rows, columns) of one cell.
     """
     rows, columns = (n // s for n, s in zip(tokens.grid_size, stride))
+    # a pooled token is named by the first place of its cell
     corners = rearrange(tokens.patches, "i w (y x) -> i w y x", y=window[0], x=window[1])[..., :: stride[0], :: stride[1]]
     places = corners.flatten(-2)
     row, column = places // tokens.grid_size[1] // stride[0], places % tokens.grid_size[1] // stride[1]
@@ -123,5 +125,6 @@ def _pad(places: Tensor, window: Sides) -> Tensor:
 def _cut(grid_size: Sequence[int], places: Tensor, window: Sides, *, strided: bool = False) -> Tokens:
     """Tokens of places that are whole windows."""
     size: Size = (int(grid_size[0]), int(grid_size[1]))
+    # strided, the rows of a window stand h apart: (y h) and not (h y)
     pattern = "(y h) (x w) -> 1 (h w) (y x)" if strided else "(h y) (w x) -> 1 (h w) (y x)"
     return Tokens((), size, rearrange(places, pattern, y=pair(window)[0], x=pair(window)[1]))

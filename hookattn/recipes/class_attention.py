@@ -30,7 +30,7 @@ from .registry import Shape, layout, recipe
 
 @recipe("timm.models.cait.ClassAttn")
 def class_attention(self: Any, x: Tensor) -> QK:
-    q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)
+    q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)  # the class token alone
     k = project_heads(self.k, x, self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
@@ -60,6 +60,7 @@ def class_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, To
 def attention_pool_latent(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
     if self.pos_embed is not None:
         x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+    # (batch, heads, latents, head_dim)
     q = rearrange(self.q(self.latent.expand(len(x), -1, -1)), "b n (h d) -> b h n d", h=self.num_heads)
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
     return QK(self.q_norm(q), self.k_norm(k), scale=scale_of(self), **additive_or_bool(attn_mask))
@@ -105,6 +106,7 @@ def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
     rope = self.pos_embed.get_embed(tuple(size))
     rope = torch.cat(rope, dim=-1) if isinstance(rope, tuple) else rope
     half, dtype = getattr(self, "rotate_half", False), k.dtype
+    # the first token has no position
     q, k = (torch.cat((t[:, :, :1], rotate(t[:, :, 1:], rope, half=half)), dim=2).to(dtype) for t in (q, k))
     return QK(q, k, scale=scale_of(self))
 

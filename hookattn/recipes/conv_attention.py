@@ -25,8 +25,8 @@ from .mechanisms import (
     additive_or_bool,
     channels_first_tokens,
     channels_last_tokens,
-    flat,
-    offsets,
+    flatten_grid,
+    number_offsets,
     patch_tokens,
     read_off_query,
 )
@@ -85,6 +85,7 @@ def single_head_modulation_attention(self: Any, x: Tensor) -> QK:
         x = rearrange(x, "b c (row y) (col x) -> (b row col) c y x", y=self.window_size, x=self.window_size)
     if self.training:
         self.v_gate(x)  # comes first in the forward, and draws its random numbers first
+    # (batch * windows, 1, tokens, d)
     q, k = rearrange(self.q(x), "b d y x -> b 1 (y x) d"), rearrange(self.k(x), "b d y x -> b 1 (y x) d")
     return QK(q, k, scale=scale_of(self))
 
@@ -93,7 +94,7 @@ def single_head_modulation_attention(self: Any, x: Tensor) -> QK:
 def single_head_modulation_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     _, _, rows, columns = geometry.argument("x")
     window = geometry.module.window_size
-    tokens = cut_windows((rows, columns), pair(window)) if window and window > 0 else whole_grid((rows, columns))
+    tokens = cut_windows((rows, columns), window) if window and window > 0 else whole_grid((rows, columns))
     return tokens, tokens
 
 
@@ -113,9 +114,9 @@ layout("timm.models.shvit.SHSA")(channels_first_tokens)
 
 @recipe("timm.models.levit.Attention")
 def levit_attention(self: Any, x: Tensor) -> QK:
-    qkv = rearrange(self.qkv(x), per_head(self), h=self.num_heads)
+    qkv = rearrange(self.qkv(x), pattern_per_head(self), h=self.num_heads)
     q, k, _ = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
-    return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))
+    return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))  # (heads, queries, keys)
 
 
 @layout("timm.models.levit.Attention")
@@ -126,9 +127,9 @@ def levit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, To
 
 @recipe("timm.models.levit.AttentionDownsample")
 def levit_attention_downsample(self: Any, x: Tensor) -> QK:
-    kv = rearrange(self.kv(x), per_head(self), h=self.num_heads)
+    kv = rearrange(self.kv(x), pattern_per_head(self), h=self.num_heads)  # (batch, heads, tokens, key_dim + val_dim)
     k, _ = kv.split([self.key_dim, self.val_dim], dim=-1)
-    q = rearrange(self.q(x), per_head(self), h=self.num_heads)
+    q = rearrange(self.q(x), pattern_per_head(self), h=self.num_heads)
     return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))
 
 
@@ -140,14 +141,14 @@ def levit_attention_downsample_tokens(geometry: Geometry, shape: Shape) -> tuple
     return whole_grid((-(-rows // stride), -(-columns // stride))), keys
 
 
-def per_head(self: Any) -> str:
+def pattern_per_head(self: Any) -> str:
     """What makes (batch, heads, tokens, features) of a LeViT projection, on a grid or flat."""
     return "b (h d) y x -> b h (y x) d" if self.use_conv else "b n (h d) -> b h n d"
 
 
 def find_tokens_at_resolution(geometry: Geometry) -> Tokens:
     """All tokens on the grid that a module is made for, if the image gives that grid too."""
-    x, (rows, columns) = geometry.argument("x"), pair(geometry.module.resolution)
+    x, (rows, columns) = geometry.argument("x"), pair(geometry.module.resolution)  # tokens in a row do not tell their grid
     if len(x) == 4:
         return whole_grid(x[2:])
     if geometry.images is not None and geometry.tokens(x[1], prefix=False).grid_size != (rows, columns):
@@ -190,8 +191,9 @@ def bottleneck_attention(self: Any, x: Tensor) -> QK:
     q, k, _ = qkv.split([self.dim_out_qk, self.dim_out_qk, self.dim_out_v], dim=1)
     q, k = (rearrange(t, "b (h d) y x -> b h (y x) d", h=self.num_heads) for t in (q, k))
     height, width = x.shape[-2:]
-    rel_h = self.pos_embed.height_rel[offsets(height, height, x.device).T]
-    rel_w = self.pos_embed.width_rel[offsets(width, width, x.device).T]
+    # the table counts key - query, the transpose of what `number_offsets` counts
+    rel_h = self.pos_embed.height_rel[number_offsets(height, height, x.device).T]  # (rows, rows, d)
+    rel_w = self.pos_embed.width_rel[number_offsets(width, width, x.device).T]
     position_scale = self.scale if self.scale_pos_embed else 1.0
     return read_off_query(q, k, rel_h, rel_w, scale=self.scale, position_scale=position_scale)
 
@@ -205,7 +207,7 @@ layout("timm.layers.bottleneck_attn.BottleneckAttn")(channels_first_tokens)
 @recipe("timm.layers.attention2d.MultiQueryAttention2d")
 def multi_query_attention_2d(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
     q = rearrange(self.query(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
-    k = repeat(flat(self.key(x)), "b n d -> b h n d", h=self.num_heads)
+    k = repeat(flatten_grid(self.key(x)), "b n d -> b h n d", h=self.num_heads)  # may be strided: fewer keys
     return QK(q, k, scale=scale_of(self), **additive_or_bool(attn_mask))
 
 
@@ -217,8 +219,8 @@ def multi_query_attention_2d_tokens(geometry: Geometry, shape: Shape) -> tuple[T
 
 @recipe("timm.layers.attention2d.MultiQueryAttentionV2", axes="b q h k")
 def multi_query_attention_v2(self: Any, x: Tensor, m: Tensor | None = None) -> QK:
-    q = torch.einsum("bnc,hdc->bhnd", flat(x), self.query_proj)
-    k = torch.einsum("bnc,cd->bnd", flat(x if m is None else m), self.key_proj)
+    q = torch.einsum("bnc,hdc->bhnd", flatten_grid(x), self.query_proj)  # parameters of no layer
+    k = torch.einsum("bnc,cd->bnd", flatten_grid(x if m is None else m), self.key_proj)
     return QK(q, repeat(k, "b n d -> b h n d", h=self.num_heads), scale=scale_of(self))
 
 
@@ -234,10 +236,10 @@ def multi_query_attention_v2_tokens(geometry: Geometry, shape: Shape) -> tuple[T
 @recipe("timm.models.cpubone.ConvAttention", "timm.models.lowformer.ConvAttention")
 def conv_attention(self: Any, x: Tensor) -> QK:
     """A strided convolution makes fewer tokens of all three, queries too."""
-    if getattr(self, "small_kernels", False) and self.att_stride > 1:
+    if getattr(self, "small_kernels", False) and self.att_stride > 1:  # a kernel as small as its stride needs whole cells
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % self.att_stride, 0, -height % self.att_stride))
-    pattern = "b (h parts d) y x -> parts b h (y x) d"
+    pattern = "b (h parts d) y x -> parts b h (y x) d"  # q, k and v of each head together
     q, k = project(self.pwise, self.conv_proj(x), pattern, parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 

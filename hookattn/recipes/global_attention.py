@@ -23,9 +23,9 @@ from ..image.tokens import Tokens
 from ..image.windows import cut_windows, whole_grid
 from .mechanisms import (
     additive_or_bool,
-    in_projection,
     patch_tokens,
     prefix_and_patch_tokens,
+    project_in_parallel,
     project_with_biases,
     rotate_by_axis,
     rotate_patches,
@@ -47,7 +47,7 @@ layout("timm.layers.attention.Attention", "timm.models.vision_transformer.Attent
 
 @recipe("timm.models.vision_transformer.ParallelScalingBlock")
 def parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
-    q, k = in_projection(self, x)
+    q, k = project_in_parallel(self, x)  # (batch, tokens, dim)
     q = self.q_norm(rearrange(q, "b n (h d) -> b n h d", h=self.num_heads))
     k = self.k_norm(rearrange(k, "b n (h d) -> b n h d", h=self.num_heads))
     q, k = rearrange(q, "b n h d -> b h n d"), rearrange(k, "b n h d -> b h n d")
@@ -75,8 +75,8 @@ layout("timm.models.convit.MHSA")(prefix_and_patch_tokens)
 @recipe("timm.models.beit.Attention")
 def beit_attention(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> QK:
     q, k = project_with_biases(self, x)
-    bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
-    if shared_rel_pos_bias is not None:
+    bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()  # (1, heads, queries, keys)
+    if shared_rel_pos_bias is not None:  # one bias for all blocks
         bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
     return QK(q, k, scale=scale_of(self), bias=bias)
 
@@ -108,11 +108,11 @@ def attention_rope(
         q, k = self.q_proj(x), self.k_proj(x)
         q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
         k = rearrange(k, "b n (h d) -> b h n d", d=q.shape[-1])
-    dtype = k.dtype
+    dtype = k.dtype  # what is rotated comes out in the dtype of the embedding
     q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
         q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
-    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
+    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)  # grouped queries: several heads share a key
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
@@ -143,7 +143,7 @@ def gemma4_attention(self: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, a
     k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
     q, k = self.q_norm(q), self.k_norm(k)
     q, k = (rotate_by_axis(t, rope_cos, rope_sin) for t in (q, k))
-    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
+    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)  # grouped queries
     return QK(q, k, scale=1.0, **additive_or_bool(attn_mask))
 
 
@@ -156,7 +156,7 @@ layout("timm.models.gemma4_vit.Gemma4Attention")(prefix_and_patch_tokens)
 @partition("timm.models.pit.Transformer")
 def pit_transformer(self: Any, geometry: Geometry) -> Tokens:
     """A stage may pool the patches first."""
-    patches, tokens = geometry.block_argument(self, "x")
+    patches, tokens = geometry.block_argument(self, "x")  # (batch, channels, rows, columns), (batch, class tokens, channels)
     return whole_grid(size_after(patches, None if self.pool is None else self.pool.conv), ("cls", "dist")[: tokens[1]])
 
 
@@ -181,6 +181,7 @@ def crossvit_block(self: Any, geometry: Geometry) -> Tokens:
     not.
     """
     path, branches = list(geometry.path()), len(self.projs)
+    # a fusion asks with the class token of its own branch, and its keys are the patches of the next
     fused = next((i for i, fusion in enumerate(self.fusion) if fusion in path), None)
     branch = (fused + 1) % branches if fused is not None else next(i for i, own in enumerate(self.blocks) if own in path)
     model = geometry.holder("img_size_scaled")
@@ -203,9 +204,10 @@ def tnt_attention(self: Any, x: Tensor) -> QK:
 @partition("timm.models.tnt.Block")
 def tnt_block(self: Any, geometry: Geometry) -> Tokens:
     """The inner attention sees the pixels of a patch, the outer one all patches."""
-    if geometry.module is not self.attn_in:
+    if geometry.module is not self.attn_in:  # (batch, class token and patches, channels)
         return geometry.tokens(geometry.block_argument(self, "patch_embed")[1], prefix=True)
     pixels = geometry.holder("pixel_embed").pixel_embed.new_patch_size
     _, tokens, _ = geometry.block_argument(self, "patch_embed")
     rows, columns = geometry.tokens(tokens, prefix=True).grid_size
+    # the inner grid covers the image too: a window of it is a patch
     return cut_windows((rows * pixels[0], columns * pixels[1]), pixels)

@@ -50,7 +50,7 @@ def per_window(mask: Tensor | None, batch: int) -> tuple[Tensor, ...]:
 # Projections
 
 
-def in_projection(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def project_in_parallel(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys, (batch, tokens, dim) each, of the projection a parallel block shares with its MLP."""
     y = self.in_proj(self.in_norm(x))
     _, q, k, _ = y.split(self.in_split, dim=-1)
@@ -66,6 +66,7 @@ def project_with_biases(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         bias = torch.cat((self.q_bias, self.k_bias))
         qk = torch.cat(project(self.qkv, x, "b n (parts c) -> parts b n c", parts=2, of=3), dim=-1) + bias
         return torch.unbind(rearrange(qk, pattern, parts=2, h=self.num_heads))
+    # the layer has no bias of its own: q and k get theirs where they are multiplied
     q_weight, k_weight, _ = self.qkv.weight.chunk(3)
     return multiply(x, q_weight, self.q_bias, self.num_heads), multiply(x, k_weight, self.k_bias, self.num_heads)
 
@@ -80,12 +81,12 @@ def pool_on_grid(t: Tensor, pool: Any, size: list[int], prefix: int) -> tuple[Te
     return torch.cat((t[:, :, :prefix], tokens), dim=2), list(grid.shape[-2:])
 
 
-def flat(x: Tensor) -> Tensor:
+def flatten_grid(x: Tensor) -> Tensor:
     """(batch, channels, height, width) as tokens, row by row."""
     return rearrange(x, "b c y x -> b (y x) c")
 
 
-def unflat(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
+def unflatten_grid(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
     """(batch, tokens, channels) on its grid of (height, width)."""
     return rearrange(x, "b (y x) c -> b c y x", y=size[0], x=size[1])
 
@@ -108,7 +109,7 @@ def rotate_patches(self: Any, q: Tensor, rope: Tensor) -> Tensor:
 def rotate(q: Tensor, rope: Tensor, *, half: bool = False) -> Tensor:
     """The same for (..., tokens, head_dim) that all have a position."""
     sin, cos = rope.chunk(2, dim=-1)
-    if half:
+    if half:  # feature i turns with i + d/2
         first, second = q.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
     else:
@@ -135,6 +136,12 @@ def read_off_query(
 ) -> QK:
     """Queries with what they read for each row and column of keys, keys with indicators of theirs.
 
+        score(q, k) = scale * q.k + q.rel_h[row of q, row of k] + q.rel_w[column of q, column of k]
+
+    Li et al. 2022, "MViTv2", arXiv 2112.01526, equation 4; before that Bello et al. 2019, arXiv 1904.09925. The last two terms
+    are products as well, so one product of width d + rows + columns gives the scores. Nothing of size queries x keys is formed
+    before it, and a row of the map costs a row.
+
     Args:
         q, k: (batch, heads, queries, d) and (batch, heads, keys, d), row by row.
         rel_h, rel_w: (rows of queries, rows of keys, d) and (columns of queries, columns of keys, d).
@@ -145,30 +152,31 @@ def read_off_query(
     with exactly(q.device):
         q, k, rel_h, rel_w = (t.to(exact_dtype(t.dtype)) for t in (q, k, rel_h, rel_w))
         on_grid = rearrange(q[:, :, prefix:], "b h (y x) d -> b h y x d", y=len(rel_h), x=len(rel_w))
-        of_rows = torch.einsum("bhyxd,ykd->bhyxk", on_grid, rel_h).flatten(2, 3)
+        of_rows = torch.einsum("bhyxd,ykd->bhyxk", on_grid, rel_h).flatten(2, 3)  # (batch, heads, queries, rows of keys)
         of_columns = torch.einsum("bhyxd,xkd->bhyxk", on_grid, rel_w).flatten(2, 3)
         read = torch.cat((of_rows, of_columns), dim=-1) * position_scale
         rows, columns = rel_h.shape[1], rel_w.shape[1]
         row = repeat(torch.eye(rows, dtype=k.dtype, device=k.device), "y k -> (y x) k", x=columns)
         column = repeat(torch.eye(columns, dtype=k.dtype, device=k.device), "x k -> (y x) k", y=rows)
+        # one row and one column of each key are 1: the product picks what the query has read for them
         place = torch.cat((row, column), dim=-1).expand(*k.shape[:2], -1, -1)
         q = torch.cat((q * scale, F.pad(read, (0, 0, prefix, 0))), dim=-1)
         k = torch.cat((k, F.pad(place, (0, 0, prefix, 0))), dim=-1)
     return QK(q, k, scale=1.0)
 
 
-def offsets(queries: int, keys: int, device: torch.device) -> Tensor:
+def number_offsets(queries: int, keys: int, device: torch.device) -> Tensor:
     """(queries, keys): where in a table of 2 * max(queries, keys) - 1 the offset between a query and a key stands.
 
     Where there are fewer of the one than of the other, its coordinates are stretched.
     """
-    stretch_q, stretch_k = max(keys / queries, 1.0), max(queries / keys, 1.0)
+    stretch_q, stretch_k = max(keys / queries, 1.0), max(queries / keys, 1.0)  # one of them is 1
     query = torch.arange(queries, dtype=torch.float32, device=device)[:, None] * stretch_q
     key = torch.arange(keys, dtype=torch.float32, device=device)[None, :] * stretch_k
     return (query - key + (keys - 1) * stretch_k).long()
 
 
-def resized(table: Tensor, count: int) -> Tensor:
+def resize_table(table: Tensor, count: int) -> Tensor:
     """A table of offsets, (offsets, d), for another number of them."""
     if len(table) == count:
         return table
@@ -225,6 +233,7 @@ def unroll_tokens(schedule: Sequence[Sequence[int]], size: Sequence[int]) -> Tok
     grid = whole_grid(size)
     places = grid.patches[0].reshape(1, *size)
     for rows, columns in schedule:
+        # the places inside of a cell join the batch, so that those of one cell stand far apart
         places = rearrange(places, "b (y row) (x column) -> (b row column) y x", row=rows, column=columns)
     return Tokens((), grid.grid_size, places.reshape(1, 1, -1))
 

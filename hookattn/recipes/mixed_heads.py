@@ -23,7 +23,7 @@ from ..image.geometry import Geometry
 from ..image.sizes import size_after
 from ..image.tokens import Tokens
 from ..image.windows import slide_windows, whole_grid
-from .mechanisms import additive_or_bool, in_projection, patch_tokens, prefix_and_patch_tokens
+from .mechanisms import additive_or_bool, patch_tokens, prefix_and_patch_tokens, project_in_parallel
 from .registry import Shape, layout, recipe
 
 # Talking heads
@@ -32,7 +32,7 @@ from .registry import Shape, layout, recipe
 @recipe("timm.models.cait.TalkingHeadAttn")
 def talking_head_attention(self: Any, x: Tensor) -> Source:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    return mixed(self.proj_l, "b h q k -> b q k h", q, k, scale=self.scale)
+    return mix_heads(self.proj_l, "b h q k -> b q k h", q, k, scale=self.scale)
 
 
 layout("timm.models.cait.TalkingHeadAttn")(patch_tokens)
@@ -46,8 +46,8 @@ def efficientformer_v2_attention(self: Any, x: Tensor) -> Source:
     k = rearrange(self.k(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
     if self.training:
         self.v_local(self.v(x))  # come before the heads are mixed, and draw their random numbers before
-    bias = self.get_attention_biases(x.device)
-    return mixed(self.talking_head1, "b h q k -> b h q k", q, k, scale=self.scale, bias=bias)
+    bias = self.get_attention_biases(x.device)  # (heads, queries, keys)
+    return mix_heads(self.talking_head1, "b h q k -> b h q k", q, k, scale=self.scale, bias=bias)
 
 
 @layout("timm.models.efficientformer_v2.Attention2d")
@@ -56,7 +56,7 @@ def efficientformer_v2_attention_tokens(geometry: Geometry, shape: Shape) -> tup
     return tokens, tokens
 
 
-def mixed(layer: nn.Module, pattern: str, q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Source:
+def mix_heads(layer: nn.Module, pattern: str, q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Source:
     """Scores and their bias, mixed over heads by a layer: L (S + B) + b = L S + (L B + b).
 
     Args:
@@ -69,6 +69,7 @@ def mixed(layer: nn.Module, pattern: str, q: Tensor, k: Tensor, *, scale: float,
     """
     exact = exact_dtype(q.dtype)
     with exactly(q.device):
+        # linear in the scores: mixing can be put off until rows and heads are picked
         if is_plain_linear(layer) or is_plain_conv(layer):
             mix = layer.weight.flatten(1).to(exact)
             biases = [] if bias is None else [torch.einsum("g h, h q k -> g q k", mix, bias.to(exact))]
@@ -86,13 +87,13 @@ def mixed(layer: nn.Module, pattern: str, q: Tensor, k: Tensor, *, scale: float,
 @recipe("timm.layers.diff_attention.DiffAttention")
 def diff_attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
     q, k = project(self.qkv, x, "b n (parts c) -> parts b n c", parts=2, of=3)
-    return differential(self, q, k, attn_mask, is_causal)
+    return describe_differential(self, q, k, attn_mask, is_causal)
 
 
 @recipe("timm.models.vision_transformer.DiffParallelScalingBlock")
 def diff_parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
-    q, k = in_projection(self, x)
-    return differential(self, q, k, attn_mask, is_causal)
+    q, k = project_in_parallel(self, x)
+    return describe_differential(self, q, k, attn_mask, is_causal)
 
 
 layout("timm.layers.diff_attention.DiffAttention", "timm.models.vision_transformer.DiffParallelScalingBlock")(
@@ -100,7 +101,7 @@ layout("timm.layers.diff_attention.DiffAttention", "timm.models.vision_transform
 )
 
 
-def differential(self: Any, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> QK:
+def describe_differential(self: Any, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> QK:
     """Two softmaxes a head whose difference acts on the values (Ye et al. 2024, arXiv 2410.05258, equation 1)."""
     q = rearrange(q, "b n (h d) -> b h n d", h=2 * self.num_heads)
     k = rearrange(k, "b n (h d) -> b h n d", h=2 * self.num_heads)
@@ -118,7 +119,7 @@ def gated_positional_self_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
     fits = self.rel_indices is not None and self.rel_indices.shape[1] == x.shape[1]
     rel_indices = self.rel_indices if fits else self.get_rel_indices(x.shape[1])
-    position = rearrange(self.pos_proj(rel_indices), "1 q k h -> 1 h q k")
+    position = rearrange(self.pos_proj(rel_indices), "1 q k h -> 1 h q k")  # the same for all images
     return QK(
         alternate_heads(q, torch.zeros_like(q)),
         alternate_heads(k, k),

@@ -79,5 +79,6 @@ _REASONS.register(
 
 def why_no_map(module: nn.Module) -> str | None:
     """Why a module that is known to have no readable map has none; None for all others."""
+    # also where a derived class has a forward of its own: it is not known to be attention, and looks like it
     reason = _REASONS.find_inherited(module)
     return None if reason is None or is_known(module) else f"{type(module).__name__}: {reason}"

@@ -17,7 +17,7 @@ from .registry import Shape, attends_to_channels, find_layout, find_partition, q
 def find_block(model: nn.Module, name: str) -> nn.Module | None:
     """The innermost block around a module that cuts its input into windows."""
     around = [m for m in path_to(model, name) if find_partition(m) is not None]
-    return around[-1] if around else None
+    return around[-1] if around else None  # the path leads inwards
 
 
 def find_windows(geometry: Geometry) -> Tokens | None:
@@ -88,7 +88,7 @@ def find_queries(shape: Shape, keys: Tokens) -> Tokens:
 def _lay_out(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """Queries and keys as the layout of the class tells; without one what the block cut, else all tokens of the image."""
     found = find_layout(geometry.module)
-    if found is None:
+    if found is None:  # most blocks that cut windows hold a class that is used without windows too
         keys = find_windows(geometry) or geometry.tokens(shape[3])
         return find_queries(shape, keys), keys
     both: Any = found(geometry, shape)

@@ -22,7 +22,15 @@ from ..image.geometry import Geometry
 from ..image.sizes import pair, size_after
 from ..image.tokens import Tokens
 from ..image.windows import cut_windows, pool_windows, whole_grid
-from .mechanisms import flat, group_in_mask_units, offsets, pool_on_grid, read_off_query, unflat, unroll_tokens
+from .mechanisms import (
+    flatten_grid,
+    group_in_mask_units,
+    number_offsets,
+    pool_on_grid,
+    read_off_query,
+    unflatten_grid,
+    unroll_tokens,
+)
 from .places import find_windows
 from .registry import Shape, layout, partition, recipe
 
@@ -32,10 +40,10 @@ from .registry import Shape, layout, partition, recipe
 @recipe("timm.models.pvt_v2.Attention")
 def pvt_v2_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
     q = project_heads(self.q, x, self.num_heads)
-    if self.pool is not None:
-        x = self.act(self.norm(flat(self.sr(self.pool(unflat(x, feat_size))))))
+    if self.pool is not None:  # linear attention, v2: pooled to 7 x 7, whatever the image
+        x = self.act(self.norm(flatten_grid(self.sr(self.pool(unflatten_grid(x, feat_size))))))
     elif self.sr is not None:
-        x = self.norm(flat(self.sr(unflat(x, feat_size))))
+        x = self.norm(flatten_grid(self.sr(unflatten_grid(x, feat_size))))
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
@@ -50,7 +58,7 @@ def pvt_v2_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, T
 def global_sub_sample_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK:
     q = project_heads(self.q, x, self.num_heads)
     if self.sr is not None:
-        x = self.norm(flat(self.sr(unflat(x, size))))
+        x = self.norm(flatten_grid(self.sr(unflatten_grid(x, size))))
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
@@ -79,7 +87,7 @@ def nextvit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
     queries, run = find_windows(geometry) or geometry.tokens(shape[2], prefix=False), geometry.module.N_ratio
     if geometry.module.sr is None:
         return queries, queries
-    places = torch.arange(shape[2] // run * run)[None, None]
+    places = torch.arange(shape[2] // run * run)[None, None]  # (1, 1, keys * run)
     return queries, Tokens((), queries.grid_size, places, spread=run)
 
 
@@ -99,10 +107,10 @@ def multi_scale_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
     q = q if self.norm_q is None else self.norm_q(q)
     k, k_size = pool_on_grid(k, self.pool_k, feat_size, prefix)
     k = k if self.norm_k is None else self.norm_k(k)
-    if self.rel_pos_type != "spatial":
+    if self.rel_pos_type != "spatial":  # no positions
         return QK(q, k, scale=self.scale)
-    rel_h = self.rel_pos_h[offsets(q_size[0], k_size[0], x.device)]
-    rel_w = self.rel_pos_w[offsets(q_size[1], k_size[1], x.device)]
+    rel_h = self.rel_pos_h[number_offsets(q_size[0], k_size[0], x.device)]  # (rows of queries, rows of keys, d)
+    rel_w = self.rel_pos_w[number_offsets(q_size[1], k_size[1], x.device)]
     return read_off_query(q, k, rel_h, rel_w, scale=self.scale, prefix=prefix)
 
 
@@ -122,7 +130,7 @@ def mask_unit_attention(self: Any, x: Tensor) -> QK:
     windows = x.shape[1] // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
     pattern = "b (n w) (parts h d) -> parts (b w) h n d"
     q, k = project(self.qkv, x, pattern, parts=2, of=3, h=self.heads, w=windows)
-    if self.q_stride > 1:
+    if self.q_stride > 1:  # max pooling over what unrolling has put apart
         q = rearrange(q, "b h (stride n) d -> b h stride n d", stride=self.q_stride).amax(2)
     return QK(q, k, scale=scale_of(self))
 
@@ -133,6 +141,7 @@ def mask_unit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens
     self, model = geometry.module, geometry.holder("reroll")
     path = list(geometry.path())
     block = next(i for i, block in enumerate(model.blocks) if block in path)
+    # a block that pools its queries is the first of a stage: its keys are in the order of the stage before
     queries = unroll_tokens(*model.reroll.schedule[block])
     keys = unroll_tokens(*model.reroll.schedule[block - 1]) if self.q_stride > 1 else queries
     windows = len(keys) // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
@@ -141,7 +150,7 @@ def mask_unit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens
 
 @recipe("timm.models.hieradet_sam2.MultiScaleAttention")
 def hieradet_attention(self: Any, x: Tensor) -> QK:
-    q, k = project(self.qkv, x, "b y x (parts c) -> parts b y x c", parts=2, of=3)
+    q, k = project(self.qkv, x, "b y x (parts c) -> parts b y x c", parts=2, of=3)  # heads are told apart after pooling
     if self.q_pool is not None:
         q = rearrange(self.q_pool(rearrange(q, "b y x c -> b c y x")), "b c y x -> b y x c")
     q, k = (rearrange(t, "b y x (h d) -> b h (y x) d", h=self.num_heads) for t in (q, k))

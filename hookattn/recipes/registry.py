@@ -63,7 +63,7 @@ class Registry(Generic[T]):
 
     def find(self, module: nn.Module) -> T | None:
         """The fact about the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
-        if "forward" in vars(module):
+        if "forward" in vars(module):  # replaced on the instance: what is known is of another forward
             return None
         for cls in type(module).__mro__:
             # a class with a forward of its own is not what its base is known for

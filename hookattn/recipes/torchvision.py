@@ -24,6 +24,7 @@ def shifted_window_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[T
     """The grid is padded, then rolled; along an axis that one window covers it is not rolled."""
     self: Any = geometry.module
     _, rows, columns, _ = geometry.argument("x")
+    # (rows, columns)
     shift = [0 if window >= n else step for n, window, step in zip((rows, columns), self.window_size, self.shift_size)]
     tokens = cut_padded_windows((rows, columns), self.window_size, shift)
     return tokens, tokens

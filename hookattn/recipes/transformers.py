@@ -24,12 +24,14 @@ from .registry import Shape, layout, partition, qualified_names, recipe, registe
 # Encoders
 
 
+# implementations of attention whose plain calls mean the same
 _FUNCTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 _MODELING = "transformers.models.{0}.modeling_{0}.{1}"
 
 
+# model: class of its attention, read where that has `q_proj` and `k_proj`
 _ENCODERS = {
     "aimv2": "Aimv2Attention",
     "altclip": "AltCLIPAttention",
@@ -61,6 +63,7 @@ _ENCODERS = {
 }
 
 
+# the same in transformers 4, where another class makes queries and keys
 _OLDER_ENCODERS = {
     "audio_spectrogram_transformer": "ASTSelfAttention",
     "deit": "DeiTSelfAttention",
@@ -111,7 +114,7 @@ def is_plain_call(self: Any, hidden_states: Tensor, *more: Any, is_causal: bool 
 def transformers_swin_layer(self: Any, geometry: Geometry) -> Tokens:
     """A small image shrinks the layer's window for good and ends its shift; what attention was called with tells both."""
     size = geometry.block_argument(self, "input_dimensions")
-    window = math.isqrt(geometry.argument("hidden_states")[1])
+    window = math.isqrt(geometry.argument("hidden_states")[1])  # (batch * windows, tokens, channels)
     shift = 0 if geometry.argument("attention_mask") is None else window // 2
     return cut_padded_windows(size, (window, window), (shift, shift))
 
@@ -155,6 +158,7 @@ def transformers_hiera_attention_tokens(geometry: Geometry, shape: Shape) -> tup
     encoder = geometry.holder("schedule")
     path = list(geometry.path())
     stage = next(i for i, stage in enumerate(encoder.stages) if stage in path)
+    # as in timm's Hiera, with one entry a stage
     queries = unroll_tokens(*encoder.schedule[stage])
     keys = unroll_tokens(*encoder.schedule[stage - 1]) if self.query_stride > 1 else queries
     windows = len(keys) // (self.query_stride * self.window_size) if self.use_mask_unit_attn else 1

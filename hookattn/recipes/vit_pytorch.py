@@ -66,7 +66,7 @@ PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
 @recipe("vit_pytorch.vit_nd.Attention")
 def nd_attention(self: Any, x: Tensor, block_mask: Any = None, mask_fn: PairMask | None = None) -> QK:
     q, k = project(self.to_qkv, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.heads)
-    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+    return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
 @recipe("vit_pytorch.vit_nd_rotary.Attention")
@@ -76,7 +76,7 @@ def nd_rotary_attention(
     q, k = project(self.to_qk, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.heads)
     if self.rotary_emb is not None:
         q, k = self.rotary_emb(q, pos), self.rotary_emb(k, pos)
-    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+    return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
 @recipe("vit_pytorch.vit_nd_pope.Attention")
@@ -91,8 +91,8 @@ def nd_polar_attention(
     q, k = project(self.to_qk, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.heads)
     if polar_pos_emb is not None:
         angles, bias = polar_pos_emb
-        q, k = turned(q, angles), turned(k, angles + bias)
-    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+        q, k = turn_by_angles(q, angles), turn_by_angles(k, angles + bias)
+    return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
 @recipe("vit_pytorch.levjepa_nd.Attention")
@@ -103,13 +103,13 @@ def levjepa_nd_attention(self: Any, x: Tensor, rotary_emb: Any, pos: Tensor, blo
         q, k = rotate_first_channels(q, sin, cos), rotate_first_channels(k, sin, cos)
     if block_mask is not None:
         numbers = torch.arange(len(x), device=x.device)[:, None, None, None]
-        mask = open_pairs(block_mask.mask_mod, x, numbers)
+        mask = find_open_pairs(block_mask.mask_mod, x, numbers)
     else:
         mask = None if dense_mask is None else rearrange(dense_mask, "b q k -> b 1 q k")
     return QK(q, k, scale=self.scale, mask=mask)
 
 
-def open_pairs(mask_fn: PairMask | None, x: Tensor, batch: Tensor | int = 0) -> Tensor | None:
+def find_open_pairs(mask_fn: PairMask | None, x: Tensor, batch: Tensor | int = 0) -> Tensor | None:
     """Where a query may attend, (queries, keys) or (batch, 1, queries, keys), told by a function of their numbers."""
     if mask_fn is None:
         return None
@@ -117,7 +117,7 @@ def open_pairs(mask_fn: PairMask | None, x: Tensor, batch: Tensor | int = 0) -> 
     return mask_fn(batch, 0, tokens[:, None], tokens)
 
 
-def turned(x: Tensor, angles: Tensor) -> Tensor:
+def turn_by_angles(x: Tensor, angles: Tensor) -> Tensor:
     """Real and imaginary parts of numbers of length softplus(x) at these angles, in float32."""
     lengths = F.softplus(x.float())
     return torch.cat((lengths * angles.cos(), lengths * angles.sin()), dim=-1).to(x.dtype)
@@ -161,6 +161,7 @@ def nest_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tok
     pieces, _, height, width = geometry.argument("x")
     if geometry.images is None or isinstance(geometry.images, Patches) or pieces % geometry.images[0]:
         raise TokenError(f"it is not known how many blocks {geometry.name!r} cuts an image into; slice the map itself, m[...].")
+    # blocks come as images
     across = round((pieces // geometry.images[0]) ** 0.5)
     tokens = cut_windows((across * height, across * width), (height, width))
     return tokens, tokens
@@ -173,6 +174,7 @@ def max_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
     path = list(geometry.path())
     layers = next(list(m) for m in path if isinstance(m, nn.Sequential) and any(part in path for part in m))
     at = next(i for i, part in enumerate(layers) if part in path)
+    # the Rearrange that stands before the attention cut the windows; its pattern is an attribute
     before = [str(getattr(part, "pattern", "")) for part in layers[:at]]
     pattern = next((p for p in reversed(before) if p), "")
     strided = {"b d (x w1) (y w2) -> b x y w1 w2 d": False, "b d (w1 x) (w2 y) -> b x y w1 w2 d": True}.get(pattern)
@@ -255,11 +257,11 @@ def maybe_masked_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tok
 @layout("vit_pytorch.vit_with_patch_dropout.Attention", "vit_pytorch.simple_vit_with_patch_dropout.Attention")
 def attention_after_patch_dropout_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     trunk: Any = geometry.trunk
-    sides = getattr(trunk.to_patch_embedding[0], "axes_lengths", {})
+    sides = getattr(trunk.to_patch_embedding[0], "axes_lengths", {})  # of the Rearrange that cuts patches
     if geometry.images is None or isinstance(geometry.images, Patches) or not {"p1", "p2"} <= set(sides):
         raise TokenError(f"it is not known whether {geometry.name!r} sees all patches; slice the map itself, m[...].")
     size = geometry.images[1] // sides["p1"], geometry.images[2] // sides["p2"]
     tokens = whole_grid(size, ("cls",) * isinstance(getattr(trunk, "cls_token", None), Tensor))
-    if len(tokens) != shape[3]:
+    if len(tokens) != shape[3]:  # some were dropped
         raise_shuffled(geometry)
     return tokens, tokens

@@ -83,6 +83,7 @@ def _move_parameters(module: nn.Module) -> nn.Module:
 
 def _find_described(module: nn.Module) -> list[nn.Module]:
     """A module that has a recipe or a layout, else the attention inside it that has one or is given windows."""
+    # an attention inside of an attention is its own affair
     if find_recipe(module) or find_layout(module):
         return [module]
     try:
