@@ -146,7 +146,7 @@ def test_maps_that_are_kept_are_the_softmaxes_of_the_module(name: str) -> None:
         model(x)
     assert list(rec.maps) == list(late.maps)
     for kept, m in zip(rec.maps.values(), late.maps.values(), strict=True):
-        with reference.unfused(module := m.call.target.module) as maps, torch.no_grad():
+        with reference.unfused(module := m.call.layer.module) as maps, torch.no_grad():
             module.forward(*m.call.args, **m.call.kwargs)
         torch.testing.assert_close(kept[...], m[...], rtol=0, atol=1e-11)
         if len(maps) == 1 and maps[0].shape == kept.shape:
@@ -464,7 +464,7 @@ def test_a_projection_in_float64_stays_what_it_is_under_autocast_and_when_it_is_
     x, weight = torch.randn(2, 5, 6).double(), torch.randn(3, 4, 6).double()
     with torch.autocast("cpu", torch.bfloat16):
         inside, outside = Projected(x, weight), Projected(x, weight)
-        inside.formed()
+        inside.compute()
     for projected in (inside, outside):
-        assert projected.dtype == projected.formed().dtype == torch.float64
+        assert projected.dtype == projected.compute().dtype == torch.float64
         torch.testing.assert_close(projected * 1, torch.einsum("b n c, h d c -> b h n d", x, weight))

@@ -17,7 +17,7 @@ from .trunk import grid_size, patch_size, path_to, prefix_names, sees_patches, t
 from .windows import whole_grid
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+ArgumentSizes = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module was called with, tensors by their sizes: positional, then by name."""
 
 
@@ -36,8 +36,8 @@ class Geometry(NamedTuple):
     model: nn.Module
     name: str
     images: Images = None
-    arguments: Arguments = ((), {})
-    block_arguments: Arguments | None = None
+    arguments: ArgumentSizes = ((), {})
+    block_arguments: ArgumentSizes | None = None
     block_settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
@@ -161,14 +161,14 @@ class ModuleSnapshot:
         return self._settings[name] if name in self._settings else getattr(self._module, name)
 
 
-def measure_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+def measure_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentSizes:
     """What a module is called with, tensors by their sizes."""
     # runs in every recorded call: what is a plain tensor or a number takes no function call
     positional = tuple([a.shape if type(a) is Tensor else _size(a) for a in args])
     return positional, {name: a if type(a) in _PLAIN else _size(a) for name, a in kwargs.items()}
 
 
-def _bind(module: nn.Module, arguments: Arguments, name: str) -> Any:
+def _bind(module: nn.Module, arguments: ArgumentSizes, name: str) -> Any:
     """One argument of a forward by the name it has there."""
     bound = inspect.signature(module.forward).bind(*arguments[0], **arguments[1])
     bound.apply_defaults()

@@ -16,7 +16,7 @@ from .registry import Shape, attends_to_channels, find_layout, find_partition, q
 
 def find_block(model: nn.Module, name: str) -> nn.Module | None:
     """The innermost block around a module that cuts its input into windows."""
-    around = [m for m in path_to(model, name) if find_partition(m) is not None]
+    around = [m for m in list(path_to(model, name)) if find_partition(m) is not None]
     return around[-1] if around else None  # the path leads inwards
 
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ModelError, UnfaithfulMapError, UnreadableError
 from ..maps.attention_map import AttentionMap
-from ..maps.reading import described
+from ..maps.reading import source_by_recipe
 from ..maps.replay import replayed
 from ..recipes.places import find_block
 from ..recipes.registry import find_layout, find_recipe, qualified_name
@@ -96,10 +96,10 @@ def _find_described(module: nn.Module) -> list[nn.Module]:
 def _check_map(m: AttentionMap, tolerance: float) -> None:
     """Compare a map with what replay takes from the module, and with parts of itself."""
     whole = m[...]
-    module = m.call.target.module
+    module = m.call.layer.module
     if find_recipe(module) is not None:
         with m.call.resumed():
-            if described(m.call) is None:
+            if source_by_recipe(m.call) is None:
                 name = qualified_name(type(module))
                 raise UnreadableError(f"the recipe of {name} does not describe this call; check it on one that it describes.")
             expected = replayed(module, *m.call.args, **m.call.kwargs).narrow().values()

@@ -28,7 +28,7 @@ from ..recording.recorder import AttentionRecorder
 
 def check_places(m: AttentionMap, moved: nn.Module, args: Any, kwargs: Any) -> None:
     """Compare where the tokens of a map are said to lie with what changes when one place of the input does."""
-    attention = m.call.target.module
+    attention = m.call.layer.module
     block = find_block(moved, m.name)
     if attends_to_channels(attention) or (find_layout(attention) is None and block is None):
         return
