@@ -55,10 +55,12 @@ def find_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
         raise TokenError(f"{geometry.name!r} attends from channels to channels, which lie nowhere on the image; slice m[...].")
     try:
         queries, keys = _lay_out(geometry, shape)
-    except NoGridError:
-        _check_windows(geometry, shape, 1)  # windows of an unknown kind say more than a count that is no grid
+    except NoGridError as error:
+        if pieces := _explain_pieces(geometry, shape, 1):  # says more than a count that is no grid
+            raise NoGridError(pieces) from error
         raise
-    _check_windows(geometry, shape, keys.windows)
+    if pieces := _explain_pieces(geometry, shape, keys.windows):
+        raise TokenError(pieces)
     if (len(queries), len(keys)) != shape[2:]:
         raise TokenError(
             f"{geometry.name!r} has {shape[2]} queries and {shape[3]} keys, not the {len(queries)} and {len(keys)} that its "
@@ -105,14 +107,15 @@ def _lay_out(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     return both[0], both[1]
 
 
-def _check_windows(geometry: Geometry, shape: Shape, windows: int) -> None:
-    """Raise TokenError unless the first axis of a map holds so many windows of each image."""
+def _explain_pieces(geometry: Geometry, shape: Shape, windows: int) -> str | None:
+    """What is wrong if the first axis of a map does not hold so many windows of each image; None if it does."""
     images = _count_images(geometry)
-    if shape[0] % windows or (images and shape[0] != images * windows):
-        raise TokenError(
-            f"{geometry.name!r} sees {images or 'its'} images as {shape[0]} pieces (windows, or some such), and it is not "
-            "known how a piece lies on its image; slice the map itself, m[...]."
-        )
+    if shape[0] % windows == 0 and images in (0, shape[0] // windows):
+        return None
+    return (
+        f"{geometry.name!r} sees {images or 'its'} images as {shape[0]} pieces (windows, or some such), and it is not known how "
+        "a piece lies on its image; slice the map itself, m[...]."
+    )
 
 
 def _is_in_windows(geometry: Geometry, shape: Shape) -> bool:

@@ -155,6 +155,7 @@ CASES: dict[str, Callable[[], Made]] = {
         prev_embed_dim=16,
         norm_layer=nn.LayerNorm,
         drop_path=[0.0],
+        act_layer=nn.GELU,
     ),
     "mobilevit": of("models.mobilevit.MobileVitBlock", 2, 16, 6, 10, in_chs=16, patch_size=2, transformer_depth=1),
     "hieradet": of("models.hieradet_sam2.MultiScaleBlock", 2, 7, 10, 16, dim=16, dim_out=16, num_heads=2, window_size=4),
