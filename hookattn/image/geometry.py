@@ -22,7 +22,9 @@ ArgumentSizes = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Geometry(NamedTuple):
-    """What surrounds a call of an attention module.
+    """What surrounds a call of an attention module; what a layout or a partition tells its tokens from.
+
+    `argument`, `block_argument` and `tokens` are what most need; `module` is the attention.
 
     Attributes:
         model: the recorded model.
@@ -88,7 +90,7 @@ class Geometry(NamedTuple):
         """The module and all that hold it, outwards to the model."""
         yield from reversed(list(path_to(self.model, self.name)))
 
-    def holder(self, attribute: str) -> Any:
+    def find_holder(self, attribute: str) -> Any:
         """The innermost module around the call, itself included, that has such an attribute.
 
         Raises:
@@ -102,12 +104,23 @@ class Geometry(NamedTuple):
         )
 
     def argument(self, name: str) -> Any:
-        """What the module was called with for one parameter of its forward, a tensor by its size."""
+        """What the attention was called with for one parameter of its `forward`: a tensor by its shape, all else as it is.
+
+        Raises:
+            TokenError: its forward has no such parameter.
+        """
         return _bind(self.module, self.arguments, name)
 
     def block_argument(self, block: nn.Module, name: str) -> Any:
-        """What the block around the module was called with for one parameter of its forward, a tensor by its size."""
-        assert self.block_arguments is not None  # a partition is asked only if the block was called
+        """What the block that cuts windows was called with for one parameter of its `forward`, a tensor by its shape.
+
+            _, rows, columns, _ = geometry.block_argument(self, "x")  # in a partition, whose first argument is the block
+
+        Raises:
+            TokenError: its forward has no such parameter, or no block that cuts windows is around the attention.
+        """
+        if self.block_arguments is None:
+            raise TokenError(f"no block around {self.name!r} cuts windows; use geometry.argument({name!r}) in a layout.")
         return _bind(block, self.block_arguments, name)
 
     def tokens(self, count: int, *, prefix: bool | None = None) -> Tokens:
@@ -129,7 +142,7 @@ class Geometry(NamedTuple):
         trunk = self.trunk
         names = prefix_names(trunk)
         if isinstance(self.images, Patches):
-            return _of_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
+            return _lay_out_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
         size = self.image_size
         # where it is not known whether prefix tokens are among them, with them is tried first
         for each in {None: (names, ()), True: (names,), False: ((),)}[prefix]:
@@ -178,7 +191,7 @@ def _bind(module: nn.Module, arguments: ArgumentSizes, name: str) -> Any:
     return bound.arguments[name]
 
 
-def _of_patches(images: Patches, prefixes: tuple[tuple[str, ...], ...], count: int) -> Tokens:
+def _lay_out_patches(images: Patches, prefixes: tuple[tuple[str, ...], ...], count: int) -> Tokens:
     """Tokens of images that came as patches, each laid in the upper left corner of a grid that holds them all."""
     patches = images.valid.shape[1]
     prefix = next((names for names in prefixes if patches + len(names) == count), None)

@@ -184,7 +184,7 @@ def crossvit_block(self: Any, geometry: Geometry) -> Tokens:
     # a fusion asks with the class token of its own branch, and its keys are the patches of the next
     fused = next((i for i, fusion in enumerate(self.fusion) if fusion in path), None)
     branch = (fused + 1) % branches if fused is not None else next(i for i, own in enumerate(self.blocks) if own in path)
-    model = geometry.holder("img_size_scaled")
+    model = geometry.find_holder("img_size_scaled")
     size = pair(model.patch_embed[branch].img_size)
     seen = geometry.image_size or size
     if model.crop_scale and seen != size and size[0] <= seen[0] and size[1] <= seen[1]:
@@ -206,7 +206,7 @@ def tnt_block(self: Any, geometry: Geometry) -> Tokens:
     """The inner attention sees the pixels of a patch, the outer one all patches."""
     if geometry.module is not self.attn_in:  # (batch, class token and patches, channels)
         return geometry.tokens(geometry.block_argument(self, "patch_embed")[1], prefix=True)
-    pixels = geometry.holder("pixel_embed").pixel_embed.new_patch_size
+    pixels = geometry.find_holder("pixel_embed").pixel_embed.new_patch_size
     _, tokens, _ = geometry.block_argument(self, "patch_embed")
     rows, columns = geometry.tokens(tokens, prefix=True).grid_size
     # the inner grid covers the image too: a window of it is a patch

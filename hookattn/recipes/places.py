@@ -113,8 +113,8 @@ def _explain_pieces(geometry: Geometry, shape: Shape, windows: int) -> str | Non
     if shape[0] % windows == 0 and images in (0, shape[0] // windows):
         return None
     return (
-        f"{geometry.name!r} sees {images or 'its'} images as {shape[0]} pieces (windows, or some such), and it is not known how "
-        "a piece lies on its image; slice the map itself, m[...]."
+        f"{geometry.name!r} sees {images or 'its'} images as {shape[0]} pieces (windows, or some such), and it is not known "
+        "how a piece lies on its image; slice the map itself, m[...]."
     )
 
 

@@ -138,7 +138,7 @@ def mask_unit_attention(self: Any, x: Tensor) -> QK:
 @layout("timm.models.hiera.MaskUnitAttention")
 def mask_unit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """Tokens come unroll_tokens, and a mask unit is every `windows`-th of them; queries are pooled over the last unrolling."""
-    self, model = geometry.module, geometry.holder("reroll")
+    self, model = geometry.module, geometry.find_holder("reroll")
     path = list(geometry.path())
     block = next(i for i, block in enumerate(model.blocks) if block in path)
     # a block that pools its queries is the first of a stage: its keys are in the order of the stage before

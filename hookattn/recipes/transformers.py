@@ -155,7 +155,7 @@ register_axes("b h w q k", "transformers.models.hiera.modeling_hiera.HieraMaskUn
 def transformers_hiera_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """Tokens come unroll_tokens; a block that pools its queries gets its keys from the stage before."""
     self: Any = geometry.module
-    encoder = geometry.holder("schedule")
+    encoder = geometry.find_holder("schedule")
     path = list(geometry.path())
     stage = next(i for i, stage in enumerate(encoder.stages) if stage in path)
     # as in timm's Hiera, with one entry a stage
@@ -173,15 +173,15 @@ def transformers_hiera_attention_tokens(geometry: Geometry, shape: Shape) -> tup
     "transformers.models.yolos.modeling_yolos.YolosSelfAttention",
 )
 def detections_at_the_end(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = append_tokens(geometry, shape, geometry.holder("embeddings").embeddings.detection_tokens, ("cls",))
+    tokens = append_tokens(geometry, shape, geometry.find_holder("embeddings").embeddings.detection_tokens, ("cls",))
     return tokens, tokens
 
 
 @layout("transformers.models.groupvit.modeling_groupvit.GroupViTAttention")
 def group_tokens_at_the_end(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """The first stage sees patches and groups, or groups look at patches; later stages see groups."""
-    stage = geometry.holder("group_token")
-    if geometry.holder("stages").stages[0] is not stage:
+    stage = geometry.find_holder("group_token")
+    if geometry.find_holder("stages").stages[0] is not stage:
         raise TokenError(f"{geometry.name!r} sees groups of patches, which have no place of their own; slice m[...].")
     if shape[2] != shape[3]:
         return find_queries(shape, keys := geometry.tokens(shape[3], prefix=False)), keys

@@ -202,7 +202,7 @@ def mobile_vit_block(self: Any, geometry: Geometry) -> Tokens:
     "vit_pytorch.simple_vit_with_register_tokens.Attention",
 )
 def registers_at_the_end(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = append_tokens(geometry, shape, geometry.holder("register_tokens").register_tokens)
+    tokens = append_tokens(geometry, shape, geometry.find_holder("register_tokens").register_tokens)
     return tokens, tokens
 
 
@@ -221,7 +221,7 @@ def registers_before_the_class_token(geometry: Geometry, shape: Shape) -> tuple[
 @layout("vit_pytorch.jumbo_vit.Attention")
 def jumbo_class_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """A class token that is as wide as several comes as several."""
-    patches = len(geometry.holder("pos_embedding").pos_embedding)
+    patches = len(geometry.find_holder("pos_embedding").pos_embedding)
     names = tuple(f"cls{i}" for i in range(shape[3] - patches))
     tokens = Tokens(names, geometry.tokens(patches, prefix=False).grid_size)
     return tokens, tokens

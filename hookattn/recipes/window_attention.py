@@ -259,7 +259,7 @@ def halo_attention(self: Any, x: Tensor) -> QK:
     k = F.pad(k, [self.halo_size] * 4).unfold(3, window, self.block_size).unfold(4, window, self.block_size)
     k = rearrange(k, "b h d row col y x -> (b row col) h (y x) d")
     key, query = torch.arange(window, device=x.device), torch.arange(block, device=x.device)
-    distance = key - query[:, None] + window - 1  # (rows of queries, rows of keys), from 0 on
+    distance = key - query[:, None] + window - 1  # (rows of queries, rows of keys): where the tables have that offset
     rel_h, rel_w = self.pos_embed.height_rel[distance], self.pos_embed.width_rel[distance]  # (queries, keys, d)
     position_scale = self.scale if self.scale_pos_embed else 1.0
     return read_off_query(q, k, rel_h, rel_w, scale=self.scale, position_scale=position_scale)
