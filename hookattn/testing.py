@@ -49,7 +49,7 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
         raise UnreadableError(f"the recipe of {name} does not describe this call; check it on one that it describes.")
     whole = m[...]
     with torch.no_grad():
-        expected = replayed(moved, *args, **kwargs).narrow().probabilities()
+        expected = replayed(moved, *args, **kwargs).narrow().values()
     _compare("the map", whole, expected, "what replay takes from the module's own forward", tolerance)
     m.verify()
     _compare("the sum of a row", whole.sum(-1), torch.ones_like(whole.sum(-1)), "1", tolerance)

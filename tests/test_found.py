@@ -210,8 +210,8 @@ def test_a_learned_number_is_a_scale() -> None:
     expected = reference.attention(q, k, 0.3).float()
     for scale in (torch.tensor(0.3), torch.full((3, 1, 1), 0.3)):
         qk = QK(q, k, scale=scale)
-        torch.testing.assert_close(qk.probabilities(), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(qk.narrow(heads=slice(1, 2)).probabilities(), expected[:, 1:2], rtol=0, atol=1e-6)
+        torch.testing.assert_close(qk.values(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(qk.narrow(heads=slice(1, 2)).values(), expected[:, 1:2], rtol=0, atol=1e-6)
 
 
 def test_x_is_the_first_argument_whatever_the_order_of_the_call() -> None:

@@ -125,7 +125,7 @@ def own_map(m: AttentionMap) -> Tensor:
 
 @torch.no_grad()
 def replay_of(m: AttentionMap) -> Tensor:
-    return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).narrow().probabilities()
+    return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).narrow().values()
 
 
 @lru_cache(maxsize=1)
@@ -423,7 +423,7 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str) -> None:
     assert recipe is not None
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         mutate(module, patch)
-        got = recipe(module, *m.call.args, **m.call.kwargs).narrow().probabilities()
+        got = recipe(module, *m.call.args, **m.call.kwargs).narrow().values()
     same(m[...], own_map(m))
     assert got.shape == m.shape
     assert (got - own_map(m)).abs().max() > 1e-5

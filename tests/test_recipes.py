@@ -38,7 +38,7 @@ def own_softmax(m: AttentionMap) -> Tensor:
 
 @torch.no_grad()
 def replay_of(m: AttentionMap) -> Tensor:
-    return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).probabilities()
+    return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).values()
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -436,7 +436,7 @@ def test_a_recipe_that_drops_an_argument_is_caught(argument: str) -> None:
         module(x, **received)
     m = rec.maps[0]
     assert received[argument] is not None
-    without = replayed(module, x, **{**received, argument: None}).probabilities()
+    without = replayed(module, x, **{**received, argument: None}).values()
     torch.testing.assert_close(m[...], replay_of(m), rtol=0, atol=1e-6)
     assert (m[...] - without).abs().max() > 1e-3
 
@@ -553,7 +553,7 @@ def test_the_map_is_the_definition() -> None:
 
     q, k, bias, mask = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(3, 5, 7), torch.rand(2, 1, 5, 7) > 0.4
     mask[1, 0, 3] = False
-    got = QK(q, k, scale=0.7, bias=bias, mask=mask).probabilities()
+    got = QK(q, k, scale=0.7, bias=bias, mask=mask).values()
     torch.testing.assert_close(got.double(), reference.attention(q, k, 0.7, bias, mask), rtol=0, atol=1e-6)
     narrow = QK(q, k, scale=0.7, bias=bias, mask=mask).narrow(slice(1, 2), slice(None, None, 2), torch.tensor([4, 0]))
-    assert torch.equal(narrow.probabilities(), got[1:2, ::2][:, :, [4, 0]])
+    assert torch.equal(narrow.values(), got[1:2, ::2][:, :, [4, 0]])

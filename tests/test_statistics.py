@@ -24,7 +24,6 @@ from hookattn.analysis import Statistic, compute_statistics, entropy, head_mean,
 from hookattn.analysis.statistics import Sum
 from hookattn.calls.restore import is_reading
 from hookattn.image.geometry import Geometry
-from hookattn.maps.attention_map import KeptMap, LostMap
 
 PLAIN = {entropy: reference.entropy, received: reference.received, head_mean: reference.head_mean}
 FOUR = (*PLAIN, mean_attention_distance)
@@ -105,7 +104,7 @@ def test_figures_are_what_they_are_called() -> None:
     m = record(*tiny("vit"))
     torch.testing.assert_close(received(m).sum(-1), torch.ones(2, 3))
     torch.testing.assert_close(head_mean(m).sum(-1), torch.ones(2, 17))
-    one_hot, flat = (KeptMap(a.expand(2, 3, 17, 17), m._about) for a in (torch.eye(17), torch.tensor(1 / 17)))
+    one_hot, flat = (m.kept(a.expand(2, 3, 17, 17)) for a in (torch.eye(17), torch.tensor(1 / 17)))
     assert (entropy(one_hot) == 0).all()
     torch.testing.assert_close(entropy(flat), torch.full((2, 3, 17), 17.0).log())
     assert torch.equal(mean_attention_distance(one_hot), torch.zeros(2, 3))
@@ -226,7 +225,7 @@ def test_distances_between_grids_of_two_sizes_leave_the_class_token_out(prefix: 
     m = record(model, torch.randn(2, prefix + 96, 16).double())
     with pytest.raises(TokenError, match="no image was seen"):
         mean_attention_distance(m)
-    m._about = m._about._replace(geometry=m._about.geometry._replace(images=(2, 128, 96)))
+    m._geometry = m._geometry._replace(images=(2, 128, 96))
     queries, keys = ([None] * prefix + reference.centres(r, c, 128 / r, 96 / c) for r, c in ((4, 6), (2, 3)))
     torch.testing.assert_close(mean_attention_distance(m), distances(m, queries, keys), rtol=1e-9, atol=0)
 
@@ -256,7 +255,7 @@ def test_a_patch_that_looks_at_no_patch_is_left_out_of_the_mean_distance() -> No
     attention = m[...].clone()
     attention[:, 0, 7, 5:] = 0
     attention[1, 2, :, 5:] = 0
-    m = KeptMap(attention, m._about)
+    m = m.kept(attention)
     got = mean_attention_distance(m)
     found = reference.attention_distance(attention[0, 0], tokens, tokens)
     assert len(found) == 15
@@ -463,7 +462,7 @@ def test_figures_can_be_had_under_vmap() -> None:
 def test_figures_of_a_map_that_is_lost_or_stale_say_why() -> None:
     model, x = tiny("vit")
     m = record(model, x)
-    lost = LostMap("the dog ate it", m._about)
+    lost = m.lost(ValueError("the dog ate it"))
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.add_(1)
     for statistic in FOUR:

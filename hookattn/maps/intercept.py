@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..attention.sources import QK, Formed, Outer, Scores, Slope, Source, exactly
+from ..attention.sources import QK, Dense, Outer, Scores, Source, exact_dtype, exactly
 from ..errors import UnreadableError
 from ..recipes.registry import find_form
 from .axes import check_softmax_axis, class_of, folded, interleave_heads, unfolded
@@ -232,7 +232,7 @@ class Variables(MapMode):
         dim = input_and_dim(*args, **kwargs)[1]
         return self._site(self.softmax_sites, out, partial(_formed_slope, self.module, self.batch, dim))
 
-    def _site(self, sites: list[_Variable], out: Tensor, slope: Callable[[Tensor], Slope]) -> Tensor:
+    def _site(self, sites: list[_Variable], out: Tensor, slope: Callable[[Tensor], Source]) -> Tensor:
         """Note a site; what comes after it may write into what it is given."""
         sites.append(_Variable(out if out.requires_grad else out.requires_grad_(), slope))
         return out.clone()
@@ -242,7 +242,7 @@ class _Variable(NamedTuple):
     """One place where a forward forms a map: what came out of it, and what makes dL/dA of dL/d(that)."""
 
     out: Tensor
-    slope: Callable[[Tensor], Slope]  # holds nothing that holds the sites: tensors must not wait for the garbage collector
+    slope: Callable[[Tensor], Source]  # holds nothing that holds the sites: tensors must not wait for the garbage collector
 
 
 def _outer(module: nn.Module, batch: int, value: Tensor, grad: Tensor) -> Outer:
@@ -250,5 +250,5 @@ def _outer(module: nn.Module, batch: int, value: Tensor, grad: Tensor) -> Outer:
     return Outer(grad, value.repeat_interleave(grad.shape[1] // value.shape[1], dim=1))
 
 
-def _formed_slope(module: nn.Module, batch: int, dim: int, grad: Tensor) -> Formed:
-    return Formed(check_softmax_axis(module, batch, grad, dim))
+def _formed_slope(module: nn.Module, batch: int, dim: int, grad: Tensor) -> Dense:
+    return Dense(check_softmax_axis(module, batch, grad, dim).to(exact_dtype(grad.dtype)))

@@ -1,20 +1,104 @@
-"""Read a captured call: by the recipe of its class, or by replay."""
+"""Where a map comes from: a captured call, read by recipe or by replay; a tensor that was kept; or nowhere, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from typing import Union
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..attention.sources import Source
+from ..attention.sources import Dense, Source
 from ..calls.call import Call
 from ..calls.restore import restoring
-from ..errors import UnreadableError
+from ..conditions.transforms import is_left_behind
+from ..errors import RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
+from .lazy import Form
 from .replay import replayed
+
+
+class Captured:
+    """A map that is computed from a captured call each time it is sliced.
+
+    Attributes:
+        call: the captured call.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """Queries and keys, and the modes of the call for as long as the block lasts."""
+        with self.call.resumed():
+            yield source_of(self.call)
+
+    @cached_property
+    def form(self) -> Form:
+        """Shape, dtype and device; looked up once."""
+        source = _source_of_shapes(self.call)
+        return Form(source.shape, source.dtype, self.call.x.device)
+
+
+class Kept:
+    """A map that was computed while the model ran; the input was let go.
+
+    Args:
+        name: of the map.
+        attention: (batch, heads, queries, keys).
+    """
+
+    def __init__(self, name: str, attention: Tensor) -> None:
+        self._name, self._attention = name, attention
+        self.form = Form(Dense(attention).shape, attention.dtype, attention.device)
+
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """The map itself."""
+        if is_left_behind(self._attention):
+            raise UnreadableError(
+                f"{self._name!r} ran under torch.vmap, which has returned; return m[...] from what is mapped."
+            )
+        yield Dense(self._attention)
+
+    @property
+    def call(self) -> Call:
+        """There is none any more."""
+        raise RecorderError(f'the input of {self._name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+
+
+class Lost:
+    """A map that should have been computed while the model ran, and could not be.
+
+    Args:
+        name: of the map.
+        reason: why.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self._name, self._reason = name, reason
+
+    def open(self) -> AbstractContextManager[Source]:
+        """There is nothing to be had."""
+        raise UnreadableError(self._reason)
+
+    @property
+    def form(self) -> Form:
+        """There is none."""
+        raise UnreadableError(self._reason)
+
+    @property
+    def call(self) -> Call:
+        """There is none any more."""
+        raise RecorderError(f'the input of {self._name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+
+
+Origin = Union[Captured, Kept, Lost]
+"""Where a map comes from."""
 
 
 def source_of(call: Call) -> Source:
@@ -49,8 +133,8 @@ def naming(call: Call) -> Iterator[None]:
         raise UnreadableError(f"{call.target.name!r}: {error}") from None
 
 
-def form_of(call: Call) -> Source:
-    """The same for its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
+def _source_of_shapes(call: Call) -> Source:
+    """What is like `source_of` in its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
     call.check_fresh()
     hooked = any(call.target.hooks)  # hooks of others, which expect values
     if find_recipe(call.target.module) is not None and not hooked and not any(call.modes.training):

@@ -144,7 +144,7 @@ class _Editing:
             call = recaptured(call, args, kwargs, detach=False)
         call = call.renewed()
         with call.resumed():
-            attention = source_of(call).narrow().probabilities()
+            attention = source_of(call).narrow().values()
         return replaced(call, self._edited(attention, edits))
 
     def _edited(self, attention: Tensor, edits: list[Edit]) -> Tensor:

@@ -16,7 +16,7 @@ from ..attention.overheard import AwaitedError, Heard, hearing
 from ..calls.hooks import Hook
 from ..calls.restore import is_reading
 from ..errors import StaleMapError, UnreadableError
-from ..maps.attention_map import AttentionMap, CapturedMap
+from ..maps.attention_map import AttentionMap
 from ..maps.intercept import FORM_A_MAP, Watch
 from ..maps.reading import described, naming
 
@@ -31,7 +31,7 @@ Put = Callable[[AttentionMap], None]
 class _Awaited:
     """A map that is made once a layer of its module has been called."""
 
-    captured: CapturedMap
+    captured: AttentionMap
     put: Put
     heard: Heard = field(init=False)
     layer: nn.Module | None = None
@@ -50,7 +50,7 @@ class Overhearing(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.thread = get_ident()
-        self.watched: list[tuple[CapturedMap, Put, Watch]] = []
+        self.watched: list[tuple[AttentionMap, Put, Watch]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,12 +62,12 @@ class Overhearing(TorchFunctionMode):
                 stack.enter_context(watch)
             return func(*args, **(kwargs or {}))
 
-    def begin(self, captured: CapturedMap, put: Put) -> None:
+    def begin(self, captured: AttentionMap, put: Put) -> None:
         """Watch the module of a call, from here to its end."""
         self.end(captured.call.target.module)  # an interrupt has kept it from its end
         self.watched.append((captured, put, Watch(captured.call.target.module, captured.call.tensors, as_called=True)))
 
-    def end(self, module: nn.Module) -> tuple[CapturedMap, Put, Watch] | None:
+    def end(self, module: nn.Module) -> tuple[AttentionMap, Put, Watch] | None:
         """Watch a module no longer, nor what was called within it, unless another thread or a reading has run it."""
         ended = None
         if get_ident() != self.thread or is_reading():
@@ -91,7 +91,7 @@ class Passing:
         self._hooked: set[nn.Module] = set()
         self._awaited: dict[tuple[int, nn.Module], _Awaited] = {}
 
-    def keep(self, captured: CapturedMap, put: Put) -> None:
+    def keep(self, captured: AttentionMap, put: Put) -> None:
         """Make the map of a call that is about to run: now, or as soon as the module has projected its queries and keys.
 
         Args:
@@ -107,7 +107,7 @@ class Passing:
             if ended is not None and output is not None:  # it did not raise
                 self._make(*ended)
         if (awaited := self._awaited.pop((get_ident(), module), None)) is not None:
-            awaited.put(awaited.captured.at_once())
+            awaited.put(awaited.captured.computed())
 
     def _go_on(self, awaited: _Awaited) -> None:
         captured, call = awaited.captured, awaited.captured.call
@@ -115,7 +115,7 @@ class Passing:
             call.check_at_hand()
             with call.in_its_modes(), hearing(awaited.heard):
                 source = described(call)
-                attention = None if source is None else source.narrow().probabilities()
+                attention = None if source is None else source.narrow().values()
         except AwaitedError as wanted:
             if wanted.layer not in self._hooked:
                 self._hooked.add(wanted.layer)
@@ -130,7 +130,7 @@ class Passing:
             elif self._overhears:
                 self._listening().begin(captured, awaited.put)
             else:
-                awaited.put(captured.at_once())
+                awaited.put(captured.computed())
 
     def _listening(self) -> Overhearing:
         """The mode that overhears, from now on until the recorder closes."""
@@ -141,11 +141,11 @@ class Passing:
             self._stack.callback(self._overhearing.watched.clear)
         return self._overhearing
 
-    def _make(self, captured: CapturedMap, put: Put, watch: Watch) -> None:
+    def _make(self, captured: AttentionMap, put: Put, watch: Watch) -> None:
         """The map of what was overheard."""
         try:
             with naming(captured.call), captured.call.in_its_modes():
-                put(captured.kept(watch.source().narrow().probabilities()))
+                put(captured.kept(watch.source().narrow().values()))
         except UnreadableError as reason:
             put(captured.lost(reason))
 

@@ -26,9 +26,10 @@ from ..errors import NoMapError, RecorderError
 from ..image.geometry import Geometry, plain_facts, sizes_of
 from ..image.images import images_in
 from ..image.trunk import stems_of, trunk_of
-from ..maps.attention_map import About, AttentionMap, CapturedMap, LostMap, Maps
+from ..maps.attention_map import AttentionMap, Maps
 from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
+from ..maps.reading import Captured, Lost
 from ..recipes.places import block_of
 from .detect import Watching
 from .edits import Edit, Edits, rehook_before_others
@@ -283,7 +284,7 @@ class AttentionRecorder:
                 if self._passing is not None and not later and not any(call.modes.training):
                     self._passing.keep(m, partial(forward.maps.__setitem__, name))
                 elif self._keep == "maps":
-                    forward.maps[name] = m.at_once()
+                    forward.maps[name] = m.computed()
                 if self._gradients:
                     self._followed[get_ident(), module] = m.gradient, call, [*args, *kwargs.values()]
                 if later:
@@ -335,11 +336,11 @@ class AttentionRecorder:
         self, call: Call, name: str, forward: ForwardPass, site: CallSite | None, before: AttentionMap | None = None
     ) -> AttentionMap:
         captured = self._captured(call, name, forward, site, before)
-        return captured if self._keep == "inputs" else captured.at_once()
+        return captured if self._keep == "inputs" else captured.computed()
 
     def _captured(
         self, call: Call, name: str, forward: ForwardPass, site: CallSite | None, before: AttentionMap | None = None
-    ) -> CapturedMap:
+    ) -> AttentionMap:
         chosen = call.target.name
         images = forward.images.get(self._trunks[chosen], forward.images.get(None))
         around = None if (block := self._blocks[chosen]) is None else self._around.get(block)
@@ -347,8 +348,8 @@ class AttentionRecorder:
         geometry = Geometry(self.model, chosen, images, sizes_of(call.args, call.kwargs), around, facts)
         gradient = before.gradient if self._gradients and before is not None else None
         if self._gradients and gradient is None:
-            gradient = Gradient(name, self._deliver, forward.backwards, at_once=self._keep == "maps")
-        return CapturedMap(call, About(name, geometry, self._deliver, site, gradient))
+            gradient = Gradient(name, self._deliver, forward.backwards, in_backward=self._keep == "maps")
+        return AttentionMap(name, Captured(call), geometry, self._deliver, site, gradient)
 
     def _site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSite | None:
         if self._origins is None:
@@ -396,7 +397,7 @@ class AttentionRecorder:
         maps = self._forwards.all[-1].maps if self._forwards.all else {}
         for name in [name for name in replaced(self.model, self._chosen) if name not in maps]:
             reason = f"{name!r} was replaced by another module inside the block; open the block after that."
-            maps[name] = LostMap(reason, About(name, Geometry(self.model, name), self._deliver))
+            maps[name] = AttentionMap(name, Lost(name, reason), Geometry(self.model, name), self._deliver)
 
 
 def _is_of(name: str, chosen: Target) -> bool:
