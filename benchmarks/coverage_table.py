@@ -59,13 +59,17 @@ def tables(records: Sequence[Record]) -> str:
 
 
 def table_by_tool(records: Sequence[Record]) -> str:
-    paired = [r for r in records if r.entropy is not None]
     heads = "exact | some maps missing | wrong without an error | empty without an error | raises or refuses"
-    lines = [f"| {len(paired)} architectures | {heads} |", "|---|---|---|---|---|---|"]
+    lines = [f"| {count_by_tool(records, 'hookattn').total()} architectures | {heads} |", "|---|---|---|---|---|---|"]
     for tool, attribute in TOOLS.items():
-        counts = Counter(getattr(r, attribute) for r in paired)
+        counts = count_by_tool(records, attribute)
         lines.append(f"| {tool} | {' | '.join(str(counts[word]) for word in WORDS)} |")
     return "\n".join(lines)
+
+
+def count_by_tool(records: Sequence[Record], attribute: str) -> Counter[str]:
+    """How many architectures that have maps got which verdict."""
+    return Counter(getattr(r, attribute) for r in records if r.entropy is not None and attribute)
 
 
 def the_others(records: Sequence[Record]) -> str:
