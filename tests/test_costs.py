@@ -146,7 +146,7 @@ def test_maps_that_are_kept_are_the_softmaxes_of_the_module(name: str) -> None:
         model(x)
     assert list(rec.maps) == list(late.maps)
     for kept, m in zip(rec.maps.values(), late.maps.values(), strict=True):
-        with reference.unfused(module := m.call.target.module) as maps, torch.no_grad():
+        with reference.unfused(module := m.call.layer.module) as maps, torch.no_grad():
             module.forward(*m.call.args, **m.call.kwargs)
         torch.testing.assert_close(kept[...], m[...], rtol=0, atol=1e-11)
         if len(maps) == 1 and maps[0].shape == kept.shape:

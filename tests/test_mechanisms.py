@@ -120,12 +120,12 @@ def own_softmax(module: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def own_map(m: AttentionMap) -> Tensor:
-    return own_softmax(m.call.target.module, *m.call.args, **m.call.kwargs)
+    return own_softmax(m.call.layer.module, *m.call.args, **m.call.kwargs)
 
 
 @torch.no_grad()
 def replay_of(m: AttentionMap) -> Tensor:
-    return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).narrow().values()
+    return replayed(m.call.layer.module, *m.call.args, **m.call.kwargs).narrow().values()
 
 
 @lru_cache(maxsize=1)
@@ -145,7 +145,7 @@ def recorded(name: str) -> dict[str, list[AttentionMap]]:
         model(x)
     found: dict[str, list[AttentionMap]] = {}
     for m in rec.maps.values():
-        found.setdefault(short_name(m.call.target.module), []).append(m)
+        found.setdefault(short_name(m.call.layer.module), []).append(m)
     return found
 
 
@@ -155,7 +155,7 @@ def same(got: Tensor, expected: Tensor) -> None:
 
 def check(m: AttentionMap, expected: Tensor) -> None:
     """The map is the expected one and replay's; rows and heads read alone are those of the whole; verify agrees."""
-    assert find_recipe(m.call.target.module) is not None
+    assert find_recipe(m.call.layer.module) is not None
     shape, whole = m.shape, m[...]
     assert shape == whole.shape
     assert m.dtype == whole.dtype == torch.float64
@@ -418,7 +418,7 @@ MUTATIONS: dict[str, tuple[str, str, int, Any]] = {
 def test_a_recipe_that_drops_a_term_is_caught(mutation: str) -> None:
     name, kind, place, mutate = MUTATIONS[mutation]
     m = recorded(name)[kind][place]
-    module: Any = m.call.target.module
+    module: Any = m.call.layer.module
     recipe = find_recipe(module)
     assert recipe is not None
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -591,8 +591,8 @@ def test_under_autocast_maps_are_no_further_from_float64_than_the_unfused_path(n
     with AttentionRecorder(model) as rec, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(x.float())
     for kind in MODELS[name][3]:
-        m = next(m for m in rec.maps.values() if short_name(m.call.target.module) == kind)
-        module = m.call.target.module
+        m = next(m for m in rec.maps.values() if short_name(m.call.layer.module) == kind)
+        module = m.call.layer.module
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.double, (m.call.args, m.call.kwargs))
         exact = own_softmax(copy.deepcopy(module).double(), *args, **kwargs)
         with torch.autocast("cpu", torch.bfloat16):

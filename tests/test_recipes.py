@@ -30,7 +30,7 @@ def record(model: nn.Module, x: Tensor, **options: Any) -> list[AttentionMap]:
 @torch.no_grad()
 def own_softmax(m: AttentionMap) -> Tensor:
     """What the module itself forms on the arguments it was called with, unfused."""
-    module = m.call.target.module
+    module = m.call.layer.module
     with reference.unfused(module) as maps:
         module.forward(*m.call.args, **m.call.kwargs)
     return maps[0]
@@ -38,7 +38,7 @@ def own_softmax(m: AttentionMap) -> Tensor:
 
 @torch.no_grad()
 def replay_of(m: AttentionMap) -> Tensor:
-    return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).values()
+    return replayed(m.call.layer.module, *m.call.args, **m.call.kwargs).values()
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -70,8 +70,8 @@ def test_in_bfloat16_maps_are_nearer_to_float64_than_the_unfused_path(name: str)
         half(x.bfloat16())
     for m in rec.maps.values():
         call = m.call
-        exact = call_softmaxes(copy.deepcopy(call.target.module).double(), *as_double((call.args, call.kwargs)))
-        eager = call_softmaxes(call.target.module, call.args, call.kwargs)
+        exact = call_softmaxes(copy.deepcopy(call.layer.module).double(), *as_double((call.args, call.kwargs)))
+        eager = call_softmaxes(call.layer.module, call.args, call.kwargs)
         assert m.dtype == torch.float32
         assert rms(m[...] - exact) <= rms(eager - exact)  # the largest error is that of q and k themselves, in both
 
@@ -404,7 +404,7 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str, monkeypatch: pytest
     model, x = tiny(name)
     m = record(model, x)[0]
     expected = own_softmax(m)
-    module = m.call.target.module
+    module = m.call.layer.module
     for class_name in (c for c in registered() if c == f"{type(module).__module__}.{type(module).__qualname__}"):
         whole = registered()[class_name]
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.sources import exact_dtype, exactly
+from ..attention.sources import exact_dtype, without_autocast
 from ..errors import TokenError
 from ..maps.attention_map import AttentionMap
 
@@ -81,7 +81,7 @@ def compute_statistics(m: AttentionMap, *wanted: Statistic) -> tuple[Tensor, ...
     totals: list[Tensor] = []
 
     def visit(items: slice, rows: slice, chunk: Tensor) -> None:
-        with exactly(chunk.device):
+        with without_autocast(chunk.device):
             chunk = chunk.to(exact_dtype(chunk.dtype))
             totals.extend(chunk.new_zeros(each.shape) for each in sums[len(totals) :])
             for each, total in zip(sums, totals):

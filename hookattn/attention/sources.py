@@ -153,7 +153,7 @@ class QK(_Product):
         if self.is_causal:
             return self.narrow().values()
         q, k = formed(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else formed(self.k)
-        with exactly(q.device):
+        with without_autocast(q.device):
             scores = self._products(q.to(self.dtype), k)
             writable = _is_ours_alone(scores, *self.biases)
             for bias in self.biases:
@@ -192,7 +192,7 @@ class Scores(_Whole):
 
     def values(self) -> Tensor:
         """The map: (batch, heads, queries, keys), in `dtype`; a row that is closed throughout is NaN, as in the module."""
-        with exactly(self.device):
+        with without_autocast(self.device):
             return self.tensor.to(self.dtype).softmax(-1)
 
 
@@ -236,7 +236,7 @@ class Outer(_Product):
 
     def values(self) -> Tensor:
         """(batch, heads, queries, keys), in `dtype`."""
-        with exactly(self.device):
+        with without_autocast(self.device):
             return self.grad.to(self.dtype) @ self.value.to(self.dtype).transpose(-2, -1)
 
 
@@ -244,7 +244,7 @@ Source = Union[QK, Scores, Outer, Dense]
 """What a map, or its gradient, is computed from."""
 
 
-def exactly(device: torch.device) -> AbstractContextManager[None]:
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which autocast does not touch what is computed on the device."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -8,5 +8,7 @@ From top to bottom, an import may only point down:
     compiled     compiled code runs eagerly meanwhile; exports and traces are left alone
     sharding     FSDP and tensor parallelism: parameters that are not to be had
     transforms   torch.func: tensors that are gone when the transform has returned
+    training     train mode: the random streams that dropout draws from
+    autocast     mixed precision
     changes      what tells that a tensor has changed since the forward
 """

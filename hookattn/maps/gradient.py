@@ -17,9 +17,9 @@ from ..calls.call import Call
 from ..conditions.checkpoints import checkpoint_around, fingerprint
 from ..errors import NoGradientError, StaleMapError, UnreadableError
 from .axes import class_of, interleave_heads
-from .intercept import Variables
 from .lazy import Delivery, LazyArray
 from .replay import run_under
+from .sites import Variables
 
 
 class Backwards:
@@ -125,7 +125,7 @@ class Gradient(LazyArray):
         if call is not None:
             self._whole = None
             try:
-                self._whole = self._deliver(slope_of(call.renewed(), self._received).values())
+                self._whole = self._deliver(slope_of(call.restamped(), self._received).values())
             except (UnreadableError, StaleMapError) as reason:  # backward goes on
                 self.refuse(f"its gradient could not be computed during backward: {reason}")
 
@@ -171,17 +171,16 @@ def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
             not return all that it returned.
         StaleMapError: an input or a parameter has changed since the forward.
     """
-    module = call.target.module
+    module = call.layer.module
     with call.resumed(), torch.enable_grad():
         output, run = run_under(call, Variables(module, len(call.x)))
         outputs = pytree.tree_leaves(output)
-        sites = run.fused_sites or run.softmax_sites
-        if not sites or not all(isinstance(outputs[place], Tensor) for place in received):
+        if not run.sites or not all(isinstance(outputs[place], Tensor) for place in received):
             raise UnreadableError(
-                f"{call.target.name!r}: {class_of(module)} forms no map by scaled_dot_product_attention or softmax that all "
+                f"{call.layer.name!r}: {class_of(module)} forms no map by scaled_dot_product_attention or softmax that all "
                 "of its output depends on, so there is no gradient to be had."
             )
         ends = [outputs[place] for place in received]
-        grads = torch.autograd.grad(ends, [site.out for site in sites], list(received.values()), materialize_grads=True)
-    slope: Source = interleave_heads([site.slope(grad) for site, grad in zip(sites, grads)], module)
+        grads = torch.autograd.grad(ends, run.variables, list(received.values()), materialize_grads=True)
+    slope: Source = interleave_heads([site.source(grad) for site, grad in zip(run.sites, grads)], module)
     return slope

@@ -105,9 +105,9 @@ def source_of(call: Call) -> Source:
     """Queries and keys of a call, by recipe or by replay; its modes are the caller's business."""
     with naming(call), ExitStack() as stack:
         if any(call.modes.training):  # dropout and power iterations within the projections
-            stack.enter_context(restoring(call.target.module))
+            stack.enter_context(restoring(call.layer.module))
             call.restore_random_streams()
-        return _described(call) or replayed(call.target.module, *call.args, **call.kwargs)
+        return _described(call) or replayed(call.layer.module, *call.args, **call.kwargs)
 
 
 def described(call: Call) -> Source | None:
@@ -119,8 +119,8 @@ def described(call: Call) -> Source | None:
 def _described(call: Call) -> Source | None:
     if any(t.is_nested for t in call.tensors):
         raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
-    recipe = find_recipe(call.target.module)
-    source = NotImplemented if recipe is None else recipe(call.target.module, *call.args, **call.kwargs)
+    recipe = find_recipe(call.layer.module)
+    source = NotImplemented if recipe is None else recipe(call.layer.module, *call.args, **call.kwargs)
     return None if source is NotImplemented else source
 
 
@@ -130,14 +130,14 @@ def naming(call: Call) -> Iterator[None]:
     try:
         yield
     except UnreadableError as error:
-        raise UnreadableError(f"{call.target.name!r}: {error}") from None
+        raise UnreadableError(f"{call.layer.name!r}: {error}") from None
 
 
 def _source_of_shapes(call: Call) -> Source:
     """What is like `source_of` in its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
     call.check_fresh()
-    hooked = any(call.target.hooks)  # hooks of others, which expect values
-    if find_recipe(call.target.module) is not None and not hooked and not any(call.modes.training):
+    hooked = any(call.layer.hooks)  # hooks of others, which expect values
+    if find_recipe(call.layer.module) is not None and not hooked and not any(call.modes.training):
         bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
