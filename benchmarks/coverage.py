@@ -27,6 +27,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def examine(name: str, kwargs: dict[str, Any] | None = None, size: Any = 224, ot
             rows = [float(torch.special.entr(m.double()).sum(-1).mean()) / math.log(max(2, m.shape[-1])) for m in maps]
             record.entropy = round(sum(rows) / len(rows), 4)
             for peer, ask in PEERS.items() if others else ():
-                verdict, record.peers[peer] = compared(calls, lambda ask=ask: ask(model, x))
+                verdict, record.peers[peer] = compared(calls, partial(ask, model, x))
                 setattr(record, peer, verdict)
     record.seconds = round(time.perf_counter() - began, 2)
     return record
