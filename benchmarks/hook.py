@@ -35,18 +35,18 @@ from hookattn import AttentionRecorder
 
 FORWARDS = 20  # in one measurement
 GIVEN: dict[str, Any] = {"attn_mask": None, "is_causal": False}  # what a block of timm calls its attention with, besides x
-CURRENT = "recording.passes:Forwards.current"
+CURRENT = "recording.passes:ForwardPasses.current"
 PARTS: dict[str, tuple[str, ...]] = {
     "is it compiled or traced?": ("calls.hooks:is_traced",),
-    "is it a forward that is recorded, and which?": ("recording.passes:Forwards.concerns_us", CURRENT),
-    "arguments": ("calls.call:kept",),
-    "is the module as it was looked up?": ("calls.layer:Target.up_to_date",),
-    "grad mode, autocast, training flags": ("calls.call:modes_of",),
-    "caches and moving buffers": ("calls.layer:Target.read_now", "calls.layer:Target.hold_now"),
+    "is it a forward that is recorded, and which?": ("recording.passes:ForwardPasses.is_recorded_here", CURRENT),
+    "arguments": ("calls.call:keep_arguments",),
+    "is the module as it was looked up?": ("calls.layer:Layer.refreshed",),
+    "autocast": ("calls.call:autocast_now",),
+    "caches and moving buffers": ("calls.layer:Layer.state_now", "calls.layer:Layer.mutable_now"),
     "stamps of x and of parameters": ("calls.layer:stamps_of_arguments", "calls.layer:stamps"),
     "some values of parameters": ("conditions.changes:Samples.take",),
-    "hooks of others": ("calls.layer:_hooks_of_others", "recording.recorder:another_pre_hook_follows"),
-    "the map and its setting": ("recording.recorder:AttentionRecorder._map",),
+    "hooks of others": ("calls.layer:_hooks_of_others", "calls.hooks:Around.is_followed"),
+    "the map and its geometry": ("recording.record:Recording.map_of",),
 }
 
 

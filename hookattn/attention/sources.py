@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .projection import ALL, Pick, Projected, formed
+from .projection import ALL, Pick, Projected, compute
 
 S = TypeVar("S", bound="_Whole")
 
@@ -70,7 +70,7 @@ class _Whole:
         """The same for some images, heads and queries."""
         return replace(self, tensor=_pick(self.tensor, batch, heads, rows))
 
-    def formed(self: S) -> S:
+    def prepare(self: S) -> S:
         """The same."""
         return self
 
@@ -139,9 +139,9 @@ class QK(_Product):
             mix=None if self.mix is None else self.mix[heads],
         )
 
-    def formed(self) -> QK:
+    def prepare(self) -> QK:
         """The same with queries and keys computed, for a map that is made in several steps."""
-        return replace(self, q=formed(self.q), k=formed(self.k))
+        return replace(self, q=compute(self.q), k=compute(self.k))
 
     def values(self) -> Tensor:
         """The map: (batch, heads, queries, keys), in `dtype`, rows that sum to 1.
@@ -152,7 +152,7 @@ class QK(_Product):
         """
         if self.is_causal:
             return self.narrow().values()
-        q, k = formed(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else formed(self.k)
+        q, k = compute(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else compute(self.k)
         with without_autocast(q.device):
             scores = self._products(q.to(self.dtype), k)
             writable = _is_ours_alone(scores, *self.biases)
@@ -230,7 +230,7 @@ class Outer(_Product):
         """The same for some images, heads and queries."""
         return Outer(_pick(self.grad, batch, heads, rows), _pick(self.value, batch, heads, ALL))
 
-    def formed(self) -> Outer:
+    def prepare(self) -> Outer:
         """The same."""
         return self
 

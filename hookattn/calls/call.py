@@ -17,7 +17,7 @@ from ..conditions.sharding import is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
-from .arguments import kept, tensors_in
+from .arguments import keep_arguments, tensors_in
 from .layer import Layer, stamps_of
 from .restore import copied, in_place, reading, training_flags
 from .staleness import structure_of
@@ -152,14 +152,15 @@ class Call(NamedTuple):
 
 def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
     """Keep a call: the arguments themselves (no copy), and what it takes to resume it later."""
-    (args, kwargs), tensors = kept(args, kwargs, detach=detach)
+    (args, kwargs), tensors = keep_arguments(args, kwargs, detach=detach)
     layer = layer.refreshed()
     state, held = layer.state_now(), layer.mutable_now()
     training = tuple(map(_TRAINING, layer.inner))
     stamped = stamps_of(layer, tensors, state, held)
-    device = tensors[0].device if tensors else None
-    autocast = None if device is None else autocast_now(device.type)
-    random = random_streams(device) if device is not None and True in training else None
+    autocast = random = None
+    if tensors:
+        autocast = autocast_now("cpu" if (x := tensors[0]).is_cpu else x.device.type)
+        random = random_streams(x.device) if True in training else None
     modes = Modes(torch.is_grad_enabled() and not detach, autocast, training, random)
     return Call(layer, args, kwargs, modes, tensors, state, held, stamped)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..conditions.compiled import is_traced
-from .restore import is_reading
+from .restore import reading
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -101,9 +101,11 @@ class Around:
 
     def is_followed(self) -> bool:
         """Whether somebody put a forward-pre-hook on after ours, which may change the arguments once we have seen them."""
-        hooks = list(self.module._forward_pre_hooks.items())
-        while hooks and (last := hooks.pop())[0] != self._begins:
-            if not is_ours(last[1]):
+        hooks = self.module._forward_pre_hooks
+        for key in reversed(list(hooks)):
+            if key == self._begins:
+                return False
+            if not is_ours(hooks.get(key)):
                 return True
         return False
 
@@ -113,7 +115,7 @@ class Around:
         self._ends = True
 
     def _begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        if module is not self.module or is_reading():
+        if module is not self.module or reading.get():
             return
         state = self.begin(args, kwargs)
         if state is None and not self._ends:
@@ -126,7 +128,7 @@ class Around:
         calls.append((state, [*args, *kwargs.values()]))
 
     def _end(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        if module is not self.module or is_reading() or not (calls := self._running.get(get_ident())):
+        if module is not self.module or reading.get() or not (calls := self._running.get(get_ident())):
             return None
         if output is None and len(calls) < _depth(module):  # a hook before ours raised, and this call never began
             return None

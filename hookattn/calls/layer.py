@@ -80,13 +80,16 @@ class Layer(NamedTuple):
         return self if self._is_as_it_was() else look_up(*self[:4])
 
     def _is_as_it_was(self) -> bool:
+        for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
+            if "forward" in attributes:
+                return False
         try:
             for holder, key, value in self.parts:
                 if holder[key] is not value:
                     return False
         except KeyError:
             return False
-        return not any("forward" in attributes for attributes in self.bare)
+        return True
 
 
 def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block: nn.Module | None = None) -> Layer:

@@ -19,7 +19,7 @@ from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
 from ..recipes.places import axes_of, tokens_of
 from .gradient import Gradient
-from .lazy import Delivery, Form, LazyArray
+from .lazy import Delivery, LazyArray, Spec
 from .picture import draw_rows
 from .reading import Kept, Lost, Origin
 from .replay import inject
@@ -68,8 +68,8 @@ class AttentionMap(LazyArray):
         """What the map is computed from, and the modes of its call for as long as the block lasts."""
         return self._origin.open()
 
-    def _form(self) -> Form:
-        return self._origin.form
+    def _spec(self) -> Spec:
+        return self._origin.spec
 
     def __repr__(self) -> str:
         try:

@@ -20,7 +20,7 @@ Visit = Callable[[slice, slice, Tensor], None]
 """What is called with a chunk: which items of the batch it is of, which rows, and (items, heads, rows, keys) itself."""
 
 
-class Form(NamedTuple):
+class Spec(NamedTuple):
     """What is known of a source before anything of it is computed."""
 
     shape: Shape
@@ -54,24 +54,24 @@ class LazyArray:
         """What it is computed from, for as long as the block lasts."""
         raise NotImplementedError
 
-    def _form(self) -> Form:
+    def _spec(self) -> Spec:
         with self.open() as source:
-            return Form(source.shape, source.dtype, source.device)
+            return Spec(source.shape, source.dtype, source.device)
 
     @property
     def shape(self) -> Shape:
         """(batch, heads, queries, keys)."""
-        return self._form().shape
+        return self._spec().shape
 
     @property
     def dtype(self) -> torch.dtype:
         """What slices come as."""
-        return self._deliver.dtype or self._form().dtype
+        return self._deliver.dtype or self._spec().dtype
 
     @property
     def device(self) -> torch.device:
         """Where slices come."""
-        return self._deliver.device or self._form().device
+        return self._deliver.device or self._spec().device
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -145,7 +145,7 @@ def visit_chunks(part: Source, visit: Visit) -> None:
     for items in spans(batch, most // max(1, prod(part.shape[1:]))):
         few = part.narrow(items)
         cuts = list(spans(rows, most // max(1, prod(few.shape) // max(1, rows))))
-        few = few.formed() if len(cuts) > 1 else few
+        few = few.prepare() if len(cuts) > 1 else few
         for span in cuts:
             visit(items, span, few.narrow(rows=span).values())
 

@@ -17,7 +17,7 @@ from ..calls.restore import restoring
 from ..conditions.transforms import is_left_behind
 from ..errors import RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
-from .lazy import Form
+from .lazy import Spec
 from .replay import replayed
 
 
@@ -38,10 +38,10 @@ class Captured:
             yield source_of(self.call)
 
     @cached_property
-    def form(self) -> Form:
+    def spec(self) -> Spec:
         """Shape, dtype and device; looked up once."""
         source = _source_of_shapes(self.call)
-        return Form(source.shape, source.dtype, self.call.x.device)
+        return Spec(source.shape, source.dtype, self.call.x.device)
 
 
 class Kept:
@@ -54,7 +54,7 @@ class Kept:
 
     def __init__(self, name: str, attention: Tensor) -> None:
         self._name, self._attention = name, attention
-        self.form = Form(Dense(attention).shape, attention.dtype, attention.device)
+        self.spec = Spec(Dense(attention).shape, attention.dtype, attention.device)
 
     @contextmanager
     def open(self) -> Iterator[Source]:
@@ -87,7 +87,7 @@ class Lost:
         raise UnreadableError(self._reason)
 
     @property
-    def form(self) -> Form:
+    def spec(self) -> Spec:
         """There is none."""
         raise UnreadableError(self._reason)
 
@@ -103,20 +103,20 @@ Origin = Union[Captured, Kept, Lost]
 
 def source_of(call: Call) -> Source:
     """Queries and keys of a call, by recipe or by replay; its modes are the caller's business."""
-    with naming(call), ExitStack() as stack:
+    with name_in_errors(call), ExitStack() as stack:
         if any(call.modes.training):  # dropout and power iterations within the projections
             stack.enter_context(restoring(call.layer.module))
             call.restore_random_streams()
-        return _described(call) or replayed(call.layer.module, *call.args, **call.kwargs)
+        return _by_recipe(call) or replayed(call.layer.module, *call.args, **call.kwargs)
 
 
-def described(call: Call) -> Source | None:
+def source_by_recipe(call: Call) -> Source | None:
     """Queries and keys of a call by recipe; None where there is none, or none for such a call."""
-    with naming(call):
-        return _described(call)
+    with name_in_errors(call):
+        return _by_recipe(call)
 
 
-def _described(call: Call) -> Source | None:
+def _by_recipe(call: Call) -> Source | None:
     if any(t.is_nested for t in call.tensors):
         raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
     recipe = find_recipe(call.layer.module)
@@ -125,7 +125,7 @@ def _described(call: Call) -> Source | None:
 
 
 @contextmanager
-def naming(call: Call) -> Iterator[None]:
+def name_in_errors(call: Call) -> Iterator[None]:
     """Whatever cannot be read is named."""
     try:
         yield
@@ -143,7 +143,7 @@ def _source_of_shapes(call: Call) -> Source:
             bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
             shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
             with shapes.in_its_modes():
-                if (source := described(shapes)) is not None:
+                if (source := source_by_recipe(shapes)) is not None:
                     return source
     with call.in_its_modes():
         return source_of(call)

@@ -33,7 +33,7 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     Raises:
         UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
     """
-    args, kwargs = own_arguments(module, args, kwargs)
+    args, kwargs = copy_arguments(module, args, kwargs)
     watch = Watch(module, (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
     with restoring(module), Intercept([watch]):
         module.forward(*args, **kwargs)
@@ -60,7 +60,7 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
         return own, run_under(call, Inject(watch, attention))[0]
 
 
-def replaced(call: Call, attention: Tensor) -> Any:
+def run_with_map(call: Call, attention: Tensor) -> Any:
     """Run a captured call's forward with `attention` in place of the map it forms, and all dropout as it was.
 
     Args:
@@ -84,11 +84,11 @@ def run_under(call: Call, sites: S) -> tuple[Any, S]:
     module = call.layer.module
     with restoring(module), Intercept([sites]):
         call.restore_random_streams()
-        args, kwargs = own_arguments(module, call.args, call.kwargs)
+        args, kwargs = copy_arguments(module, call.args, call.kwargs)
         return module.forward(*args, **kwargs), sites
 
 
-def own_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Copies of arguments, for a run that may write into them.
 
     Raises:

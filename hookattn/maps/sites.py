@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attention.sources import QK, Dense, Outer, Scores, Source, exact_dtype, without_autocast
 from ..errors import UnreadableError
 from ..recipes.registry import find_form
-from .axes import check_softmax_axis, class_of, folded, interleave_heads, unfolded
+from .axes import check_softmax_axis, class_of, fold_axes, interleave_heads, unfold_axes
 from .intercept import Run, Sites, input_and_dim, sdpa_arguments
 
 
@@ -116,7 +116,7 @@ class Inject(Sites):
         kwargs = sdpa_arguments(args, kwargs)
         dtype, attention = next(self.left)
         value, shape = kwargs["value"], (*kwargs["query"].shape[:-1], kwargs["key"].shape[-2])
-        attention = folded(self.module, attention, shape)
+        attention = fold_axes(self.module, attention, shape)
         if attention.dim() == 4:
             value = value.repeat_interleave(attention.shape[1] // value.shape[1], dim=1)
         attention = F.dropout(attention, kwargs.get("dropout_p", 0.0) if self.as_called else 0.0)
@@ -129,7 +129,7 @@ class Inject(Sites):
         if self.into_fused:
             return out
         dtype, attention = next(self.left)
-        return folded(self.module, attention, tuple(out.shape)).to(dtype)
+        return fold_axes(self.module, attention, tuple(out.shape)).to(dtype)
 
 
 class Variables(_Noted):
@@ -176,9 +176,9 @@ def _as_qk(
     enable_gqa: bool = False,
 ) -> QK:
     """The arguments of a `scaled_dot_product_attention` as queries and keys."""
-    q, k = unfolded(module, query, batch), unfolded(module, key, batch)
+    q, k = unfold_axes(module, query, batch), unfold_axes(module, key, batch)
     if attn_mask is not None and find_form(module) is not None:
-        attn_mask = unfolded(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
+        attn_mask = unfold_axes(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
     elif attn_mask is not None and attn_mask.dim() == query.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
@@ -199,7 +199,7 @@ def _as_scores(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -
 
 def _as_outer(module: nn.Module, batch: int | None, value: Tensor, grad: Tensor) -> Outer:
     """The gradient of what a fused call put out as that of its map."""
-    grad, value = unfolded(module, grad, batch), unfolded(module, value, batch)
+    grad, value = unfold_axes(module, grad, batch), unfold_axes(module, value, batch)
     return Outer(grad, value.repeat_interleave(grad.shape[1] // value.shape[1], dim=1))
 
 

@@ -15,7 +15,7 @@ from ..conditions.checkpoints import checkpoint_around, fingerprint, in_backward
 from ..conditions.threads import Here
 from ..errors import LayerNotFoundError
 from ..maps.reading import source_of
-from ..maps.replay import replaced
+from ..maps.replay import run_with_map
 from .selection import Layer, choose
 
 Edit = Callable[[Tensor], Tensor]
@@ -132,7 +132,7 @@ class _Editing(Around):
         call = call.restamped()
         with call.resumed():
             attention = source_of(call).narrow().values()
-        return replaced(call, self._edited(attention, edits))
+        return run_with_map(call, self._edited(attention, edits))
 
     def _edits_in(self, checkpoint: bytes, edits: list[Edit]) -> list[Edit]:
         """The edits of a call in a checkpoint: those of its forward when backward makes it again."""

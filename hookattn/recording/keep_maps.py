@@ -18,7 +18,7 @@ from ..calls.hooks import Hook
 from ..errors import StaleMapError, UnreadableError
 from ..maps.attention_map import AttentionMap
 from ..maps.intercept import Intercept, Sites
-from ..maps.reading import described, naming
+from ..maps.reading import name_in_errors, source_by_recipe
 from ..maps.sites import Watch
 
 _WITH_A_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which they leave if any mode is on
@@ -88,7 +88,7 @@ class KeepMaps:
         try:
             call.check_at_hand()
             with call.in_its_modes(), hearing(awaited.heard):
-                source = described(call)
+                source = source_by_recipe(call)
                 attention = None if source is None else source.narrow().values()
         except AwaitedError as wanted:
             self._wait_for(wanted.layer, awaited)
@@ -135,7 +135,7 @@ class KeepMaps:
 def _make_of_what_was_formed(awaited: Awaited, watch: Watch) -> None:
     m, call = awaited.m, awaited.call
     try:
-        with naming(call), call.in_its_modes():
+        with name_in_errors(call), call.in_its_modes():
             awaited.put(m.kept(watch.source().narrow().values()))
     except UnreadableError as reason:
         awaited.put(m.lost(reason))

@@ -157,8 +157,9 @@ class _RecordedLayer(Around):
         recording, wanted = self._recording, self._recording.wanted
         name, changes = forward.next_name(self._layer.name), self.is_followed()
         call = capture(self._layer, args, kwargs, detach=wanted.detach)
-        gradient = recording.gradient_of(name, forward)
-        m = forward.maps[name] = recording.map_of(call, name, forward, recording.site_of(args, kwargs), gradient)
+        gradient = recording.gradient_of(name, forward) if wanted.gradients else None
+        site = None if recording.origins is None else recording.site_of(args, kwargs)
+        m = forward.maps[name] = recording.map_of(call, name, forward, site, gradient)
         awaited = None
         if recording.keep_maps is not None and not changes and True not in call.modes.training:
             awaited = recording.keep_maps.begin(call, m, partial(forward.maps.__setitem__, name))

@@ -17,6 +17,7 @@ from ..calls.hooks import Args, Hook, Kwargs
 from ..calls.layer import Layer, look_up
 from ..conditions.compiled import EAGER, INSIDE
 from ..conditions.threads import Here
+from ..conditions.wrappers import recordable
 from ..errors import NoMapError, RecorderError
 from ..image.geometry import Geometry
 from ..image.images import images_in
@@ -30,7 +31,7 @@ from .edits import Edit, Edits
 from .keep_maps import KeepMaps
 from .passes import ForwardPass, ForwardPasses, why_empty
 from .record import Recording, Wanted
-from .selection import Layers, choose, recordable, replaced
+from .selection import Layers, choose, find_replaced
 
 Keep = Literal["inputs", "maps"]
 Forwards = Literal["last", "all"]
@@ -244,6 +245,6 @@ def _note(origins: Origins, passes: ForwardPasses, module: nn.Module, args: Args
 
 def _record_replaced_layers(model: nn.Module, modules: dict[str, nn.Module], deliver: Delivery, ended: ForwardPass) -> None:
     """A map that is missing since another module stands where the one with our hooks stood."""
-    for name in [name for name in replaced(model, modules) if name not in ended.maps]:
+    for name in [name for name in find_replaced(model, modules) if name not in ended.maps]:
         reason = f"{name!r} was replaced by another module inside the block; open the block after that."
         ended.maps[name] = AttentionMap(name, Lost(name, reason), Geometry(model, name), deliver)
