@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionMap, AttentionRecorder, TokenError, UnreadableError
-from hookattn.recipes.registry import find_recipe, registered
+from hookattn.recipes.registry import find_recipe, list_recipes
 from hookattn.testing import check_recipe
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
@@ -76,7 +76,7 @@ class Case(NamedTuple):
         maps: how many maps there are.
         grid: of the keys of the first map; None where it is known that they are not known to be a grid.
         prefix: names of the tokens before them.
-        axes: how the model lays out a map, in the letters of `hookattn.recipes.file_form`, if not by plain reshaping.
+        axes: how the model lays out a map, in the letters of `hookattn.recipes.register_axes`, if not by plain reshaping.
         slack: by how many patches a stem of overlapping convolutions may blur a point.
     """
 
@@ -619,7 +619,7 @@ def test_images_that_come_as_patches_lie_on_grids_of_their_own() -> None:
 # Encoders of transformers that have a recipe
 
 
-@pytest.mark.parametrize("name", [name for name in registered() if name.startswith("transformers.")])
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("transformers.")])
 def test_encoders_of_transformers_are_read_by_recipe(name: str) -> None:
     """In float64; their own softmax would be in float32."""
     pytest.importorskip("transformers")

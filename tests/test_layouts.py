@@ -24,7 +24,8 @@ from hookattn import AttentionRecorder
 from hookattn.attention.sources import QK
 from hookattn.errors import TokenError
 from hookattn.image.sizes import size_after
-from hookattn.image.tokens import Tokens, cut
+from hookattn.image.tokens import Tokens
+from hookattn.image.windows import cut_windows
 from hookattn.maps.attention_map import AttentionMap
 from hookattn.maps.reading import source_of
 
@@ -120,7 +121,7 @@ def what_moved(m: AttentionMap, images: int) -> Iterator[tuple[Tensor, Tensor]]:
         parts = [part.unflatten(0, (images, -1)) for part in (source.q, source.k)]
         yield from zip(*(differ(part[1:], part[0]).any(2).any(-1) for part in parts))
         return
-    scores = source.scores[:, :1].unflatten(0, (images, -1))  # of one head: the next may be made of what this one gives
+    scores = source.tensor[:, :1].unflatten(0, (images, -1))  # of one head: the next may be made of what this one gives
     for moved in differ(scores[1:], scores[0])[:, :, 0]:
         queries = moved.double().mean(-1) > 0.5
         yield queries, (moved & ~queries[..., None]).any(1)
@@ -757,10 +758,10 @@ def test_the_oracle_sees_a_mutation(mutation: str) -> None:
         grid = F.pad(torch.arange(180).reshape(10, 18), (0, 2, 0, 2), value=-1).roll((-2, -2), (0, 1))
         places = rearrange(grid, "(h p) (w q) -> (h w) (p q)", p=4, q=4)
     elif mutation == "rows for columns":
-        places = cut((18, 10), (4, 4), shift).places[0]  # type: ignore[index]
+        places = cut_windows((18, 10), (4, 4), shift).places[0]  # type: ignore[index]
     else:
         moved = (0, 0) if mutation == "no shift" else shift
-        places = cut((10, 18), (4, 4), moved, strided=mutation == "strided").places[0]  # type: ignore[index]
+        places = cut_windows((10, 18), (4, 4), moved, strided=mutation == "strided").places[0]  # type: ignore[index]
     assert torch.equal(places, true) == (mutation == "none")
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hookattn import AttentionRecorder
 from hookattn.maps.attention_map import AttentionMap
 from hookattn.maps.replay import replayed
-from hookattn.recipes.registry import find_recipe, qualified_name, registered
+from hookattn.recipes.registry import find_recipe, list_recipes, qualified_name
 
 # name of a test: (timm model, arguments, input size, classes whose maps are compared)
 SMALL: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]}
@@ -182,7 +182,7 @@ def test_every_recipe_is_compared() -> None:
         short_name(module) for module, _ in variants().values()
     }
     elsewhere = {short_name(module) for name in TINY for module in tiny(name)[0].modules()}
-    known = [name for name in registered() if name.startswith("timm") and exists(name)]
+    known = [name for name in list_recipes() if name.startswith("timm") and exists(name)]
     assert len(known) > 30
     assert {".".join(name.split(".")[-2:]) for name in known} <= compared | elsewhere
 

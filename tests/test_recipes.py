@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hookattn import AttentionRecorder, UnfaithfulMapError, recipe
 from hookattn.maps.attention_map import AttentionMap
 from hookattn.maps.replay import replayed
-from hookattn.recipes.registry import find_recipe, registered
+from hookattn.recipes.registry import find_recipe, list_recipes
 from hookattn.testing import check_recipe
 
 
@@ -405,8 +405,8 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str, monkeypatch: pytest
     m = record(model, x)[0]
     expected = own_softmax(m)
     module = m.call.layer.module
-    for class_name in (c for c in registered() if c == f"{type(module).__module__}.{type(module).__qualname__}"):
-        whole = registered()[class_name]
+    for class_name in (c for c in list_recipes() if c == f"{type(module).__module__}.{type(module).__qualname__}"):
+        whole = list_recipes()[class_name]
 
         def without(self: Any, *args: Any, **kwargs: Any) -> Any:
             with pytest.MonkeyPatch.context() as patch:
@@ -464,7 +464,7 @@ def test_a_user_files_a_recipe_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
     from hookattn import QK, project
     from hookattn.recipes import registry
 
-    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
+    monkeypatch.setattr(registry._RECIPES, "_facts", registry.list_recipes())
     module = randomise(TheirAttention(32, 4)).eval()
     x = torch.randn(2, 6, 32)
     with pytest.raises(Exception, match=r"has no recipe; file one with @hookattn.recipe\("):
@@ -485,7 +485,7 @@ def test_check_recipe_catches_a_wrong_recipe(wrong: str, monkeypatch: pytest.Mon
     from hookattn import QK
     from hookattn.recipes import registry
 
-    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
+    monkeypatch.setattr(registry._RECIPES, "_facts", registry.list_recipes())
 
     @recipe(TheirAttention)
     def theirs(self: Any, x: Tensor) -> QK:
@@ -513,7 +513,7 @@ def test_a_recipe_may_be_one_for_some_modules_of_a_class_and_for_some_calls(monk
     from hookattn import QK
     from hookattn.recipes import registry
 
-    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
+    monkeypatch.setattr(registry._RECIPES, "_facts", registry.list_recipes())
     monkeypatch.setattr(registry, "_WHERE", dict(registry._WHERE))
     calls = []
 

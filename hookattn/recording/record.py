@@ -15,7 +15,7 @@ from ..calls.callsite import CallSite, Origins, call_site
 from ..calls.hooks import Args, Around, Kwargs
 from ..calls.layer import Layer
 from ..conditions.checkpoints import in_backward
-from ..image.geometry import Geometry, plain_facts, sizes_of
+from ..image.geometry import Geometry, measure_arguments, read_settings
 from ..image.images import images_in
 from ..image.trunk import stems_of
 from ..maps.attention_map import AttentionMap, reason_of
@@ -93,8 +93,8 @@ class Recording:
         layer = call.layer
         images = forward.images.get(layer.trunk, forward.images.get(None))
         around = None if layer.block is None else self.passes.blocks.get(layer.block)
-        facts = {} if layer.block is None else plain_facts(layer.block)
-        geometry = Geometry(self.model, layer.name, images, sizes_of(call.args, call.kwargs), around, facts)
+        facts = {} if layer.block is None else read_settings(layer.block)
+        geometry = Geometry(self.model, layer.name, images, measure_arguments(call.args, call.kwargs), around, facts)
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
     def lost(self, layer: Layer, name: str, error: Exception) -> AttentionMap:
@@ -228,4 +228,4 @@ class _Block(Around):
     def begin(self, args: Args, kwargs: Kwargs) -> None:
         """Note the size of what it cuts."""
         if self._passes.is_recorded_here():
-            self._passes.blocks[self.module] = sizes_of(args, kwargs)
+            self._passes.blocks[self.module] = measure_arguments(args, kwargs)
