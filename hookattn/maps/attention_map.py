@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,7 +16,7 @@ from ..calls.callsite import CallSite
 from ..errors import HookattnError, LayerNotFoundError, RecorderError, UnfaithfulMapError, did_you_mean
 from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
-from ..recipes.places import find_tokens, name_axes
+from ..recipes.places import Places, find_tokens, name_axes, settle
 from .gradient import Gradient
 from .lazy import Delivery, LazyArray, Spec
 from .picture import draw_rows
@@ -55,7 +54,7 @@ class AttentionMap(LazyArray):
         self,
         name: str,
         origin: Origin,
-        geometry: Geometry,
+        geometry: Geometry | Places,
         deliver: Delivery,
         called_from: CallSite | None = None,
         gradient: Gradient | None = None,
@@ -207,10 +206,26 @@ class AttentionMap(LazyArray):
         """The same if it could not be computed."""
         return self._from(Lost(self.name, reason_of(reason)))
 
+    def settled(self) -> AttentionMap:
+        """The same without the model, once the recorder's block has ended, if it was computed: it keeps nothing else alive."""
+        if not isinstance(self._origin, Kept):
+            return self
+        try:
+            places = settle(self._geometry, self.shape)
+        except Exception:  # of a layout of the user's: told when somebody asks for tokens, not at the end of the block
+            return self
+        return AttentionMap(self.name, self._origin, places, self._deliver, self._called_from, self._gradient)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, copied and saved as what it is, whatever it is computed from: the whole map, and where it lies."""
+        places = kept = None
+        if not isinstance(self._origin, Lost):
+            kept, places = Kept(self.name, self[...].detach()), settle(self._geometry, self.shape)
+        origin = self._origin if kept is None else kept
+        return AttentionMap, (self.name, origin, places, self._deliver, self._called_from, self._gradient)
+
     def _from(self, origin: Origin) -> AttentionMap:
-        other = copy.copy(self)
-        other._origin = origin
-        return other
+        return AttentionMap(self.name, origin, self._geometry, self._deliver, self._called_from, self._gradient)
 
 
 def reason_of(error: Exception) -> str:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
 from ..conditions.checkpoints import checkpoint_around, fingerprint
-from ..errors import NoGradientError, UnreadableError
+from ..errors import HookattnError, NoGradientError, UnreadableError
 from .axes import class_of, interleave_heads
 from .lazy import Delivery, LazyArray
 from .replay import run_under
@@ -87,6 +87,14 @@ class Gradient(LazyArray):
         state = "arrived" if self._received or self._whole is not None else "not arrived"
         return f"Gradient({self.name!r}, {state})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, copied and saved as what has arrived, or why nothing has."""
+        try:
+            whole, reason = self[...], ""
+        except HookattnError as error:
+            whole, reason = None, str(error)
+        return _arrived, (self.name, self._deliver, whole, reason)
+
     def follow(self, call: Call, output: Any) -> None:
         """Take what every backward to come brings to the output of a call."""
         leaves = {i: t for i, t in enumerate(pytree.tree_leaves(output)) if isinstance(t, Tensor)}
@@ -142,6 +150,15 @@ class Gradient(LazyArray):
         if self._backward != self._backwards.last:
             return f"the last backward did not reach {self.name!r}; what an earlier one brought is to be read before the next."
         return ""
+
+
+def _arrived(name: str, deliver: Delivery, whole: Tensor | None, reason: str) -> Gradient:
+    """A gradient that was saved."""
+    gradient = Gradient(name, deliver, Backwards(), in_backward=True)
+    gradient._whole, gradient._none = whole, reason
+    if whole is not None:
+        gradient._received = {0: whole}
+    return gradient
 
 
 _NO_BACKWARD = (

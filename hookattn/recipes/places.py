@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ..errors import NoGridError, TokenError
 from ..image.geometry import Geometry, ModuleSnapshot
 from ..image.images import Patches
-from ..image.tokens import Tokens
+from ..image.tokens import Size, Tokens
 from ..image.trunk import path_to
 from .registry import Shape, attends_to_channels, find_layout, find_partition, qualified_name
 
@@ -45,12 +48,59 @@ def find_windows(geometry: Geometry) -> Tokens | None:
     return windows
 
 
-def find_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the axes of a map lie, once and for all: what a map knows that outlives its model, or goes into a file.
+
+    Attributes:
+        axes: what the four axes are.
+        tokens: what queries and keys stand for, or why that is not known.
+        cell_sizes: (height, width) in pixels of a cell of their grids, or why that is not known.
+    """
+
+    axes: tuple[str, str, str, str]
+    tokens: tuple[Tokens, Tokens] | str
+    cell_sizes: dict[Size, tuple[float, float] | str]
+
+    def cell_size(self, grid_size: Size) -> tuple[float, float]:
+        """See `Geometry.cell_size`."""
+        return _or_raise(self.cell_sizes[grid_size])
+
+
+def settle(geometry: Geometry | Places, shape: Shape) -> Places:
+    """The places of a map of this shape, for good."""
+    if isinstance(geometry, Places):
+        return geometry
+    tokens = _or_reason(lambda: find_tokens(geometry, shape))
+    grids = () if isinstance(tokens, str) else dict.fromkeys(each.grid_size for each in tokens)
+    cell_sizes = {grid: _or_reason(partial(geometry.cell_size, grid)) for grid in grids}
+    return Places(name_axes(geometry, shape), tokens, cell_sizes)
+
+
+def _or_reason(find: Callable[[], T]) -> T | str:
+    try:
+        return find()
+    except TokenError as error:
+        return str(error)
+
+
+def _or_raise(found: T | str) -> T:
+    if isinstance(found, str):
+        raise TokenError(found)
+    return found
+
+
+def find_tokens(geometry: Geometry | Places, shape: Shape) -> tuple[Tokens, Tokens]:
     """What the queries and the keys of a map stand for.
 
     Raises:
         TokenError: they are channels, or windows or grids of a kind that is not known.
     """
+    if isinstance(geometry, Places):
+        return _or_raise(geometry.tokens)
     module = geometry.module
     if attends_to_channels(module):
         raise TokenError(f"{geometry.name!r} attends from channels to channels, which lie nowhere on the image; slice m[...].")
@@ -70,8 +120,10 @@ def find_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     return queries, keys
 
 
-def name_axes(geometry: Geometry, shape: Shape) -> tuple[str, str, str, str]:
+def name_axes(geometry: Geometry | Places, shape: Shape) -> tuple[str, str, str, str]:
     """What the four axes of a map are."""
+    if isinstance(geometry, Places):
+        return geometry.axes
     if attends_to_channels(geometry.module):
         return "batch", "head", "channel", "channel"
     if _count_images(geometry) == shape[0] or (geometry.images is None and not _is_in_windows(geometry, shape)):

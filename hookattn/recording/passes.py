@@ -128,9 +128,12 @@ class ForwardPasses(Around):
             maps = [m for key, m in forward.maps.items() if key == name or key.startswith(f"{name}#")]
             yield [gradient for m in maps if (gradient := m._gradient) is not None]
 
-    def let_go(self) -> None:
-        """Let go of the frame that a forward is a call of."""
-        self._call = None
+    def close(self) -> None:
+        """Let go of the frame that a forward is a call of, and of the model where maps are kept."""
+        super().close()
+        self._call = self._announced = None
+        for forward in self.all:
+            forward.maps = {name: m.settled() for name, m in forward.maps.items()}
 
     def _begin_pass(self, call: Running | None) -> ForwardPass:
         if not self._keep_all:

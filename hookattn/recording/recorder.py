@@ -117,7 +117,6 @@ class AttentionRecorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         hooks, self._hooks = self._hooks, None
-        self._passes.let_go()
         self._edits.close()
         if hooks is not None:
             hooks.close()
