@@ -133,7 +133,7 @@ class _RecordedLayer(Around):
         self._layer, self._recording = layer, recording
 
     def begin(self, args: Args, kwargs: Kwargs) -> _Begun | None:
-        """Record a call in a forward; follow one that a checkpoint makes again in backward, which was recorded before."""
+        """Record a call in a forward of this recorder; follow any other, such as one that a checkpoint makes again."""
         forward = self._recording.passes.current(self._layer.name)
         if forward is not None:
             return self._record(forward, args, kwargs)
@@ -177,14 +177,15 @@ class _RecordedLayer(Around):
         forward.maps[m.name] = again.computed() if wanted.maps else again
 
     def _follow_recomputed(self, args: Args, kwargs: Kwargs) -> _Begun | None:
-        """Follow a call that a checkpoint makes again in backward: save what was saved in the forward, find its gradient."""
+        """Follow a call that is not recorded, for checkpoints: save what forward and backward both must, find its gradient."""
         recording, wanted = self._recording, self._recording.wanted
         saves, follows = wanted.maps and not wanted.detach, wanted.gradients and in_backward()
         if not saves and not follows:
             return None
         call = capture(self._layer, args, kwargs, detach=wanted.detach)
         # A checkpoint holds what is saved now against what was, by number and shape. With keep="maps", detach=False the map was
-        # computed in the forward as well, so it is computed again, and thrown away.
+        # computed in the forward as well, so it is computed again, and thrown away. So it is in forwards of other threads, which
+        # are not recorded: when backward runs their checkpoints again, in any thread, it cannot be told whose they are.
         if saves:
             recording.map_of(call, self._layer.name, ForwardPass(), None, None).computed()
         if not follows:
