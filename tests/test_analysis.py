@@ -3,10 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import timm
 import torch
-from models import tiny
+from support import reference
+from support.models import tiny
+from support.oracle import unfused
 
 from hookattn import AttentionRecorder, NoGradientError, RecorderError
 from hookattn.analysis import grad_rollout, relevance, rollout
@@ -68,7 +69,7 @@ def explained(
     model, x = model.double(), x.double()
     with AttentionRecorder(model, gradients=True, **options) as rec:
         model(x)[:, which].sum().backward()
-    with reference.unfused(model) as maps:
+    with unfused(model) as maps:
         end = model(x)[:, which].sum()
     gradients = torch.autograd.grad(end, maps)
     return rec, [m.detach() for m in maps], list(gradients)

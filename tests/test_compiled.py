@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny
 from packaging.version import Version
-from reference import unfused
-from test_recorder import NAMES, Raises, read_all, same, untouched
+from support.models import Raises, tiny
+from support.oracle import unfused
+from support.reading import NAMES, read, same
+from support.untouched import untouched
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.exc import Unsupported
@@ -349,11 +350,11 @@ def test_what_is_compiled_with_the_hooks_on_has_nothing_of_a_recorder_in_it(opti
         rec = AttentionRecorder(model, **options)
         with rec:
             compiled(x)
-            maps = read_all(rec)
+            maps = read(rec)
             watching.remove()
             with torch.compiler.set_stance("default"):  # the user's own affair: compiled code goes around the hooks
                 assert torch.equal(compiled(x), expected)
-            assert same(read_all(rec), maps)
+            assert same(read(rec), maps)
         assert not counters["graph_break"]
         held = [weakref.ref(rec), weakref.ref(rec.maps[0]), *seen]
         assert len(held) > 2
@@ -538,7 +539,7 @@ def test_under_the_modes_of_a_call_a_compiled_model_has_the_maps_of_the_bare_one
             compiled(x)
         with torch.compiler.set_stance("fail_on_recompile"):
             compiled(x)
-    assert same(read_all(rec), read_all(plain))
+    assert same(read(rec), read(plain))
 
 
 @pytest.mark.parametrize("compiled_autograd", [False, True])

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import ExitStack
 from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from models import ANY_DTYPE, randomise, tiny
+from support.models import ANY_DTYPE, randomise, tiny
+from support.modes import Largest, operations_of
+from support.oracle import unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from hookattn import AttentionRecorder, RecorderError
 from hookattn.attention.projection import Projected
@@ -28,45 +26,11 @@ B, N, H, D = 2, 37, 4, 8
 C = H * D
 
 
-class Largest(TorchDispatchMode):
-    """Notes how many elements the largest tensor has that an operator makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not func.is_view:
-            self.elements = max(self.elements, out.numel())
-        return out
-
-
 def plain(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     module = randomise(nn.Sequential(Attention(C, H, qkv_bias=True, **options)).eval()).double()
     assert isinstance(module[0], Attention)
     return module
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations of products as PyTorch's counter does, whose hooks on all modules would be hooks of others here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.count += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def operations(run: Callable[[], Any]) -> int:
-    with Operations() as seen:
-        run()
-    return seen.count
 
 
 SCORES = 2 * N * N * D  # of one head of one image
@@ -84,16 +48,16 @@ def test_operations_are_those_of_what_is_read(reading: str) -> None:
     index, expected = READINGS[reading]
     with AttentionRecorder(model := plain()) as rec, torch.no_grad():
         model(torch.randn(B, N, C).double())
-    assert operations(lambda: rec.maps[0][index]) == expected
+    assert operations_of(lambda: rec.maps[0][index]) == expected
 
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_maps_that_are_kept_are_made_of_the_projections_of_the_forward(norm: bool) -> None:
     model, x = plain(qk_norm=norm, norm_layer=nn.LayerNorm), torch.randn(B, N, C).double()
     with torch.no_grad():
-        alone = operations(lambda: model(x))
+        alone = operations_of(lambda: model(x))
         with AttentionRecorder(model, keep="maps") as rec:
-            assert operations(lambda: model(x)) == alone + B * H * SCORES
+            assert operations_of(lambda: model(x)) == alone + B * H * SCORES
         kept = rec.maps[0][...]
         with AttentionRecorder(model) as rec:
             model(x)
@@ -146,7 +110,7 @@ def test_maps_that_are_kept_are_the_softmaxes_of_the_module(name: str) -> None:
         model(x)
     assert list(rec.maps) == list(late.maps)
     for kept, m in zip(rec.maps.values(), late.maps.values(), strict=True):
-        with reference.unfused(module := m.call.target.module) as maps, torch.no_grad():
+        with unfused(module := m.call.target.module) as maps, torch.no_grad():
             module.forward(*m.call.args, **m.call.kwargs)
         torch.testing.assert_close(kept[...], m[...], rtol=0, atol=1e-11)
         if len(maps) == 1 and maps[0].shape == kept.shape:
@@ -179,7 +143,7 @@ def test_in_half_precision_what_is_read_is_no_further_from_float64_than_eager(
         exact(x.double())
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast), AttentionRecorder(model) as rec:
         model(x)
-        with reference.unfused(model[0]) as maps:  # type: ignore[index]
+        with unfused(model[0]) as maps:  # type: ignore[index]
             model(x)
     expected = right.maps[0][index]
     ours, eager = ((m.double() - expected).pow(2).mean().sqrt() for m in (rec.maps[0][index], maps[0][index]))
@@ -286,13 +250,13 @@ def own(**options: Any) -> tuple[nn.Module, Tensor]:
 def test_a_module_that_no_recipe_knows_is_run_once(fused: bool) -> None:
     model, x = own(fused=fused)
     with torch.no_grad():
-        alone = operations(lambda: model(x))
+        alone = operations_of(lambda: model(x))
         with AttentionRecorder(model, "0.0", keep="maps") as rec:
-            assert operations(lambda: model(x)) == alone + fused * B * H * SCORES
+            assert operations_of(lambda: model(x)) == alone + fused * B * H * SCORES
         with AttentionRecorder(model, keep="maps"):
             model(x)  # watched for modules that form maps
             assert torch.overrides._get_current_function_mode_stack() == []  # type: ignore[no-untyped-call]
-            assert operations(lambda: model(x)) == alone + fused * B * H * SCORES
+            assert operations_of(lambda: model(x)) == alone + fused * B * H * SCORES
     with AttentionRecorder(model, "0.0", keep="maps") as followed, AttentionRecorder(model, "0.0") as late:
         model(x)
     assert not followed.maps[0][...].requires_grad
@@ -347,10 +311,10 @@ def test_keys_that_are_projected_before_queries_are_taken_too(monkeypatch: pytes
     module.q, module.k, module.v = (nn.Linear(C, C) for _ in range(3))
     model, x = nn.Sequential(randomise(module)).eval().double(), torch.randn(B, N, C).double()
     with torch.no_grad():
-        alone = operations(lambda: model(x))
+        alone = operations_of(lambda: model(x))
         with AttentionRecorder(model, keep="maps"):
             model(x)  # which layers to hear is known from then on
-            assert operations(lambda: model(x)) == alone + B * H * SCORES
+            assert operations_of(lambda: model(x)) == alone + B * H * SCORES
 
 
 def test_another_thread_that_runs_the_module_leaves_the_map_alone() -> None:

@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import pytest
-import reference
 import torch
-from models import TINY, tiny
+from support.models import TINY, tiny
+from support.oracle import unfused
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder
@@ -28,7 +28,7 @@ def on(device: str, name: str, dtype: torch.dtype = torch.float32, **options: An
 
 def first_map(model: nn.Module, x: Tensor) -> Tensor:
     """What the unfused path of the first layer makes."""
-    with reference.unfused(model) as softmaxes, torch.no_grad():
+    with unfused(model) as softmaxes, torch.no_grad():
         model(x)
     return softmaxes[0]
 
@@ -103,7 +103,7 @@ def test_gradients_of_maps_are_those_of_the_unfused_path(device: str, name: str)
     model, x = on(device, name)
     with AttentionRecorder(model, gradients=True) as rec:
         model(x)[:, 0].sum().backward()
-    with reference.unfused(model) as softmaxes:
+    with unfused(model) as softmaxes:
         output = model(x)[:, 0].sum()
         gradients = torch.autograd.grad(output, softmaxes)
     assert len(gradients) == len(rec.maps)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
-from models import ANY_DTYPE, TINY, tiny
-from test_mechanisms import MODELS, lively
+from support.mechanisms import MODELS, lively
+from support.models import ANY_DTYPE, TINY, tiny
+from support.oracle import unfused
 from timm.layers import Attention
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hookattn import AttentionRecorder, LayerNotFoundError, RecorderError, UnreadableError
@@ -44,30 +43,9 @@ def cubed(attention: Tensor) -> Tensor:
 EDITS = [without_head, without_edge, uniform, cubed]
 
 
-class EditedSoftmax(TorchFunctionMode):
-    """Changes what the n-th softmax puts out."""
-
-    def __init__(self, which: int, edit: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.left, self.edit = which, edit
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") != "softmax":
-            return out
-        self.left -= 1
-        return self.edit(out.clone()) if self.left == -1 else out
-
-
-@contextmanager
-def unfused_and_edited(model: nn.Module, which: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    for module in fused:
-        module.fused_attn = False
-    with EditedSoftmax(which, edit):
-        yield
-    for module in fused:
-        module.fused_attn = True
+def edited(which: int, edit: Callable[[Tensor], Tensor]) -> Callable[[int, Tensor], Tensor | None]:
+    """Change what the softmax of this number puts out."""
+    return lambda number, a: edit(a.clone()) if number == which else None
 
 
 def gradients(output: Tensor, model: nn.Module) -> list[Tensor]:
@@ -108,7 +86,7 @@ def test_logits_and_gradients_are_those_of_the_unfused_path_with_the_same_change
         before = model(x)
         with rec.edit({1: edit}):
             output = model(x)
-    with unfused_and_edited(model, 1, edit):
+    with unfused(model, edited(1, edit)):
         expected = model(x)
     assert (before - output).abs().max() > 1e-3
     near(output, expected)
@@ -153,7 +131,7 @@ def test_in_train_mode_randomness_is_that_of_the_forward_and_checkpoints_are_edi
     model, x = tiny("vit", proj_drop_rate=0.3, drop_path_rate=0.3)
     model, x = model.double().train(), x.double().requires_grad_()
     torch.manual_seed(1)
-    with unfused_and_edited(model, 1, cubed):
+    with unfused(model, edited(1, cubed)):
         expected = model(x)
         wanted, state = gradients(expected, model), torch.get_rng_state()
     if reentrant is not None:
@@ -228,7 +206,7 @@ def test_hooks_of_others_come_before_and_after_an_edit() -> None:
     with torch.no_grad(), AttentionRecorder(model) as rec, rec.edit({0: cubed}):
         attention.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
         got = model(x)
-    with torch.no_grad(), unfused_and_edited(model, 0, cubed):
+    with torch.no_grad(), unfused(model, edited(0, cubed)):
         near(got, model(x))
 
 
@@ -238,8 +216,8 @@ def test_what_a_checkpoint_runs_again_is_edited_as_its_forward_was(reentrant: bo
     model, x = tiny("vit")
     model, x = model.double(), x.double().requires_grad_()
     plain = gradients(model(x), model)
-    with unfused_and_edited(model, 1, cubed):
-        edited = gradients(model(x), model)
+    with unfused(model, edited(1, cubed)):
+        wanted = gradients(model(x), model)
     for block in model.blocks:
         block.forward = lambda x, own=block.forward, **_: checkpoint(own, x, use_reentrant=reentrant)
 
@@ -256,10 +234,10 @@ def test_what_a_checkpoint_runs_again_is_edited_as_its_forward_was(reentrant: bo
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(lambda: check(model(x), plain)).result()
             check(before, plain)
-            check(other, edited)
+            check(other, wanted)
         after = model(x)
         with rec.edit({1: uniform}):
-            check(output, edited)
+            check(output, wanted)
             check(after, plain)
 
 

@@ -11,59 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
-from models import randomise
+from support.models import randomise
+from support.oracle import formed
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionMap, AttentionRecorder, TokenError, UnreadableError
 from hookattn.recipes.registry import find_recipe, registered
 from hookattn.testing import check_recipe
-
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
-
-
-class _Formed(TorchFunctionMode):
-    """Every map that is formed, written down from the definition, whatever forms it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maps: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            self.maps.append(_attention(*args, **kwargs))
-        elif func in _SOFTMAX:
-            self.maps.append(out)
-        elif func is F.multi_head_attention_forward:
-            self.maps.append(func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})[1])
-        return out
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    **_: Any,
-) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return scores.softmax(-1)
-
-
-@contextmanager
-def formed() -> Iterator[list[Tensor]]:
-    mode = _Formed()
-    with mode, torch.no_grad():
-        yield mode.maps
 
 
 class Case(NamedTuple):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import timm
 import torch
 import torch.nn.functional as F
-from models import randomise, tiny
+from support import reference
+from support.models import randomise, tiny
+from support.oracle import unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ def test_a_forward_of_their_own_is_not_read_by_the_recipe_of_the_base_class(chan
     model, x = tiny("vit")
     change(model)
     m = attention_after(model, x)
-    with torch.no_grad(), reference.unfused(model) as maps:
+    with torch.no_grad(), unfused(model) as maps:
         model(x)
     torch.testing.assert_close(m[...], maps[0], rtol=0, atol=1e-6)
 
@@ -110,7 +111,7 @@ def test_a_hook_that_is_put_on_inside_the_block_and_changes_x_is_seen(keep: Any)
         attn.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
     ):
         model(x)
-    with torch.no_grad(), attn.register_forward_pre_hook(lambda _, args: (args[0] * 2,)), reference.unfused(model) as maps:
+    with torch.no_grad(), attn.register_forward_pre_hook(lambda _, args: (args[0] * 2,)), unfused(model) as maps:
         model(x)
     torch.testing.assert_close(rec.maps[0][...], maps[0], rtol=0, atol=1e-6)
     assert not attn._forward_hooks
@@ -122,7 +123,7 @@ def test_parameters_that_are_swapped_for_one_call_are_not_mixed_up_with_the_modu
     others = {name: p + torch.randn_like(p) for name, p in model.named_parameters()}
     with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():
         torch.func.functional_call(model, others, (x,))
-    with torch.no_grad(), reference.unfused(model) as maps:
+    with torch.no_grad(), unfused(model) as maps:
         torch.func.functional_call(model, others, (x,))
     torch.testing.assert_close(rec.maps[0][...], maps[0], rtol=0, atol=1e-6)
 
@@ -147,7 +148,7 @@ def test_dropout_inside_a_projection_is_the_dropout_of_the_call(keep: Any, name:
         attn.qkv = WithDropout(attn.qkv)
     model.train()
     torch.manual_seed(3)
-    with torch.no_grad(), reference.unfused(model) as maps:
+    with torch.no_grad(), unfused(model) as maps:
         alone = model(x)
     torch.manual_seed(3)
     with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-import reference
 import torch
 from einops import rearrange
-from models import ANY_DTYPE, randomise, tiny
-from test_index import Largest
-from test_mechanisms import LAYOUTS, MODELS, lively, short_name
+from support.mechanisms import MODELS, lively
+from support.models import ANY_DTYPE, randomise, tiny
+from support.modes import Largest
+from support.oracle import as_read, loss_of, own_gradients, unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,43 +26,6 @@ from hookattn.analysis import relevance
 from hookattn.recipes.registry import find_recipe
 
 NAMES = ["blocks.0.attn", "blocks.1.attn"]
-
-
-def loss_of(output: Tensor, which: int = 1) -> Tensor:
-    """Something whose gradient is another one for every token and channel."""
-    output = output.flatten(1)
-    return (output * torch.arange(output.shape[1]).to(output).add(which).cos()).square().sum()
-
-
-def own_gradients(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss_of) -> dict[str, Tensor]:
-    """dL/dA by module: the model is run unfused, and autograd asked for the gradient of what its softmaxes made."""
-    softmaxes: dict[str, list[Tensor]] = {}
-    modules = {name: m for name, m in model.named_modules() if find_recipe(m) is not None}
-    with reference.unfused(model) as made:
-        handles = []
-        for name, module in modules.items():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: softmaxes.__setitem__(name, [len(made)])))
-            handles.append(
-                module.register_forward_hook(lambda *_, name=name: softmaxes[name].extend(made[softmaxes[name][0] :]))
-            )
-        end = loss(model(x))
-    for handle in handles:
-        handle.remove()
-    found = {}
-    for name, (_, *maps) in softmaxes.items():
-        grads = torch.autograd.grad(end, maps, retain_graph=True, materialize_grads=True)
-        found[name] = as_read(modules[name], list(grads))
-    return found
-
-
-def as_read(module: Any, grads: list[Tensor]) -> Tensor:
-    """Gradients of the softmaxes of one module as (images * windows, heads, queries, keys)."""
-    if len(grads) > 1:
-        return rearrange(grads, "two b h q k -> b (h two) q k")
-    pattern, grad = LAYOUTS.get(short_name(module)), grads[0]
-    if pattern is None or grad.dim() != len(pattern.split(" -> ")[0].replace("(b h)", "bh").split()):
-        return grad
-    return rearrange(grad, pattern, **({"h": module.num_heads} if "(b h)" in pattern else {}))
 
 
 def first(output: Any) -> Any:
@@ -115,7 +78,7 @@ def test_the_gradient_is_that_of_the_unfused_path_for_every_mechanism(name: str)
         handle.remove()
     for m in rec.maps.values():  # from the output of the module on; before it, gradients of such networks are ill-conditioned
         module = modules[m.name]
-        with reference.unfused(module) as maps:
+        with unfused(module) as maps:
             output = first(module.forward(m.x.clone().requires_grad_(), *m.call.args[1:], **m.call.kwargs))
         grads = torch.autograd.grad(output, maps, outputs[module].grad, materialize_grads=True)
         expected[m.name] = as_read(module, list(grads))
@@ -222,7 +185,7 @@ def test_under_autocast_the_gradient_is_as_near_as_that_of_the_unfused_path(dtyp
     cast = torch.autocast("cpu", dtype=dtype)
 
     def own_gradient(module: nn.Module, x: Tensor) -> Tensor:
-        with reference.unfused(module) as maps:
+        with unfused(module) as maps:
             output = module(x)
         return torch.autograd.grad((output * factor.to(output)).sum(), maps)[0].double()
 
@@ -283,7 +246,7 @@ def test_groups_of_heads_and_outputs_that_are_asked_one_by_one(keep: Any) -> Non
     model, x = Grouped().double(), torch.randn(2, 5, 32, dtype=torch.float64)
     with AttentionRecorder(model, gradients=True, keep=keep) as rec:
         outputs = model(x)
-    with reference.unfused(model) as maps:
+    with unfused(model) as maps:
         expected = model(x)
     for places in ([0], [1], [0, 1]):
         sum(loss_of(outputs[i]) for i in places).backward(retain_graph=True)
@@ -317,7 +280,7 @@ class Odd(nn.Module):
 
 def test_what_is_found_by_watching_has_gradients_in_the_first_forward_and_later() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), Odd(), nn.Linear(4, 4), Odd()).double(), torch.randn(2, 1, 5, 4).double()
-    with reference.unfused(model) as maps:
+    with unfused(model) as maps:
         expected = torch.autograd.grad(loss_of(model(x)), maps)
     with AttentionRecorder(model, gradients=True) as rec:
         for _ in range(2):
@@ -343,7 +306,7 @@ def test_a_row_of_a_gradient_is_read_without_forming_the_map() -> None:
     gradient = rec.maps[0].gradient
     with Largest() as largest:
         gradient[:, :, 0]
-    assert largest.numel < 2 * 3 * 257 * 257
+    assert largest.elements < 2 * 3 * 257 * 257
 
 
 def test_what_is_missing_is_said_with_what_to_type() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import randomise, tiny
+from support import reference
+from support.models import randomise, tiny
+from support.oracle import unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -69,7 +70,7 @@ INPUTS = {
 @pytest.mark.parametrize("name", INPUTS)
 def test_an_odd_input_is_read_as_it_is_and_left_alone(name: str, heads: int) -> None:
     attn, x = attention(heads=heads), INPUTS[name]()
-    with AttentionRecorder(attn) as rec, reference.unfused(attn) as expected:
+    with AttentionRecorder(attn) as rec, unfused(attn) as expected:
         attn(x)
     m = rec.maps[0]
     torch.testing.assert_close(m[...], expected[0].detach(), rtol=0, atol=1e-6)

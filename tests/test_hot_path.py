@@ -8,33 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import TINY, tiny
-from reference import unfused
-from test_recorder import own_map
+from support.models import TINY, tiny
+from support.modes import operators_of
+from support.oracle import own_map, unfused
 from timm.layers import Attention
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookattn import AttentionRecorder, StaleMapError
-
-
-class Operators(TorchDispatchMode):
-    """Notes the operators of torch that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def operators(model: nn.Module, x: Tensor) -> list[str]:
-    with Operators() as seen:
-        model(x)
-    return seen.names
-
 
 # one for each kind of state: parameters alone, buffers, rope, an empty cache, norms with statistics, windows
 MODELS = [name for name in ("vit", "beit", "rope_mixed", "rope_gqa", "relpos", "differential") if name in TINY]
@@ -44,17 +24,17 @@ MODELS = [name for name in ("vit", "beit", "rope_mixed", "rope_gqa", "relpos", "
 def test_recording_calls_no_operator_and_makes_no_tensor(name: str) -> None:
     model, x = tiny(name)
     with torch.no_grad():
-        alone = operators(model, x)
+        alone = operators_of(lambda: model(x))
         with AttentionRecorder(model) as rec:
-            assert operators(model, x) == alone
+            assert operators_of(lambda: model(x)) == alone
     assert len(rec.maps) == len(rec.layers)
 
 
 def test_with_a_graph_recording_cuts_x_off_from_it_and_that_is_all() -> None:
     model, x = tiny("vit")
-    alone = operators(model, x)
+    alone = operators_of(lambda: model(x))
     with AttentionRecorder(model):
-        recorded = operators(model, x)
+        recorded = operators_of(lambda: model(x))
     detached = "aten.detach.default"
     assert [name for name in recorded if name != detached] == [name for name in alone if name != detached]
     assert recorded.count(detached) - alone.count(detached) in (2, 4)  # PyTorch 2.6 shows each twice

@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import tiny
+from support.models import tiny
+from support.modes import Largest
 from timm.layers import Attention
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hookattn import AttentionMap, AttentionRecorder
 
@@ -174,19 +173,6 @@ def test_a_map_has_a_length_and_gives_its_images_one_by_one(kind: str) -> None:
 # What it costs
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that comes into being."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
-
-
 TOKENS, HEADS = 300, 4
 PAIRS = TOKENS * TOKENS
 
@@ -200,7 +186,7 @@ def long() -> AttentionMap:
     m = rec.maps[0]
     with Largest() as shapes:
         assert m.shape == (1, HEADS, TOKENS, TOKENS)
-    assert shapes.numel < PAIRS
+    assert shapes.elements < PAIRS
     return m
 
 
@@ -220,16 +206,16 @@ def long() -> AttentionMap:
 def test_a_row_is_read_without_forming_the_map(long: AttentionMap, index: Any, rows: int) -> None:
     with Largest() as read:
         long[index]
-    assert read.numel <= max(rows * TOKENS, 2 * TOKENS * 8)  # the rows themselves, or queries and keys
+    assert read.elements <= max(rows * TOKENS, 2 * TOKENS * 8)  # the rows themselves, or queries and keys
 
 
 def test_a_head_is_read_without_forming_the_others(long: AttentionMap) -> None:
     with Largest() as read:
         long[:, 1]
-    assert read.numel == PAIRS
+    assert read.elements == PAIRS
     with Largest() as read:
         long[...]
-    assert read.numel == HEADS * PAIRS
+    assert read.elements == HEADS * PAIRS
 
 
 def test_images_are_read_one_at_a_time() -> None:
@@ -238,7 +224,7 @@ def test_images_are_read_one_at_a_time() -> None:
         attn(x)
     with Largest() as read:
         rec.maps[0][3]
-    assert read.numel == 100 * 100
+    assert read.elements == 100 * 100
 
 
 def test_recording_forms_no_map() -> None:
@@ -248,4 +234,4 @@ def test_recording_forms_no_map() -> None:
             attn(x)
         with AttentionRecorder(attn), Largest() as recorded:
             attn(x)
-    assert recorded.numel == plain.numel < PAIRS
+    assert recorded.elements == plain.elements < PAIRS

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import tiny
-from test_recorder import own_map, same, untouched
+from support.models import tiny
+from support.oracle import own_map
+from support.reading import read, same
+from support.untouched import untouched
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -41,10 +43,6 @@ def levit(**options: Any) -> tuple[nn.Module, Tensor]:
 
 def some(name: str) -> tuple[nn.Module, Tensor]:
     return levit() if name == "levit" else tiny(name)
-
-
-def read(rec: AttentionRecorder) -> dict[str, Tensor]:
-    return {name: m[...] for name, m in rec.maps.items()}
 
 
 # Modes

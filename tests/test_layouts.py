@@ -6,8 +6,6 @@ keys of the map are others than before, and these must be the ones that are name
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,7 +15,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from models import randomise, tiny
+from support.image import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, marked, naflex, swin_places, the_class
+from support.models import tiny
+from support.reading import record
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder
@@ -30,47 +30,6 @@ from hookattn.maps.reading import source_of
 
 Place = tuple[int, int]
 Size = tuple[int, int]
-
-
-class Alone(nn.Module):
-    """One module, which is called with the input and what else it takes."""
-
-    def __init__(self, inner: nn.Module, more: tuple[Any, ...]) -> None:
-        super().__init__()
-        self.inner, self.more = inner, more
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, *(a[:1].expand(len(x), *a.shape[1:]).double() if isinstance(a, Tensor) else a for a in self.more))
-
-
-def the_class(name: str) -> Any:
-    module, _, cls = name.rpartition(".")
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"this timm has no {module}")
-    return getattr(importlib.import_module(module), cls)
-
-
-def made(option: Any) -> Any:
-    """A class for its name, an object for the name of its class and arguments."""
-    if isinstance(option, tuple) and option and isinstance(option[0], str):
-        return the_class(option[0])(**option[1])
-    return the_class(option) if isinstance(option, str) and "." in option else option
-
-
-def build(name: str, *more: Any, **options: Any) -> nn.Module:
-    """A randomised float64 model of timm, or a module of a class of this name alone."""
-    if "." in name:
-        options = {key: made(option) for key, option in options.items()}
-        return randomise(Alone(the_class(name)(**options), more)).double().eval()
-    if not timm.is_model(name):
-        pytest.skip(f"this timm has no {name}")
-    return randomise(timm.create_model(name, **options)).double().eval()
-
-
-def record(model: nn.Module, x: Any, **options: Any) -> AttentionRecorder:
-    with AttentionRecorder(model, **options) as rec, torch.no_grad():
-        model(x)
-    return rec
 
 
 # The oracle
@@ -158,16 +117,12 @@ class Case(NamedTuple):
     more: tuple[Any, ...] = ()
 
 
-SWIN: dict[str, Any] = {"window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]}
-SHRUNK: dict[str, Any] = {"depths": [1, 1, 1, 1], "embed_dims": [16, 32, 40, 64], "num_heads": [1, 2, 5, 8]}
 SAM: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "window_size": 4, "global_attn_indexes": [1]}
-VIT: dict[str, Any] = {"depth": 1, "embed_dim": 48, "num_heads": 3}
 SVT: dict[str, Any] = {"embed_dims": [16, 32, 64, 128], "num_heads": [1, 2, 4, 8], "depths": [1, 1, 1, 2]}
 DAVIT: dict[str, Any] = {"depths": [1, 1, 1, 1], "embed_dims": [16, 32, 48, 64], "num_heads": [1, 2, 3, 4]}
 HIERA: dict[str, Any] = {"img_size": (64, 96), "embed_dim": 24, "stages": [1, 1, 2, 1]}
 MAXVIT: dict[str, Any] = {"img_size": (64, 96)}
 PARTITION = ("timm.models.maxxvit.MaxxVitTransformerCfg", {"window_size": (2, 3), "grid_size": (2, 3)})
-MVIT: dict[str, Any] = {"dim": 16, "dim_out": 16, "num_heads": 2, "feat_size": (16, 16)}
 GCVIT: dict[str, Any] = {"dim": 16, "feat_size": (8, 12), "num_heads": 2, "window_size": 4}
 GEMMA: dict[str, Any] = {"head_dim": 16, "intermediate_size": 96, "position_embedding_size": 64, "img_size": (96, 144)}
 METAFORMER: dict[str, Any] = {"token_mixer": "timm.models.metaformer.Attention", "norm_layer": "torch.nn.LayerNorm"}
@@ -625,21 +580,6 @@ def naive(m: AttentionMap, places: Tensor, query: Place, area: int) -> Tensor:
     return picture
 
 
-def marked(rows: int, columns: int) -> Tensor:
-    """(1, rows, columns, 1): the numbers of the places, and 1 more."""
-    return torch.arange(1.0, rows * columns + 1).reshape(1, rows, columns, 1)
-
-
-def swin_places(block: Any, rows: int, columns: int) -> Tensor:
-    """(windows, tokens): the place of every token of a Swin block, by timm's own code: what its attention receives."""
-    received = []
-    handle = block.attn.register_forward_pre_hook(lambda module, args: received.append(args[0]))
-    x = marked(rows, columns).expand(-1, -1, -1, block.dim).double()
-    with handle, torch.no_grad():
-        (getattr(block, "_attn", None) or block._shifted_window_attn)(x)
-    return received[0][..., 0].round().long() - 1
-
-
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
 @pytest.mark.parametrize("block", [0, 1])
 def test_pictures_of_swin_are_those_put_together_by_hand(name: str, block: int) -> None:
@@ -964,31 +904,6 @@ def test_two_towers_each_have_their_own_grid() -> None:
 
 
 # Images that come as patches
-
-
-def as_patches(images: list[Tensor], side: int, length: int) -> dict[str, Tensor]:
-    """Images of several sizes, (channels, height, width), cut into patches and padded to one length."""
-    batch = {
-        "patches": torch.zeros(len(images), length, 3 * side**2, dtype=torch.float64),
-        "patch_coord": torch.zeros(len(images), length, 2, dtype=torch.long),
-        "patch_valid": torch.zeros(len(images), length, dtype=torch.bool),
-    }
-    for i, image in enumerate(images):
-        cut_up = rearrange(image, "c (h y) (w x) -> h w (y x c)", y=side, x=side)
-        rows, columns, _ = cut_up.shape
-        batch["patches"][i, : rows * columns] = cut_up.flatten(0, 1)
-        batch["patch_coord"][i, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        batch["patch_valid"][i, : rows * columns] = True
-    return batch
-
-
-SIZES = [(2, 5), (4, 3), (1, 1)]
-
-
-def naflex(name: str = "naflexvit_base_patch16_map", **options: Any) -> tuple[AttentionRecorder, dict[str, Tensor]]:
-    model = build(name, **(VIT | {"class_token": False, "reg_tokens": 0} | options))
-    batch = as_patches([torch.randn(3, 16 * h, 16 * w, dtype=torch.float64) for h, w in SIZES], 16, 14)
-    return record(model, batch), batch
 
 
 @pytest.mark.parametrize("prefix", [(), ("cls",), ("cls", "reg0", "reg1")])

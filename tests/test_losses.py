@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import timm.layers as layers
 import timm.models.swin_transformer as swin
 import torch
-from models import randomise, tiny
+from support.models import randomise, tiny
+from support.oracle import unfused
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder
@@ -64,7 +64,7 @@ def test_distilling_maps_is_training_on_the_unfused_softmax(keep: Any) -> None:
     for _ in range(10):
         with AttentionRecorder(students[0], keep=keep, detach=False) as rec:
             students[0](x)
-        with reference.unfused(students[1]) as softmaxes:
+        with unfused(students[1]) as softmaxes:
             students[1](x)
         for optimizer, maps in zip(optimizers, ([m[...] for m in rec.maps.values()], softmaxes)):
             end = distance(maps, theirs)
@@ -91,7 +91,7 @@ def test_an_entropy_and_the_logits_can_be_in_one_loss() -> None:
     with AttentionRecorder(model, detach=False) as rec:
         logits = model(x)
     got = torch.autograd.grad(loss(logits, [m[...] for m in rec.maps.values()]), list(model.parameters()), allow_unused=True)
-    with reference.unfused(model) as softmaxes:
+    with unfused(model) as softmaxes:
         logits = model(x)
     expected = torch.autograd.grad(loss(logits, softmaxes), list(model.parameters()), allow_unused=True)
     for a, b in zip(got, expected):

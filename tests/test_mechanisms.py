@@ -8,115 +8,19 @@ from functools import lru_cache, partial
 from typing import Any
 
 import pytest
-import reference
 import timm
 import torch
-from einops import rearrange
-from models import TINY, enliven, randomise, tiny
 from packaging.version import Version
+from support.mechanisms import MODELS, lively
+from support.models import TINY, randomise, tiny
+from support.modes import Largest
+from support.oracle import exists, own_softmax, short_name
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookattn import AttentionRecorder
 from hookattn.maps.attention_map import AttentionMap
 from hookattn.maps.replay import replayed
-from hookattn.recipes.registry import find_recipe, qualified_name, registered
-
-# name of a test: (timm model, arguments, input size, classes whose maps are compared)
-SMALL: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]}
-DAVIT: dict[str, Any] = {"depths": [1, 1, 1, 1], "embed_dims": [16, 32, 48, 64], "num_heads": [1, 2, 3, 4]}
-PYRAMID: dict[str, Any] = {"depths": [1, 1, 1, 1], "embed_dims": [16, 32, 40, 64], "num_heads": [1, 2, 5, 8]}
-SVT: dict[str, Any] = {"depths": [1, 1, 1, 2], "embed_dims": [16, 32, 64, 128], "num_heads": [1, 2, 4, 8], "img_size": 64}
-SAM: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "window_size": 4, "global_attn_indexes": [1]}
-GEMMA: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "head_dim": 16, "intermediate_size": 96}
-MODELS: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
-    "swin": ("swin_tiny_patch4_window7_224", SMALL, 64, ("swin_transformer.WindowAttention",)),
-    "swin_v2": ("swinv2_tiny_window8_256", SMALL, 64, ("swin_transformer_v2.WindowAttention",)),
-    "swin_v2_cr": ("swinv2_cr_tiny_224", SMALL, 64, ("swin_transformer_v2_cr.WindowMultiHeadAttention",)),
-    "davit": ("davit_tiny", DAVIT, 64, ("davit.WindowAttention", "davit.ChannelAttention")),
-    "davit_v2": ("davit_base_fl", DAVIT, 64, ("davit.ChannelAttentionV2",)),
-    "twins_svt": ("twins_svt_small", SVT, 64, ("twins.LocallyGroupedAttn", "twins.GlobalSubSampleAttn")),
-    "twins_pcpvt": ("twins_pcpvt_small", {**PYRAMID, "img_size": 64}, 64, ("twins.GlobalSubSampleAttn",)),
-    "nest": ("nest_tiny", {"img_size": 64}, 64, ("nest.Attention",)),
-    "maxvit": ("test_maxvit", {"img_size": 64}, 64, ("maxxvit.AttentionCl",)),
-    "coatnet": ("test_coatnet", {"img_size": 64}, 64, ("maxxvit.Attention2d",)),
-    "pvt_v2": ("pvt_v2_b0", {}, 64, ("pvt_v2.Attention",)),
-    "pvt_v2_linear": ("pvt_v2_b2_li", PYRAMID, 64, ("pvt_v2.Attention",)),
-    "mqa": ("mobilenetv4_hybrid_medium_075", {}, 64, ("attention2d.MultiQueryAttention2d",)),
-    "nextvit": ("nextvit_small", {"depths": (1, 1, 5, 1)}, 64, ("nextvit.EfficientAttention",)),
-    "hiera": ("hiera_tiny_224", {"img_size": 64, "embed_dim": 24, "stages": [1, 1, 2, 1]}, 64, ("hiera.MaskUnitAttention",)),
-    "hieradet": ("sam2_hiera_tiny", {"embed_dim": 16}, 64, ("hieradet_sam2.MultiScaleAttention",)),
-    "cpubone": ("cpubone_nano", {}, 128, ("cpubone.ConvAttention",)),
-    "lowformer": ("lowformer_b0", {}, 128, ("lowformer.ConvAttention",)),
-    "sam": ("samvit_base_patch16_224", {**SAM, "img_size": 96}, 96, ("vision_transformer_sam.Attention",)),
-    "mvit": ("mvitv2_tiny", {"img_size": (64, 64)}, 64, ("mvitv2.MultiScaleAttention",)),
-    "halo": ("halonet26t", {}, 256, ("halo_attn.HaloAttn",)),
-    "botnet": ("botnet26t_256", {"img_size": 64}, 64, ("bottleneck_attn.BottleneckAttn",)),
-    "cait": ("cait_xxs24_224", {"img_size": 64, "depth": 2}, 64, ("cait.TalkingHeadAttn", "cait.ClassAttn")),
-    "efficientformer_v2": (
-        "efficientformerv2_s0",
-        {"img_size": 64},
-        64,
-        ("efficientformer_v2.Attention2d", "efficientformer_v2.Attention2dDownsample"),
-    ),
-    "convit": ("convit_tiny", {"img_size": 64, "depth": 3, "local_up_to_layer": 2}, 64, ("convit.GPSA", "convit.MHSA")),
-    "xcit": ("xcit_nano_12_p16_224", {"depth": 2}, 64, ("xcit.XCA", "cait.ClassAttn")),
-    "crossvit": ("crossvit_tiny_240", {"img_size": 120, "depth": [[1, 1, 0]]}, 120, ("crossvit.CrossAttention",)),
-    "volo": ("volo_d1_224", {"img_size": 64}, 64, ("volo.OutlookAttention", "volo.Attention", "volo.ClassAttention")),
-    "latent": ("test_vit3", {"img_size": 64}, 64, ("attention_pool.AttentionPoolLatent",)),
-    "prr": ("test_vit", {"global_pool": "prr"}, 64, ("attention_pool.AttentionPoolPrr",)),
-    "fastvit": ("fastvit_mci0", {}, 128, ("fastvit.Attention",)),
-    "visformer": ("visformer_tiny", {"img_size": 64}, 64, ("visformer.Attention",)),
-    "iformer": ("iformer_t", {}, 64, ("iformer.SHMA",)),
-    "shvit": ("shvit_s1", {}, 128, ("shvit.SHSA",)),
-    "tiny_vit": ("tiny_vit_5m_224", {}, 64, ("tiny_vit.Attention",)),
-    "efficientformer": ("efficientformer_l1", {}, 224, ("efficientformer.Attention",)),
-    "levit": ("levit_128s", {"img_size": 128}, 128, ("levit.Attention", "levit.AttentionDownsample")),
-    "levit_conv": ("levit_conv_128s", {"img_size": 128}, 128, ("levit.Attention", "levit.AttentionDownsample")),
-    "edgenext": ("edgenext_xx_small", {}, 64, ("edgenext.CrossCovarianceAttn",)),
-    "caformer": ("caformer_s18", {}, 64, ("metaformer.Attention",)),
-    "tnt": ("tnt_s_legacy_patch16_224", {"img_size": 64, "depth": 2}, 64, ("tnt.Attention",)),
-    "gemma4": (
-        "gemma4_vit_167m",
-        {**GEMMA, "img_size": 96, "position_embedding_size": 64},
-        96,
-        ("gemma4_vit.Gemma4Attention",),
-    ),
-}
-
-MODELS = {name: case for name, case in MODELS.items() if timm.is_model(case[0])}  # older timm has fewer
-
-# how a class lays out the map it forms itself, told independently of the package
-LAYOUTS = {
-    "nest.Attention": "b h w q k -> (b w) h q k",
-    "hiera.MaskUnitAttention": "b h w q k -> (b w) h q k",
-    "volo.OutlookAttention": "b h w q k -> (b w) h q k",
-    "twins.LocallyGroupedAttn": "b w h q k -> (b w) h q k",
-    "halo_attn.HaloAttn": "(b h) w q k -> (b w) h q k",
-    "bottleneck_attn.BottleneckAttn": "(b h) q k -> b h q k",
-    "vision_transformer_sam.Attention": "(b h) q k -> b h q k",
-    "iformer.SHMA": "b q k -> b 1 q k",
-    "shvit.SHSA": "b q k -> b 1 q k",
-    "attention2d.MultiQueryAttentionV2": "b q h k -> b h q k",
-}
-
-
-def short_name(module: nn.Module) -> str:
-    return ".".join(qualified_name(type(module)).split(".")[-2:])
-
-
-@torch.no_grad()
-def own_softmax(module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """What a module itself forms, unfused: (images * windows, heads, queries, keys)."""
-    with reference.unfused(module) as maps:
-        module.forward(*args, **kwargs)
-    if short_name(module) == "convit.GPSA":
-        content, position = maps
-        return rearrange([content, position], "two b h q k -> b (h two) q k")
-    pattern = LAYOUTS.get(short_name(module))
-    if pattern is None or maps[0].dim() != len(pattern.split(" -> ")[0].replace("(b h)", "bh").split()):
-        return maps[0]
-    return rearrange(maps[0], pattern, **({"h": module.num_heads} if "(b h)" in pattern else {}))
+from hookattn.recipes.registry import find_recipe, registered
 
 
 def own_map(m: AttentionMap) -> Tensor:
@@ -126,15 +30,6 @@ def own_map(m: AttentionMap) -> Tensor:
 @torch.no_grad()
 def replay_of(m: AttentionMap) -> Tensor:
     return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).narrow().probabilities()
-
-
-@lru_cache(maxsize=1)
-def lively(name: str) -> tuple[nn.Module, Tensor]:
-    """A model in float64 whose parameters are moved, and images for it."""
-    architecture, arguments, size, _ = MODELS[name]
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, size, size, dtype=torch.float64)
-    return enliven(timm.create_model(architecture, **arguments).double(), x), x
 
 
 @lru_cache(maxsize=1)
@@ -185,16 +80,6 @@ def test_every_recipe_is_compared() -> None:
     known = [name for name in registered() if name.startswith("timm") and exists(name)]
     assert len(known) > 30
     assert {".".join(name.split(".")[-2:]) for name in known} <= compared | elsewhere
-
-
-def exists(name: str) -> bool:
-    """Whether the timm at hand has a class, where it is defined."""
-    module, _, kind = name.rpartition(".")
-    try:
-        found = getattr(__import__(module, fromlist=[kind]), kind, None)
-    except ImportError:
-        return False
-    return found is not None and found.__module__ == module
 
 
 # Options that no registered model uses, but the classes take
@@ -431,23 +316,6 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str) -> None:
 
 
 # Cheap rows
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that was made, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = torch.utils._pytree.tree_leaves
-        there = {t.untyped_storage().data_ptr() for t in leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in (t for t in leaves(out) if isinstance(t, Tensor)):
-            if t.untyped_storage().data_ptr() not in there:
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return out
 
 
 def large() -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:

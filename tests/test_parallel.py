@@ -18,10 +18,9 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
-from models import randomise, tiny
-from reference import unfused
-from test_gradients import loss_of, own_gradients
-from test_recorder import NAMES, by_hand, maps_of, read_all, same
+from support.models import by_hand, randomise, tiny
+from support.oracle import loss_of, own_gradients, unfused
+from support.reading import NAMES, maps_of, read, same
 from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.parallel import DistributedDataParallel
@@ -116,7 +115,7 @@ def checks_of_ddp(x: Tensor) -> Iterator[tuple[str, Any]]:
     for name, opened in (("wrapper", ddp), ("inside", ddp.module), ("compiled", torch.compile(ddp, backend="eager"))):
         with AttentionRecorder(opened) as rec:
             ddp(x)
-        yield f"ddp {name}", furthest(read_all(rec), expected)
+        yield f"ddp {name}", furthest(read(rec), expected)
     for keep in ("inputs", "maps"):
         yield f"ddp train {keep}", train(DistributedDataParallel, x, keep=keep)
 
@@ -150,7 +149,7 @@ def checks_of_fsdp(x: Tensor) -> Iterator[tuple[str, Any]]:
     with AttentionRecorder(half, keep="maps") as rec, torch.no_grad():
         half(x.float())
     plain = maps_of(model_of_all(torch.float32).bfloat16(), x.bfloat16())
-    yield "fsdp bfloat16", (same(read_all(rec), plain), furthest(read_all(rec), expected))
+    yield "fsdp bfloat16", (same(read(rec), plain), furthest(read(rec), expected))
 
 
 def checks_of_fsdp1(x: Tensor) -> Iterator[tuple[str, Any]]:
@@ -410,7 +409,7 @@ def test_a_forward_in_another_thread_is_not_recorded_and_computes_the_same(optio
         CALLS[call](model, x)
         assert torch.equal(other.result(timeout=60), out)
     assert len(rec.passes) == 1
-    assert furthest(read_all(rec), expected) < 1e-5
+    assert furthest(read(rec), expected) < 1e-5
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -445,7 +444,7 @@ def test_a_call_that_a_hook_may_still_change_is_not_mistaken_for_that_of_another
         model(x)
     with unfused(model) as softmaxes, torch.no_grad():
         model(x)
-    assert furthest(read_all(rec), {"blocks.0.attn": softmaxes[0]}) < 1e-5
+    assert furthest(read(rec), {"blocks.0.attn": softmaxes[0]}) < 1e-5
 
 
 class Unnamed(nn.Module):
@@ -566,7 +565,7 @@ async def in_a_task(model: nn.Module, x: Tensor, options: dict[str, Any]) -> dic
         with torch.no_grad():
             model(x)
         await asyncio.sleep(0)
-    return read_all(rec)
+    return read(rec)
 
 
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
@@ -612,7 +611,7 @@ def test_a_recorder_opened_in_a_task_that_is_over_goes_on_in_its_thread() -> Non
     rec = asyncio.run(opened())
     model(x)
     rec.__exit__(None, None, None)
-    assert same(read_all(rec), maps_of(model, x))
+    assert same(read(rec), maps_of(model, x))
 
 
 # Transforms
@@ -647,7 +646,7 @@ def test_a_map_captured_under_a_transform_is_exact_or_refused_with_the_way_to_it
         with pytest.raises(UnreadableError, match=r"'blocks\.0\.attn'.* ran under torch\.vmap.*return .*m\[\.\.\.\]"):
             rec.maps[0][...]
     else:
-        assert furthest({name: m.detach() for name, m in read_all(rec).items()}, own_softmaxes(other, x)) < 1e-5
+        assert furthest({name: m.detach() for name, m in read(rec).items()}, own_softmaxes(other, x)) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -658,7 +657,7 @@ def test_a_recorder_opened_inside_what_vmap_maps_reads_each_slice(keep: Any) -> 
     def read(images: Tensor) -> dict[str, Tensor]:
         with AttentionRecorder(model, keep=keep) as rec:
             model(images)
-        return read_all(rec)
+        return read(rec)
 
     got = vmap(read)(torch.stack([x, -x]))
     for i, images in enumerate((x, -x)):

@@ -6,14 +6,13 @@ import copy
 from typing import Any
 
 import pytest
-import reference
 import timm
 import torch
-import torch.nn.functional as F
-from models import ANY_DTYPE, TINY, enliven, tiny
-from test_mechanisms import MODELS
+from support.mechanisms import MODELS
+from support.models import ANY_DTYPE, TINY, enliven, tiny
+from support.modes import KernelCalls
+from support.oracle import unfused
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionRecorder
 
@@ -42,19 +41,6 @@ def test_rows_sum_to_1_within_the_rounding_of_float32_whatever_the_dtype(name: s
                 assert (rows.double().sum(-1) - 1).abs().max() < 2e-6, m.name
 
 
-class Dots(TorchFunctionMode):
-    """What scaled_dot_product_attention is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.seen.append((args[0], args[1]))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["vit", "rope_axial", "differential"])
@@ -65,11 +51,16 @@ def test_scores_that_overflow_half_precision_give_the_map_of_float64(name: str, 
             (block.attn if hasattr(block, "attn") else block).qkv.weight.mul_(150)
     if not autocast:
         model, x = model.to(dtype), x.to(dtype)
-    with AttentionRecorder(model) as rec, Dots() as dots, torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+    with (
+        AttentionRecorder(model) as rec,
+        KernelCalls() as calls,
+        torch.no_grad(),
+        torch.autocast("cpu", dtype, enabled=autocast),
+    ):
         model(x)
-    whole, parts = rec.maps[0][...], len(dots.seen) // len(rec.maps)
+    whole, parts = rec.maps[0][...], len(calls.seen) // len(rec.maps)
     assert whole.isfinite().all()
-    for part, (q, k) in enumerate(dots.seen[:parts]):  # differential attention makes two maps, their heads in turn
+    for part, (q, k) in enumerate(calls.seen[:parts]):  # differential attention makes two maps, their heads in turn
         assert q.dtype == k.dtype == dtype
         scores = q.double() @ k.double().mT
         assert scores.abs().max() > torch.finfo(torch.float16).max
@@ -84,9 +75,9 @@ def test_norms_that_stay_in_float32_are_read_as_they_are(dtype: torch.dtype) -> 
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.float()
-    with AttentionRecorder(model) as rec, Dots() as dots, torch.no_grad():
+    with AttentionRecorder(model) as rec, KernelCalls() as calls, torch.no_grad():
         model(x.to(dtype))
-    for m, (q, k) in zip(rec.maps.values(), dots.seen):
+    for m, (q, k) in zip(rec.maps.values(), calls.seen):
         exact = (q.double() @ k.double().mT * q.shape[-1] ** -0.5).softmax(-1)
         torch.testing.assert_close(m[...].double(), exact, rtol=0, atol=1e-6)
         m.verify()
@@ -101,10 +92,10 @@ def test_a_scale_that_was_set_counts_where_the_module_looks_at_it(name: str, fus
     modules = [getattr(block, "attn", block) for block in model.blocks]
     for module in modules:
         module.scale, module.fused_attn = 1.0, fused
-    with AttentionRecorder(model) as rec, Dots() as dots, torch.no_grad(), reference.unfused(nn.ModuleList()) as softmaxes:
+    with AttentionRecorder(model) as rec, KernelCalls() as calls, torch.no_grad(), unfused(nn.ModuleList()) as softmaxes:
         model(x)
-    assert len(dots.seen) == (len(modules) if fused else 0)
-    q, k = dots.seen[0] if fused else (torch.zeros(0), torch.zeros(0))
+    assert len(calls.seen) == (len(modules) if fused else 0)
+    q, k = calls.seen[0] if fused else (torch.zeros(0), torch.zeros(0))
     if not fused:
         torch.testing.assert_close(rec.maps[0][...], softmaxes[0], rtol=0, atol=1e-6)
     elif name != "beit":

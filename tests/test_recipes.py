@@ -7,10 +7,11 @@ import inspect
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from models import ANY_DTYPE, TINY, randomise, tiny
+from support import reference
+from support.models import ANY_DTYPE, TINY, randomise, tiny
+from support.oracle import unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def record(model: nn.Module, x: Tensor, **options: Any) -> list[AttentionMap]:
 def own_softmax(m: AttentionMap) -> Tensor:
     """What the module itself forms on the arguments it was called with, unfused."""
     module = m.call.target.module
-    with reference.unfused(module) as maps:
+    with unfused(module) as maps:
         module.forward(*m.call.args, **m.call.kwargs)
     return maps[0]
 
@@ -78,7 +79,7 @@ def test_in_bfloat16_maps_are_nearer_to_float64_than_the_unfused_path(name: str)
 
 @torch.no_grad()
 def call_softmaxes(module: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    with reference.unfused(module) as maps:
+    with unfused(module) as maps:
         module(*args, **kwargs)
     return maps[0].double()
 
@@ -163,7 +164,7 @@ def test_masks_norms_gates_and_head_widths(name: str, mask: str) -> None:
     x, given = torch.randn(2, 9, 32), masks(9, 2)[mask]
     if "rope" in name or name.startswith("eva"):
         given = {**given, "rope": torch.randn(8, 16)}
-    with AttentionRecorder(module) as rec, torch.no_grad(), reference.unfused(module) as expected:
+    with AttentionRecorder(module) as rec, torch.no_grad(), unfused(module) as expected:
         module(x, **given)
     m = rec.maps[0]
     torch.testing.assert_close(m[...], expected[0], rtol=0, atol=1e-6)
@@ -178,7 +179,7 @@ def test_beit_adds_its_own_and_the_shared_bias() -> None:
 
     module = randomise(Attention(32, 4, qkv_bias=True, qkv_bias_separate=True, window_size=(2, 3))).eval()
     shared = torch.randn(1, 4, 7, 7)
-    with AttentionRecorder(module) as rec, torch.no_grad(), reference.unfused(module) as expected:
+    with AttentionRecorder(module) as rec, torch.no_grad(), unfused(module) as expected:
         module(torch.randn(2, 7, 32), shared_rel_pos_bias=shared)
     torch.testing.assert_close(rec.maps[0][...], expected[0], rtol=0, atol=1e-6)
     check_recipe(module, torch.randn(2, 7, 32), shared_rel_pos_bias=shared)
@@ -329,7 +330,7 @@ def test_a_hook_of_somebody_else_that_changes_x_is_seen() -> None:
     for block in model.blocks:
         block.attn.register_forward_pre_hook(lambda _, args: (args[0] * 3,))
     maps = record(model, x)
-    with torch.no_grad(), reference.unfused(model) as expected:
+    with torch.no_grad(), unfused(model) as expected:
         model(x)
     torch.testing.assert_close(maps[0][...], expected[0], rtol=0, atol=1e-6)
 

@@ -11,77 +11,23 @@ import pdb
 import pickle
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm.layers
 import torch
-from models import TINY, tiny
+from support.models import TINY, Raises, by_hand, tiny
+from support.oracle import own_map
+from support.reading import NAMES, maps_of, read, same
+from support.untouched import untouched
 from timm.layers import Attention, Attention2d
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder, LayerNotFoundError, NoMapError, RecorderError, TokenError
 from hookattn.maps.attention_map import AttentionMap
 
-NAMES = ["blocks.0.attn", "blocks.1.attn"]
 DROPOUT = {"proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3}
-
-
-def everything_on(model: nn.Module) -> dict[tuple[str, ...], Any]:
-    """What the `__dict__` of every module holds, and what the dicts in it hold: hooks, flags, parameters, buffers, caches."""
-    found: dict[tuple[str, ...], Any] = {}
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            found[name, attribute] = value
-            if isinstance(value, dict):
-                found.update({(name, attribute, str(key)): inner for key, inner in value.items()})
-    return found
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Everything on the model is afterwards the very object it was, also when the block raises."""
-    before = everything_on(model)
-    try:
-        yield
-    finally:
-        after = everything_on(model)
-        assert after.keys() == before.keys()
-        assert [key for key in after if after[key] is not before[key]] == []
-
-
-def by_hand(images: Tensor, model: Any) -> Tensor:
-    """A forward of a timm ViT in the hands of the user, who calls its modules one by one."""
-    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    for block in model.blocks:
-        x = block(x)
-    return model.norm(x)
-
-
-def read_all(recorded: AttentionRecorder) -> dict[str, Tensor]:
-    return {name: m[...] for name, m in recorded.maps.items()}
-
-
-def maps_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The maps of one plain forward."""
-    with AttentionRecorder(model) as rec, torch.no_grad():
-        model(images)
-    return read_all(rec)
-
-
-def same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return list(got) == list(expected) and all(torch.equal(got[name], expected[name]) for name in got)
-
-
-class Raises(nn.Module):
-    def __init__(self, error: type[BaseException] = ArithmeticError) -> None:
-        super().__init__()
-        self.error = error
-
-    def forward(self, *_: Any) -> Tensor:
-        raise self.error("midway")
 
 
 class Shared(nn.Module):
@@ -175,7 +121,7 @@ def test_nothing_is_left_when_the_body_raises(error: type[BaseException]) -> Non
 
     with untouched(model), pytest.raises(error, match="mine"):
         body()
-    assert same(read_all(rec), expected)
+    assert same(read(rec), expected)
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
@@ -287,13 +233,13 @@ def test_a_copy_made_inside_the_block_works_is_not_recorded_and_carries_nothing_
         assert torch.equal(getattr(twin, call)(x), output)
         getattr(twin, call)(-x)
     assert len(rec.passes) == 1
-    assert same(read_all(rec), expected)
+    assert same(read(rec), expected)
     assert torch.equal(getattr(twin, call)(x), output)
     hooks = [hook for m in twin.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     assert "hookattn" not in {str(getattr(hook, "__module__", None)).split(".")[0] for hook in hooks}
     with AttentionRecorder(twin) as rec, torch.no_grad():
         twin(x)
-    assert same(read_all(rec), expected)
+    assert same(read(rec), expected)
 
 
 def test_a_file_written_inside_the_block_does_not_need_hookattn() -> None:
@@ -434,7 +380,7 @@ def test_passes_last_keeps_one_forward_and_passes_all_keeps_each() -> None:
         assert len(kept) == (2 if passes == "all" else 1)
         assert same(kept[-1], second)
         assert same(kept[0], first if passes == "all" else second)
-        assert same(read_all(rec), second)
+        assert same(read(rec), second)
 
 
 @pytest.mark.parametrize("passes", ["last", "all"])
@@ -616,7 +562,7 @@ def test_gradient_checkpointing_records_each_forward_once(
             model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
     assert [list(maps) for maps in rec.passes] == [NAMES]
-    assert same({name: m.detach() for name, m in read_all(rec).items()}, expected)
+    assert same({name: m.detach() for name, m in read(rec).items()}, expected)
 
 
 def test_a_map_that_is_read_inside_the_block_starts_no_forward() -> None:
@@ -637,7 +583,7 @@ def test_maps_that_are_kept_are_those_computed_from_the_inputs(name: str) -> Non
     model, x = tiny(name)
     with AttentionRecorder(model) as late, AttentionRecorder(model, keep="maps") as kept, torch.no_grad():
         model(x)
-    assert same(read_all(kept), read_all(late))
+    assert same(read(kept), read(late))
     for a, b in zip(kept.maps.values(), late.maps.values()):
         assert (a.name, a.shape, a.dtype, a.device) == (b.name, b.shape, b.dtype, b.device)
         assert repr(a) == repr(b)
@@ -691,12 +637,6 @@ def test_device_is_where_slices_go(keep: Any) -> None:
         assert m.shape == m[...].shape == (2, 3, 17, 17)
 
 
-def own_map(attn: Any, x: Tensor) -> Tensor:
-    """The unfused map of timm's Attention, in the graph."""
-    q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)
-
-
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
 def test_detach_false_leaves_maps_in_the_graph_with_the_gradient_of_the_unfused_computation(keep: Any) -> None:
     model, x = tiny("vit")
@@ -742,10 +682,10 @@ def test_two_recorders_on_one_model_do_not_see_each_other() -> None:
     with untouched(model), torch.no_grad(), outer:
         with inner:
             model(x)
-        assert same(read_all(outer), expected)
+        assert same(read(outer), expected)
         model(-x)
-    assert same(read_all(outer), other)
-    assert same(read_all(inner), {NAMES[1]: expected[NAMES[1]]})
+    assert same(read(outer), other)
+    assert same(read(inner), {NAMES[1]: expected[NAMES[1]]})
 
 
 def test_two_recorders_can_close_in_the_order_they_were_opened() -> None:
@@ -758,8 +698,8 @@ def test_two_recorders_can_close_in_the_order_they_were_opened() -> None:
         first.__exit__(None, None, None)
         model(-x)
         second.__exit__(None, None, None)
-    assert same(read_all(first), maps_of(model, x))
-    assert same(read_all(second), maps_of(model, -x))
+    assert same(read(first), maps_of(model, x))
+    assert same(read(second), maps_of(model, -x))
 
 
 def test_a_recorder_can_be_used_again_and_begins_anew() -> None:
@@ -776,7 +716,7 @@ def test_a_recorder_can_be_used_again_and_begins_anew() -> None:
                 rec.maps  # noqa: B018
             model(-x)
     assert len(rec.passes) == 1
-    assert same(read_all(rec), maps_of(model, -x))
+    assert same(read(rec), maps_of(model, -x))
     assert same({name: m[...] for name, m in before.items()}, maps_of(model, x))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import tiny
-from test_recorder import maps_of, same, untouched
+from support.models import tiny
+from support.reading import maps_of, same
+from support.untouched import untouched
 from timm.layers import Attention
 from torch import Tensor, nn
 

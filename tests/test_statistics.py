@@ -10,14 +10,14 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from models import randomise, tiny
-from test_layouts import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, naflex, swin_places
+from support import reference
+from support.image import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, naflex, swin_places
+from support.models import randomise, tiny
+from support.modes import Functions
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionMap, AttentionRecorder, StaleMapError, TokenError, UnreadableError
 from hookattn.analysis import Statistic, compute_statistics, entropy, head_mean, mean_attention_distance, received
@@ -309,24 +309,15 @@ def test_queries_and_keys_are_computed_once_for_all_chunks(monkeypatch: pytest.M
     m = record(*tiny("vit", batch=1))
 
     def products() -> int:
-        with Counting() as counted:
+        linear = []
+        with Functions(lambda func, *_: linear.append(1) if func is F.linear else None):
             compute_statistics(m, *FOUR)
-        return counted.linear
+        return len(linear)
 
     assert products() > 0
     at_once = products()
     monkeypatch.setattr("hookattn.maps.lazy._CHUNK", 1)
     assert products() == at_once
-
-
-class Counting(TorchFunctionMode):
-    """Counts linear layers."""
-
-    linear = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.linear += func is F.linear
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("keep", ["inputs", "maps"])

@@ -8,17 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import tiny
-from test_index import Largest
+from support.models import tiny
+from support.modes import Largest
+from support.reading import record
 from torch import Tensor, nn
 
 from hookattn import AttentionMap, AttentionRecorder, TokenError
-
-
-def record(model: nn.Module, x: Tensor, **options: Any) -> AttentionRecorder:
-    with AttentionRecorder(model, **options) as rec, torch.no_grad():
-        model(x)
-    return rec
 
 
 def first_map(name: str, size: tuple[int, int] | None = None, **overrides: Any) -> AttentionMap:
@@ -270,4 +265,4 @@ def test_a_mean_of_all_rows_does_not_form_the_map(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("hookattn.maps.lazy._CHUNK", 3 * 257 * 10)
     with Largest() as read:
         m.image("mean")
-    assert read.numel <= 3 * 257 * 10
+    assert read.elements <= 3 * 257 * 10

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import timm
 import torch
-from models import randomise
+from support.models import randomise
+from support.oracle import unfused
+from support.untouched import state_of
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder
@@ -36,20 +37,6 @@ def small(name: str) -> tuple[nn.Module, Tensor]:
     return randomise(timm.create_model(name, **arguments), 0.2), torch.randn(4, 3, size, size)
 
 
-def everything(model: nn.Module) -> list[Any]:
-    """All that modules hold: tensors by identity, version and value, caches by their content, flags."""
-    found: list[Any] = [torch.get_rng_state().tolist()]
-    for module in model.modules():
-        for name, value in {**vars(module), **module._buffers, **module._parameters}.items():
-            if isinstance(value, Tensor):
-                found.append((name, id(value), value._version, value.sum().item()))
-            elif isinstance(value, dict) and not name.startswith("_"):
-                found.append((name, id(value), [(key, id(v)) for key, v in value.items()]))
-            elif isinstance(value, (bool, int, float, str, type(None))):
-                found.append((name, value))
-    return found
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", SMALL)
 def test_reading_leaves_no_trace(name: str, training: bool) -> None:
@@ -57,11 +44,11 @@ def test_reading_leaves_no_trace(name: str, training: bool) -> None:
     model.train(training)
     with AttentionRecorder(model) as rec, torch.no_grad():
         model(x)
-    before = everything(model)
+    before = state_of(model)
     for m in rec.maps.values():
         assert m[...].shape == m.shape
     rec.maps[0].verify()
-    assert everything(model) == before
+    assert state_of(model) == before
 
 
 @pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224", "efficientvit_m0", "efficientformerv2_s0"])
@@ -74,7 +61,7 @@ def test_where_a_model_uses_a_stale_cache_so_does_its_map(name: str) -> None:
         for key, parameter in model.named_parameters():
             if key.endswith("attention_biases"):
                 parameter.copy_(torch.randn_like(parameter))
-        with AttentionRecorder(model) as rec, reference.unfused(model) as maps:
+        with AttentionRecorder(model) as rec, unfused(model) as maps:
             model(x)
     model.train()  # clears the cache
     model.eval()
@@ -99,7 +86,7 @@ def test_dropout_inside_a_bias_is_the_dropout_of_the_call(name: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    with AttentionRecorder(model) as rec, reference.unfused(model) as maps, torch.no_grad():
+    with AttentionRecorder(model) as rec, unfused(model) as maps, torch.no_grad():
         model(x)
     torch.rand(7)
     for m, expected in zip(rec.maps.values(), maps):
@@ -110,7 +97,7 @@ def test_a_buffer_that_a_forward_replaces_is_the_one_of_the_call() -> None:
     """ConViT replaces its relative indices when the number of tokens changes, in the first forward too."""
     model, x = small("convit_tiny")
     model.eval()
-    with torch.no_grad(), AttentionRecorder(model) as rec, reference.unfused(model) as maps:
+    with torch.no_grad(), AttentionRecorder(model) as rec, unfused(model) as maps:
         model(x)
     m = rec.maps[0]
     expected = torch.stack(maps[:2], dim=2).flatten(1, 2)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny
-from test_late import read
-from test_recorder import same
+from support.models import tiny
+from support.reading import read, same
 from timm.models import checkpoint_seq
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import timm.utils
 import torch
 import torch.nn.functional as F
-from models import tiny
-from test_recorder import untouched
+from support.models import tiny
+from support.oracle import unfused
+from support.untouched import untouched
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -114,7 +114,7 @@ def test_the_map_is_what_the_wrapped_module_used(wrap: str, training: bool, keep
     if inside:
         put_on(twin, wrap)
     torch.manual_seed(3)
-    with torch.no_grad(), reference.unfused(twin) as expected:
+    with torch.no_grad(), unfused(twin) as expected:
         twin(x)
     with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():
         if inside:
@@ -122,7 +122,7 @@ def test_the_map_is_what_the_wrapped_module_used(wrap: str, training: bool, keep
         torch.manual_seed(3)
         model(x)
     plain, _ = made(None, training)
-    with torch.no_grad(), reference.unfused(plain) as unwrapped:
+    with torch.no_grad(), unfused(plain) as unwrapped:
         plain(x)
     alike = ("hook on what comes out", "weight norm", "dynamically quantised", "int8")  # in the first layer
     assert wrap in alike or (expected[0] - unwrapped[0]).abs().max() > 1e-3  # or the test would prove nothing

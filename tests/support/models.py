@@ -91,3 +91,22 @@ def tiny(name: str, batch: int = 2, **overrides: Any) -> tuple[nn.Module, torch.
     architecture, arguments, size = TINY[name]
     model = timm.create_model(architecture, **{**arguments, **overrides})
     return randomise(model).eval(), torch.randn(batch, 3, size, size)
+
+
+def by_hand(images: torch.Tensor, model: Any) -> torch.Tensor:
+    """A forward of a timm ViT in the hands of the user, who calls its modules one by one."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    for block in model.blocks:
+        x = block(x)
+    return model.norm(x)
+
+
+class Raises(nn.Module):
+    """Breaks a forward off."""
+
+    def __init__(self, error: type[BaseException] = ArithmeticError) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, *_: Any) -> torch.Tensor:
+        raise self.error("midway")

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -75,33 +71,6 @@ def grad_rollout(maps: list[Tensor], gradients: list[Tensor], residual: float) -
             joint = ((1 - residual) * layer + residual * torch.eye(len(layer), dtype=torch.float64)) @ joint
         images.append(joint)
     return torch.stack(images)
-
-
-class _Softmaxes(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.outputs: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "softmax":
-            self.outputs.append(out)
-        return out
-
-
-@contextmanager
-def unfused(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Run a model on its own unfused path and collect what each softmax puts out, in order."""
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    for module in fused:
-        module.fused_attn = False
-    softmaxes = _Softmaxes()
-    try:
-        with softmaxes:
-            yield softmaxes.outputs
-    finally:
-        for module in fused:
-            module.fused_attn = True
 
 
 def entropy(attention: Tensor) -> Tensor:
