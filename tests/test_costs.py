@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inside import call_of, read_by
 from support.models import ANY_DTYPE, randomise, tiny
 from support.modes import Largest, operations_of
-from support.oracle import unfused
+from support.oracle import softmaxes_of, unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
 
 from hookattn import AttentionRecorder, RecorderError
-from hookattn.attention.projection import Projected
+from hookattn.attention.projection import Projected, project_heads
 from hookattn.recipes.registry import find_recipe
 
 B, N, H, D = 2, 37, 4, 8
@@ -110,8 +111,8 @@ def test_maps_that_are_kept_are_the_softmaxes_of_the_module(name: str) -> None:
         model(x)
     assert list(rec.maps) == list(late.maps)
     for kept, m in zip(rec.maps.values(), late.maps.values(), strict=True):
-        with unfused(module := m.call.target.module) as maps, torch.no_grad():
-            module.forward(*m.call.args, **m.call.kwargs)
+        module, args, kwargs = call_of(m)
+        maps = softmaxes_of(module, *args, **kwargs)
         torch.testing.assert_close(kept[...], m[...], rtol=0, atol=1e-11)
         if len(maps) == 1 and maps[0].shape == kept.shape:
             torch.testing.assert_close(kept[...], maps[0], rtol=0, atol=1e-9)
@@ -205,10 +206,8 @@ class Around(Attention):
 def test_a_module_that_projects_in_another_way_than_its_recipe_is_read_all_the_same(
     kind: type[Attention], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hookattn.maps import reading
-    from hookattn.recipes import global_attention
 
-    monkeypatch.setattr(reading, "find_recipe", lambda _: global_attention.attention)
+    read_by(monkeypatch)
     torch.manual_seed(0)
     model, x = randomise(nn.Sequential(kind(C, H, qkv_bias=True)).eval()).double(), torch.randn(B, N, C).double()
     with torch.no_grad():
@@ -300,13 +299,11 @@ class KeysFirst(Attention):
 
 def test_keys_that_are_projected_before_queries_are_taken_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from hookattn import QK
-    from hookattn.attention.projection import project_heads
-    from hookattn.maps import reading
 
     def recipe(self: Any, x: Tensor) -> QK:
         return QK(project_heads(self.q, x, H), project_heads(self.k, x, H), scale=self.scale)
 
-    monkeypatch.setattr(reading, "find_recipe", lambda _: recipe)
+    read_by(monkeypatch, recipe)
     module = KeysFirst(C, H)
     module.q, module.k, module.v = (nn.Linear(C, C) for _ in range(3))
     model, x = nn.Sequential(randomise(module)).eval().double(), torch.randn(B, N, C).double()

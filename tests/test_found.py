@@ -14,8 +14,7 @@ from support.oracle import unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder, StaleMapError, UnreadableError
-from hookattn.maps.attention_map import AttentionMap
+from hookattn import AttentionMap, AttentionRecorder, StaleMapError, UnreadableError
 
 
 def attention_after(model: nn.Module, x: Tensor, **options: Any) -> AttentionMap:

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import reference
+from support.inside import own_registers
 from support.models import randomise, tiny
 from support.oracle import unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hookattn import QK, AttentionRecorder, LayerNotFoundError
+from hookattn import QK, AttentionRecorder, LayerNotFoundError, recipe
 from hookattn.analysis import rollout
 
 
@@ -125,7 +126,6 @@ def result(of: Any, index: Any) -> Tensor | type[IndexError]:
 @settings(max_examples=250, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_part_of_any_map_is_that_part_of_the_definition_or_both_raise(case: tuple[QK, Tensor, Any]) -> None:
-    from hookattn.recipes import registry
 
     qk, expected, index = case
 
@@ -133,16 +133,15 @@ def test_any_part_of_any_map_is_that_part_of_the_definition_or_both_raise(case: 
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    registry._RECIPES.file(lambda self, x: qk, Given)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        own_registers(patch)
+        recipe(Given)(lambda self, x: qk)
         module = Given()
         with AttentionRecorder(module, lambda _, m: True) as rec:
             module(torch.zeros(1))
         m = rec.maps[0]
         got, wanted = result(m, index), result(expected, index)
         assert m.dtype == (torch.float64 if qk.q.dtype == torch.float64 else torch.float32)
-    finally:
-        del registry._RECIPES._facts[f"{Given.__module__}.{Given.__qualname__}"]
     if isinstance(got, Tensor) and isinstance(wanted, Tensor):
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-12 if m.dtype == torch.float64 else 2e-6)
     else:

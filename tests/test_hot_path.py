@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.inside import sample_by_kernel
 from support.models import TINY, tiny
 from support.modes import operators_of
 from support.oracle import own_map, unfused
@@ -57,7 +58,7 @@ def test_what_is_kept_with_nothing_read_is_the_inputs_themselves() -> None:
 def samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of parameters as they are sampled on the CPU, and as they are on other devices."""
     if request.param != "read at once":
-        monkeypatch.setattr("hookattn.conditions.changes._AT_HAND", ())
+        sample_by_kernel(monkeypatch)
 
 
 def double(attn: Any) -> None:

@@ -16,8 +16,7 @@ from support.untouched import untouched
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder, StaleMapError
-from hookattn.maps.attention_map import AttentionMap
+from hookattn import AttentionMap, AttentionRecorder, StaleMapError
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": torch.enable_grad,

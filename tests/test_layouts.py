@@ -16,17 +16,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from support.image import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, marked, naflex, swin_places, the_class
+from support.inside import form_of
 from support.models import tiny
 from support.reading import record
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder
-from hookattn.attention.sources import QK
-from hookattn.errors import TokenError
+from hookattn import QK, AttentionMap, AttentionRecorder, TokenError
 from hookattn.image.sizes import size_after
 from hookattn.image.tokens import Tokens, cut
-from hookattn.maps.attention_map import AttentionMap
-from hookattn.maps.reading import source_of
 
 Place = tuple[int, int]
 Size = tuple[int, int]
@@ -73,8 +70,7 @@ def moving(model: nn.Module, site: str, part: Callable[[Tensor, int, Place], Ten
 
 def what_moved(m: AttentionMap, images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(windows, queries) and (windows, keys) that are others than in the first image, image by image."""
-    with m.call.resumed():
-        source = source_of(m.call)
+    source = form_of(m)
     if isinstance(source, QK):
         parts = [part.unflatten(0, (images, -1)) for part in (source.q, source.k)]
         yield from zip(*(differ(part[1:], part[0]).any(2).any(-1) for part in parts))

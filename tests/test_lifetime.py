@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.inside import REMEMBERED
 from support.models import tiny
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -190,7 +191,7 @@ def test_what_called_from_remembers_goes_with_the_tensors(monkeypatch: pytest.Mo
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr("hookattn.calls.callsite.WeakTensorKeyDictionary", Noted)
+    monkeypatch.setattr(REMEMBERED, Noted)
     model, x = tiny("vit")
     with AttentionRecorder(model, keep="maps", called_from=True) as rec, torch.no_grad():
         model(x)

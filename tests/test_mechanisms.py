@@ -11,25 +11,20 @@ import pytest
 import timm
 import torch
 from packaging.version import Version
+from support.inside import call_of, ignore_shift_masks, replay_of
 from support.mechanisms import MODELS, lively
 from support.models import TINY, randomise, tiny
 from support.modes import Largest
 from support.oracle import exists, own_softmax, short_name
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder
-from hookattn.maps.attention_map import AttentionMap
-from hookattn.maps.replay import replayed
+from hookattn import AttentionMap, AttentionRecorder
 from hookattn.recipes.registry import find_recipe, registered
 
 
 def own_map(m: AttentionMap) -> Tensor:
-    return own_softmax(m.call.target.module, *m.call.args, **m.call.kwargs)
-
-
-@torch.no_grad()
-def replay_of(m: AttentionMap) -> Tensor:
-    return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).narrow().probabilities()
+    module, args, kwargs = call_of(m)
+    return own_softmax(module, *args, **kwargs)
 
 
 @lru_cache(maxsize=1)
@@ -40,7 +35,7 @@ def recorded(name: str) -> dict[str, list[AttentionMap]]:
         model(x)
     found: dict[str, list[AttentionMap]] = {}
     for m in rec.maps.values():
-        found.setdefault(short_name(m.call.target.module), []).append(m)
+        found.setdefault(short_name(call_of(m)[0]), []).append(m)
     return found
 
 
@@ -50,7 +45,7 @@ def same(got: Tensor, expected: Tensor) -> None:
 
 def check(m: AttentionMap, expected: Tensor) -> None:
     """The map is the expected one and replay's; rows and heads read alone are those of the whole; verify agrees."""
-    assert find_recipe(m.call.target.module) is not None
+    assert find_recipe(call_of(m)[0]) is not None
     shape, whole = m.shape, m[...]
     assert shape == whole.shape
     assert m.dtype == whole.dtype == torch.float64
@@ -233,9 +228,8 @@ def without(**attributes: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
 
 
 def no_mask(module: Any, patch: pytest.MonkeyPatch) -> None:
-    from hookattn.recipes import window_attention
 
-    patch.setattr(window_attention, "per_window", lambda mask, batch: ())
+    ignore_shift_masks(patch)
 
 
 def no_biases(module: Any, patch: pytest.MonkeyPatch) -> None:
@@ -303,12 +297,12 @@ MUTATIONS: dict[str, tuple[str, str, int, Any]] = {
 def test_a_recipe_that_drops_a_term_is_caught(mutation: str) -> None:
     name, kind, place, mutate = MUTATIONS[mutation]
     m = recorded(name)[kind][place]
-    module: Any = m.call.target.module
+    module, args, kwargs = call_of(m)
     recipe = find_recipe(module)
     assert recipe is not None
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         mutate(module, patch)
-        got = recipe(module, *m.call.args, **m.call.kwargs).narrow().probabilities()
+        got = recipe(module, *args, **kwargs).narrow().probabilities()
     same(m[...], own_map(m))
     assert got.shape == m.shape
     assert (got - own_map(m)).abs().max() > 1e-5
@@ -459,9 +453,9 @@ def test_under_autocast_maps_are_no_further_from_float64_than_the_unfused_path(n
     with AttentionRecorder(model) as rec, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(x.float())
     for kind in MODELS[name][3]:
-        m = next(m for m in rec.maps.values() if short_name(m.call.target.module) == kind)
-        module = m.call.target.module
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.double, (m.call.args, m.call.kwargs))
+        m = next(m for m in rec.maps.values() if short_name(call_of(m)[0]) == kind)
+        module, *given = call_of(m)
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.double, tuple(given))
         exact = own_softmax(copy.deepcopy(module).double(), *args, **kwargs)
         with torch.autocast("cpu", torch.bfloat16):
             eager = own_map(m).double()

@@ -9,7 +9,8 @@ import timm
 import torch
 
 from hookattn import AttentionRecorder, TokenError
-from hookattn.figures.plot import _rollout_image, overview
+from hookattn.figures.plot import _rollout_image as rollout_image
+from hookattn.figures.plot import overview
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_the_rollout_of_tokens_in_another_order_lies_where_they_do() -> None:
     m = rec.maps[0]
     assert m.tokens.places is not None
     own = m.image((3, 2), size=32)[0]
-    mixed = _rollout_image([m], (3, 2), (32, 32))
+    mixed = rollout_image([m], (3, 2), (32, 32))
     itself = torch.zeros(1, 1, 8, 8)
     itself[..., 3, 2] = 1
     itself = torch.nn.functional.interpolate(itself, (32, 32), mode="bilinear")[0, 0]

@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import reference
+from support.inside import call_of, own_registers, refile, replay, replay_of
 from support.models import ANY_DTYPE, TINY, randomise, tiny
-from support.oracle import unfused
+from support.oracle import softmaxes_of, unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder, UnfaithfulMapError, recipe
-from hookattn.maps.attention_map import AttentionMap
-from hookattn.maps.replay import replayed
+from hookattn import AttentionMap, AttentionRecorder, UnfaithfulMapError, recipe
 from hookattn.recipes.registry import find_recipe, registered
 from hookattn.testing import check_recipe
 
@@ -31,15 +30,8 @@ def record(model: nn.Module, x: Tensor, **options: Any) -> list[AttentionMap]:
 @torch.no_grad()
 def own_softmax(m: AttentionMap) -> Tensor:
     """What the module itself forms on the arguments it was called with, unfused."""
-    module = m.call.target.module
-    with unfused(module) as maps:
-        module.forward(*m.call.args, **m.call.kwargs)
-    return maps[0]
-
-
-@torch.no_grad()
-def replay_of(m: AttentionMap) -> Tensor:
-    return replayed(m.call.target.module, *m.call.args, **m.call.kwargs).probabilities()
+    module, args, kwargs = call_of(m)
+    return softmaxes_of(module, *args, **kwargs)[0]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -70,9 +62,9 @@ def test_in_bfloat16_maps_are_nearer_to_float64_than_the_unfused_path(name: str)
     with AttentionRecorder(half) as rec, torch.no_grad():
         half(x.bfloat16())
     for m in rec.maps.values():
-        call = m.call
-        exact = call_softmaxes(copy.deepcopy(call.target.module).double(), *as_double((call.args, call.kwargs)))
-        eager = call_softmaxes(call.target.module, call.args, call.kwargs)
+        module, *given = call_of(m)
+        exact = call_softmaxes(copy.deepcopy(module).double(), *as_double(tuple(given)))
+        eager = call_softmaxes(module, *given)
         assert m.dtype == torch.float32
         assert rms(m[...] - exact) <= rms(eager - exact)  # the largest error is that of q and k themselves, in both
 
@@ -405,7 +397,7 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str, monkeypatch: pytest
     model, x = tiny(name)
     m = record(model, x)[0]
     expected = own_softmax(m)
-    module = m.call.target.module
+    module, *_ = call_of(m)
     for class_name in (c for c in registered() if c == f"{type(module).__module__}.{type(module).__qualname__}"):
         whole = registered()[class_name]
 
@@ -414,7 +406,7 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str, monkeypatch: pytest
                 mutate(self, patch)
                 return whole(self, *args, **kwargs)  # noqa: B023
 
-        monkeypatch.setitem(__import__("hookattn.recipes.registry", fromlist=["_"])._RECIPES._facts, class_name, without)
+        refile(monkeypatch, class_name, without)
     assert (m[...] - expected).abs().max() > 1e-3
     assert (m[...] - replay_of(m)).abs().max() > 1e-3
     with pytest.raises(UnfaithfulMapError, match="is not the one its output came from"):
@@ -437,7 +429,7 @@ def test_a_recipe_that_drops_an_argument_is_caught(argument: str) -> None:
         module(x, **received)
     m = rec.maps[0]
     assert received[argument] is not None
-    without = replayed(module, x, **{**received, argument: None}).probabilities()
+    without = replay(module, x, **{**received, argument: None})
     torch.testing.assert_close(m[...], replay_of(m), rtol=0, atol=1e-6)
     assert (m[...] - without).abs().max() > 1e-3
 
@@ -463,9 +455,8 @@ class TheirAttention(nn.Module):
 
 def test_a_user_files_a_recipe_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from hookattn import QK, project
-    from hookattn.recipes import registry
 
-    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
+    own_registers(monkeypatch)
     module = randomise(TheirAttention(32, 4)).eval()
     x = torch.randn(2, 6, 32)
     with pytest.raises(Exception, match=r"has no recipe; file one with @hookattn.recipe\("):
@@ -484,9 +475,8 @@ def test_a_user_files_a_recipe_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("wrong", ["temperature", "bias", "scale"])
 def test_check_recipe_catches_a_wrong_recipe(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hookattn import QK
-    from hookattn.recipes import registry
 
-    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
+    own_registers(monkeypatch)
 
     @recipe(TheirAttention)
     def theirs(self: Any, x: Tensor) -> QK:
@@ -512,10 +502,8 @@ class Holder(nn.Module):
 
 def test_a_recipe_may_be_one_for_some_modules_of_a_class_and_for_some_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     from hookattn import QK
-    from hookattn.recipes import registry
 
-    monkeypatch.setattr(registry._RECIPES, "_facts", registry.registered())
-    monkeypatch.setattr(registry, "_WHERE", dict(registry._WHERE))
+    own_registers(monkeypatch)
     calls = []
 
     @recipe(Holder, where=lambda module: hasattr(module, "is_plain"))

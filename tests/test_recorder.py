@@ -24,8 +24,7 @@ from support.untouched import untouched
 from timm.layers import Attention, Attention2d
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder, LayerNotFoundError, NoMapError, RecorderError, TokenError
-from hookattn.maps.attention_map import AttentionMap
+from hookattn import AttentionMap, AttentionRecorder, LayerNotFoundError, NoMapError, RecorderError, TokenError
 
 DROPOUT = {"proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3}
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from support import reference
 from support.image import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, naflex, swin_places
+from support.inside import kept, lost, read_in_chunks, show_image
 from support.models import randomise, tiny
 from support.modes import Functions
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from hookattn.analysis import Statistic, compute_statistics, entropy, head_mean,
 from hookattn.analysis.statistics import Sum
 from hookattn.calls.restore import is_reading
 from hookattn.image.geometry import Geometry
-from hookattn.maps.attention_map import KeptMap, LostMap
 
 PLAIN = {entropy: reference.entropy, received: reference.received, head_mean: reference.head_mean}
 FOUR = (*PLAIN, mean_attention_distance)
@@ -95,7 +95,7 @@ def test_figures_of_chunks_are_those_of_the_whole_map(
     make, layer = MECHANISMS[name]
     m = record(*make(), layer, keep=keep)
     whole = m[...]
-    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", chunk)
+    read_in_chunks(monkeypatch, chunk)
     for found, (statistic, expected) in zip(compute_statistics(m, *PLAIN), PLAIN.items()):
         torch.testing.assert_close(found, expected(whole).to(whole), rtol=1e-5, atol=1e-6)
         assert torch.equal(statistic(m), found)
@@ -105,7 +105,7 @@ def test_figures_are_what_they_are_called() -> None:
     m = record(*tiny("vit"))
     torch.testing.assert_close(received(m).sum(-1), torch.ones(2, 3))
     torch.testing.assert_close(head_mean(m).sum(-1), torch.ones(2, 17))
-    one_hot, flat = (KeptMap(a.expand(2, 3, 17, 17), m._about) for a in (torch.eye(17), torch.tensor(1 / 17)))
+    one_hot, flat = (kept(a.expand(2, 3, 17, 17), m) for a in (torch.eye(17), torch.tensor(1 / 17)))
     assert (entropy(one_hot) == 0).all()
     torch.testing.assert_close(entropy(flat), torch.full((2, 3, 17), 17.0).log())
     assert torch.equal(mean_attention_distance(one_hot), torch.zeros(2, 3))
@@ -123,7 +123,7 @@ def distances(m: AttentionMap, queries: list[Any], keys: list[Any]) -> Tensor:
 
 @pytest.fixture(params=[1, 3 * 25 * 7, 10**9], ids="chunk {}".format)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", request.param)
+    read_in_chunks(monkeypatch, request.param)
     return int(request.param)
 
 
@@ -226,7 +226,7 @@ def test_distances_between_grids_of_two_sizes_leave_the_class_token_out(prefix: 
     m = record(model, torch.randn(2, prefix + 96, 16).double())
     with pytest.raises(TokenError, match="no image was seen"):
         mean_attention_distance(m)
-    m._about = m._about._replace(geometry=m._about.geometry._replace(images=(2, 128, 96)))
+    show_image(m, (2, 128, 96))
     queries, keys = ([None] * prefix + reference.centres(r, c, 128 / r, 96 / c) for r, c in ((4, 6), (2, 3)))
     torch.testing.assert_close(mean_attention_distance(m), distances(m, queries, keys), rtol=1e-9, atol=0)
 
@@ -256,7 +256,7 @@ def test_a_patch_that_looks_at_no_patch_is_left_out_of_the_mean_distance() -> No
     attention = m[...].clone()
     attention[:, 0, 7, 5:] = 0
     attention[1, 2, :, 5:] = 0
-    m = KeptMap(attention, m._about)
+    m = kept(attention, m)
     got = mean_attention_distance(m)
     found = reference.attention_distance(attention[0, 0], tokens, tokens)
     assert len(found) == 15
@@ -297,7 +297,7 @@ def test_no_more_than_a_chunk_is_held(monkeypatch: pytest.MonkeyPatch, wanted: l
     m = record(model, torch.randn(2, 3, 512, 512), keep=keep)
     assert m.shape == (2, 3, 1025, 1025)
     chunk = 3 * 1025 * 80
-    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", chunk)
+    read_in_chunks(monkeypatch, chunk)
     results = sum(result.nbytes for result in compute_statistics(m, *wanted))
     projected = 4 * 2 * 1025 * 36 * 3  # queries and keys, and what they come from
     few = 4 * 4 * chunk  # as scores, as probabilities, as what is made of them
@@ -316,7 +316,7 @@ def test_queries_and_keys_are_computed_once_for_all_chunks(monkeypatch: pytest.M
 
     assert products() > 0
     at_once = products()
-    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", 1)
+    read_in_chunks(monkeypatch, 1)
     assert products() == at_once
 
 
@@ -415,7 +415,7 @@ def test_gradients_are_those_through_the_whole_map(monkeypatch: pytest.MonkeyPat
     weight = torch.randn_like(expected)
     wanted = [x, *model.blocks[1].attn.qkv.parameters()]
     right = torch.autograd.grad((expected * weight).sum(), wanted, retain_graph=True)
-    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", 3 * 21 * 4)
+    read_in_chunks(monkeypatch, 3 * 21 * 4)
     found = statistic(m)
     torch.testing.assert_close(found, expected)
     got = torch.autograd.grad((found * weight).sum(), wanted)
@@ -454,12 +454,12 @@ def test_figures_can_be_had_under_vmap() -> None:
 def test_figures_of_a_map_that_is_lost_or_stale_say_why() -> None:
     model, x = tiny("vit")
     m = record(model, x)
-    lost = LostMap("the dog ate it", m._about)
+    gone = lost("the dog ate it", m)
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.add_(1)
     for statistic in FOUR:
         with pytest.raises(UnreadableError, match="the dog ate it"):
-            statistic(lost)
+            statistic(gone)
         with pytest.raises(StaleMapError, match=r"qkv\.weight"):
             statistic(m)
 

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from support.inside import read_in_chunks
 from support.models import tiny
 from support.modes import Largest
 from support.reading import record
@@ -253,7 +254,7 @@ def test_a_mean_is_the_same_however_many_rows_are_read_at_a_time(
     model, x = tiny("vit_registers")
     m = record(model, x, keep=keep).maps[0]
     expected = m[...][:, :, 5:, 5:].mean(2).reshape(2, 3, 4, 4)
-    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", chunk)
+    read_in_chunks(monkeypatch, chunk)
     torch.testing.assert_close(m.image("mean", heads=None), expected)
     torch.testing.assert_close(m.image("mean", heads=1), expected[:, 1])
 
@@ -262,7 +263,7 @@ def test_a_mean_of_all_rows_does_not_form_the_map(monkeypatch: pytest.MonkeyPatc
     model, _ = tiny("vit", img_size=256, patch_size=16, embed_dim=12, depth=1, batch=1)
     m = record(model, torch.randn(1, 3, 256, 256)).maps[0]
     assert m.shape == (1, 3, 257, 257)
-    monkeypatch.setattr("hookattn.maps.lazy._CHUNK", 3 * 257 * 10)
+    read_in_chunks(monkeypatch, 3 * 257 * 10)
     with Largest() as read:
         m.image("mean")
     assert read.elements <= 3 * 257 * 10

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.inside import forget_steps
 from support.models import tiny
 from support.reading import read, same
 from timm.models import checkpoint_seq
@@ -127,7 +128,7 @@ def test_a_step_on_others_leaves_maps_readable() -> None:
 
 
 def test_steps_are_counted_only_while_there_are_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hookattn.conditions.changes._current", None)  # other tests may hold maps
+    forget_steps(monkeypatch)
     hooks = torch_optimizer._global_optimizer_post_hooks
     before = len(hooks)
     model, x = tiny("vit")

@@ -115,7 +115,7 @@ def own_gradients(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] 
     with unfused(model, lambda _, a: softmaxes.setdefault(running[-1], []).append(a)) as _, ExitStack() as stack:
         for name, module in modules.items():
             stack.enter_context(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-            stack.enter_context(module.register_forward_hook(lambda *_: running.pop() and None))
+            stack.enter_context(module.register_forward_hook(lambda *_: [running.pop(), None][1]))
         end = loss(model(x))
     return {
         name: as_read(modules[name], list(torch.autograd.grad(end, maps, retain_graph=True, materialize_grads=True)))
