@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.inside import call_of, read_by
+from support.inside import Projected, call_of, find_recipe, project_heads, read_by
 from support.models import ANY_DTYPE, randomise, tiny
 from support.modes import Largest, operations_of
 from support.oracle import softmaxes_of, unfused
@@ -20,8 +20,6 @@ from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
 
 from hookattn import AttentionRecorder, RecorderError
-from hookattn.attention.projection import Projected, project_heads
-from hookattn.recipes.registry import find_recipe
 
 B, N, H, D = 2, 37, 4, 8
 C = H * D

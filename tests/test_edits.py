@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
+from support.inside import find_recipe
 from support.mechanisms import MODELS, lively
 from support.models import ANY_DTYPE, TINY, tiny
 from support.oracle import unfused
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hookattn import AttentionRecorder, LayerNotFoundError, RecorderError, UnreadableError
-from hookattn.recipes.registry import find_recipe
 
 
 def without_head(attention: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.inside import find_recipe, registered
 from support.models import randomise
 from support.oracle import formed
 from torch import Tensor, nn
 
 from hookattn import AttentionMap, AttentionRecorder, TokenError, UnreadableError
-from hookattn.recipes.registry import find_recipe, registered
 from hookattn.testing import check_recipe
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
+from support.inside import find_recipe
 from support.mechanisms import MODELS, lively
 from support.models import ANY_DTYPE, randomise, tiny
 from support.modes import Largest
@@ -23,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from hookattn import AttentionRecorder, NoGradientError, RecorderError, StaleMapError, UnreadableError
 from hookattn.analysis import relevance
-from hookattn.recipes.registry import find_recipe
 
 NAMES = ["blocks.0.attn", "blocks.1.attn"]
 

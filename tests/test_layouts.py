@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from support.image import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, marked, naflex, swin_places, the_class
-from support.inside import form_of
+from support.inside import Tokens, cut, form_of, size_after
 from support.models import tiny
 from support.reading import record
 from torch import Tensor, nn
 
 from hookattn import QK, AttentionMap, AttentionRecorder, TokenError
-from hookattn.image.sizes import size_after
-from hookattn.image.tokens import Tokens, cut
 
 Place = tuple[int, int]
 Size = tuple[int, int]

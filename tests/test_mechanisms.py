@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from packaging.version import Version
-from support.inside import call_of, ignore_shift_masks, replay_of
+from support.inside import call_of, find_recipe, ignore_shift_masks, registered, replay_of
 from support.mechanisms import MODELS, lively
 from support.models import TINY, randomise, tiny
 from support.modes import Largest
@@ -19,7 +19,6 @@ from support.oracle import exists, own_softmax, short_name
 from torch import Tensor, nn
 
 from hookattn import AttentionMap, AttentionRecorder
-from hookattn.recipes.registry import find_recipe, registered
 
 
 def own_map(m: AttentionMap) -> Tensor:

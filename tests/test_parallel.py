@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
+from support.inside import restoring
 from support.models import by_hand, randomise, tiny
 from support.oracle import loss_of, own_gradients, unfused
 from support.reading import NAMES, maps_of, read, same
@@ -26,7 +27,6 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from hookattn import AttentionRecorder, NoMapError, StaleMapError, UnreadableError
-from hookattn.calls.restore import restoring
 
 CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "call": lambda model, x: model(x),

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.inside import rollout_image
 
 from hookattn import AttentionRecorder, TokenError
-from hookattn.figures.plot import _rollout_image as rollout_image
 from hookattn.figures.plot import overview
 
 

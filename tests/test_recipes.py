@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import reference
-from support.inside import call_of, own_registers, refile, replay, replay_of
+from support.inside import call_of, find_recipe, own_registers, refile, registered, replay, replay_of
 from support.models import ANY_DTYPE, TINY, randomise, tiny
 from support.oracle import softmaxes_of, unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from hookattn import AttentionMap, AttentionRecorder, UnfaithfulMapError, recipe
-from hookattn.recipes.registry import find_recipe, registered
 from hookattn.testing import check_recipe
 
 

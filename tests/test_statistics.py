@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from support import reference
 from support.image import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, naflex, swin_places
-from support.inside import kept, lost, read_in_chunks, show_image
+from support.inside import Geometry, Sum, is_reading, kept, lost, read_in_chunks, show_image
 from support.models import randomise, tiny
 from support.modes import Functions
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hookattn import AttentionMap, AttentionRecorder, StaleMapError, TokenError, UnreadableError
 from hookattn.analysis import Statistic, compute_statistics, entropy, head_mean, mean_attention_distance, received
-from hookattn.analysis.statistics import Sum
-from hookattn.calls.restore import is_reading
-from hookattn.image.geometry import Geometry
 
 PLAIN = {entropy: reference.entropy, received: reference.received, head_mean: reference.head_mean}
 FOUR = (*PLAIN, mean_attention_distance)
