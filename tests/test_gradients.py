@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from einops import rearrange
 from support.inside import find_recipe
 from support.mechanisms import MODELS, lively
-from support.models import ANY_DTYPE, randomise, tiny
+from support.models import ANY_DTYPE, randomise, tiny, tiny_double
 from support.modes import Largest
 from support.oracle import as_read, loss_of, own_gradients, unfused
+from support.reading import backward_of, compare_gradients
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,40 +25,17 @@ from torch.utils.checkpoint import checkpoint
 from hookattn import AttentionRecorder, NoGradientError, RecorderError, StaleMapError, UnreadableError
 from hookattn.analysis import relevance
 
-NAMES = ["blocks.0.attn", "blocks.1.attn"]
-
 
 def first(output: Any) -> Any:
     """What a module returns, without what it says of its size."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def recorded(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss_of, **options: Any) -> AttentionRecorder:
-    with AttentionRecorder(model, gradients=True, **options) as rec:
-        loss(model(x)).backward()
-    return rec
-
-
-def compare(rec: AttentionRecorder, expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    assert rec.maps
-    for name, m in rec.maps.items():
-        whole, largest = m.gradient[...], expected[name].abs().max()
-        assert m.gradient.shape == whole.shape == m.shape
-        assert largest > 0
-        torch.testing.assert_close(whole / largest, expected[name].to(whole.dtype) / largest, rtol=0, atol=tolerance)
-        torch.testing.assert_close(m.gradient[:, -1, 0] / largest, whole[:, -1, 0] / largest, rtol=0, atol=tolerance)
-
-
-def double(name: str, **overrides: Any) -> tuple[nn.Module, Tensor]:
-    model, x = tiny(name, **overrides)
-    return model.double(), x.double()
-
-
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
 @pytest.mark.parametrize("name", ANY_DTYPE)
 def test_the_gradient_is_that_of_the_unfused_path(name: str, keep: Any) -> None:
-    model, x = double(name)
-    compare(recorded(model, x, keep=keep), own_gradients(model, x))
+    model, x = tiny_double(name)
+    compare_gradients(backward_of(model, x, keep=keep), own_gradients(model, x))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -72,7 +49,7 @@ def test_the_gradient_is_that_of_the_unfused_path_for_every_mechanism(name: str)
 
     modules = {name: m for name, m in model.named_modules() if find_recipe(m) is not None}
     handles = [module.register_forward_hook(keep_gradient) for module in modules.values()]
-    rec = recorded(model, x, layers=list(modules))
+    rec = backward_of(model, x, layers=list(modules))
     expected = {}
     for handle in handles:
         handle.remove()
@@ -82,52 +59,33 @@ def test_the_gradient_is_that_of_the_unfused_path_for_every_mechanism(name: str)
             output = first(module.forward(m.x.clone().requires_grad_(), *m.call.args[1:], **m.call.kwargs))
         grads = torch.autograd.grad(output, maps, outputs[module].grad, materialize_grads=True)
         expected[m.name] = as_read(module, list(grads))
-    compare(rec, expected)
+    compare_gradients(rec, expected)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_gradient_is_there_for_autograd_grad_and_for_frozen_models(frozen: bool) -> None:
-    model, x = double("vit")
+    model, x = tiny_double("vit")
     expected = own_gradients(model, x)
     model.requires_grad_(not frozen)
     x.requires_grad_()
     with AttentionRecorder(model, gradients=True) as rec:
         torch.autograd.grad(loss_of(model(x)), x)
     assert x.grad is None
-    compare(rec, expected)
+    compare_gradients(rec, expected)
 
 
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
 def test_the_gradient_is_that_of_the_last_backward(keep: Any) -> None:
-    model, x = double("vit")
+    model, x = tiny_double("vit")
     with AttentionRecorder(model, gradients=True, keep=keep) as rec:
         output = model(x)
     for which in (0, 1):
         loss_of(output, which).backward(retain_graph=True)
-        compare(rec, own_gradients(model, x, partial(loss_of, which=which)))
-
-
-@pytest.mark.parametrize("keep", ["inputs", "maps"])
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_the_gradient_is_there_in_train_mode_and_with_checkpoints(reentrant: bool | None, keep: Any) -> None:
-    model, x = double("vit", proj_drop_rate=0.3, drop_path_rate=0.3)
-    model.train()
-    torch.manual_seed(1)
-    expected = own_gradients(model, x)
-    if reentrant is not None:
-        for block in model.blocks:
-            own = block.forward
-            block.forward = lambda *args, own=own, **kwargs: checkpoint(own, *args, use_reentrant=reentrant, **kwargs)
-    x.requires_grad_()
-    for passes in ("last", "all"):
-        torch.manual_seed(1)
-        rec = recorded(model, x, keep=keep, passes=passes)
-        assert len(rec.passes) == 1
-        compare(rec, expected)
+        compare_gradients(rec, own_gradients(model, x, partial(loss_of, which=which)))
 
 
 def test_each_of_several_forwards_has_its_own_gradient() -> None:
-    model, x = double("vit")
+    model, x = tiny_double("vit")
     images = [x, -x, x + 1]
     expected = [own_gradients(model, x) for x in images]
     model.blocks[0].forward = lambda x, own=model.blocks[0].forward, **_: checkpoint(own, x, use_reentrant=True)
@@ -141,9 +99,9 @@ def test_each_of_several_forwards_has_its_own_gradient() -> None:
 
 
 def test_dropout_of_the_map_is_in_the_gradient_or_the_gradient_is_refused() -> None:
-    model, x = double("vit", attn_drop_rate=0.3)
+    model, x = tiny_double("vit", attn_drop_rate=0.3)
     model.train()
-    rec, kept = recorded(model, x), recorded(model, x, keep="maps")
+    rec, kept = backward_of(model, x), backward_of(model, x, keep="maps")
     with pytest.raises(UnreadableError, match=r"during backward: .*inside the fused kernel"):
         kept.maps[0].gradient[...]  # backward itself went on
     with pytest.raises(UnreadableError, match=r"drops out parts of its map inside the fused kernel.*attn_drop_rate=0"):
@@ -153,7 +111,7 @@ def test_dropout_of_the_map_is_in_the_gradient_or_the_gradient_is_refused() -> N
     torch.manual_seed(1)
     expected = own_gradients(model, x)
     torch.manual_seed(1)
-    compare(recorded(model, x), expected)
+    compare_gradients(backward_of(model, x), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"detach": False}], ids=str)
@@ -215,13 +173,13 @@ class Pair(nn.Module):
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_pytorch_s_own_attention_has_gradients(need_weights: bool) -> None:
     model, x = Pair(need_weights).double(), torch.randn(2, 7, 24, dtype=torch.float64)
-    rec = recorded(model, x)
+    rec = backward_of(model, x)
     attention = model.attn
     q, k, v = torch.nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
     q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=3) for t in (q, k, v))
     a = (q @ k.mT / 8**0.5).softmax(-1)
     y = x + 2 * attention.out_proj(rearrange(a @ v, "b h n d -> b n (h d)"))
-    compare(rec, {"attn": torch.autograd.grad(loss_of(y), a)[0]})
+    compare_gradients(rec, {"attn": torch.autograd.grad(loss_of(y), a)[0]})
 
 
 class Grouped(nn.Module):
@@ -251,7 +209,7 @@ def test_groups_of_heads_and_outputs_that_are_asked_one_by_one(keep: Any) -> Non
     for places in ([0], [1], [0, 1]):
         sum(loss_of(outputs[i]) for i in places).backward(retain_graph=True)
         end = sum(loss_of(expected[i]) for i in places)
-        compare(rec, {rec.layers[0]: torch.autograd.grad(end, maps, retain_graph=True)[0]})
+        compare_gradients(rec, {rec.layers[0]: torch.autograd.grad(end, maps, retain_graph=True)[0]})
 
 
 class Held(nn.Module):
@@ -279,17 +237,20 @@ class Odd(nn.Module):
 
 
 def test_what_is_found_by_watching_has_gradients_in_the_first_forward_and_later() -> None:
-    model, x = nn.Sequential(nn.Linear(4, 4), Odd(), nn.Linear(4, 4), Odd()).double(), torch.randn(2, 1, 5, 4).double()
+    model, x = (
+        nn.Sequential(nn.Linear(4, 4), Odd(), nn.Linear(4, 4), Odd()).double(),
+        torch.randn(2, 1, 5, 4).double(),
+    )
     with unfused(model) as maps:
         expected = torch.autograd.grad(loss_of(model(x)), maps)
     with AttentionRecorder(model, gradients=True) as rec:
         for _ in range(2):
             loss_of(model(x)).backward()
-            compare(rec, dict(zip("13", expected)))
+            compare_gradients(rec, dict(zip("13", expected)))
 
 
 def test_hooks_of_others_are_on_the_way() -> None:
-    model, x = double("vit")
+    model, x = tiny_double("vit")
     attention = model.blocks[0].attn
     attention.register_forward_hook(lambda *made: made[2] + made[2].square())
     with AttentionRecorder(model, gradients=True) as rec:
@@ -297,12 +258,12 @@ def test_hooks_of_others_are_on_the_way() -> None:
         attention.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
         attention.register_full_backward_hook(lambda _, inner, outer: (inner[0] * 5,))
         loss_of(model(x)).backward()
-    compare(rec, own_gradients(model, x))
+    compare_gradients(rec, own_gradients(model, x))
 
 
 def test_a_row_of_a_gradient_is_read_without_forming_the_map() -> None:
     model, _ = tiny("vit", img_size=256)
-    rec = recorded(model, torch.randn(2, 3, 256, 256))
+    rec = backward_of(model, torch.randn(2, 3, 256, 256))
     gradient = rec.maps[0].gradient
     with Largest() as largest:
         gradient[:, :, 0]
@@ -332,7 +293,7 @@ def test_what_is_missing_is_said_with_what_to_type() -> None:
 
 
 def test_a_gradient_that_the_last_backward_did_not_reach_is_not_mixed_with_those_it_did() -> None:
-    model, x = double("vit", depth=4)
+    model, x = tiny_double("vit", depth=4)
     with AttentionRecorder(model, gradients=True) as rec:
         _, (early, late) = model.forward_intermediates(x, indices=[1, 3])
     loss_of(late).backward(retain_graph=True)
@@ -346,54 +307,26 @@ def test_a_gradient_that_the_last_backward_did_not_reach_is_not_mixed_with_those
 
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
 def test_a_gradient_of_a_gradient_is_refused(keep: Any) -> None:
-    model, x = double("vit")
+    model, x = tiny_double("vit")
     expected = own_gradients(model, x)
     x.requires_grad_()
     with AttentionRecorder(model, gradients=True, keep=keep) as rec, sdpa_kernel(SDPBackend.MATH):
         end = loss_of(model(x))
         (first,) = torch.autograd.grad(end, x, create_graph=True)
-        compare(rec, expected)
+        compare_gradients(rec, expected)
         (end + first.square().sum()).backward()
     with pytest.raises(UnreadableError, match="create_graph=True"):
         rec.maps[0].gradient[...]
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("keep", ["inputs", "maps"])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_give_each_backward_and_each_pass_its_own_gradient(reentrant: bool, keep: Any) -> None:
-    model, x = double("vit")
-    x.requires_grad_()
-    expected = [own_gradients(model, x, partial(loss_of, which=which)) for which in (0, 1)]
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=reentrant)
-        block.forward = lambda x, run=block.forward, **_: run(x)
-    with AttentionRecorder(model, gradients=True, keep=keep) as rec:
-        output = model(x)
-        for which in (0, 1):
-            loss_of(output, which).backward(retain_graph=True)
-            compare(rec, expected[which])
-    with AttentionRecorder(model, gradients=True, keep=keep, passes="all") as rec:
-        ends = [loss_of(model(x), which) for which in (0, 1)]
-        with torch.no_grad():
-            model(x)
-        for end in ends:
-            end.backward()
-    for maps, each in zip(rec.passes, expected):
-        for name, m in maps.items():
-            torch.testing.assert_close(m.gradient[...], each[name], rtol=1e-9, atol=1e-9)
-    with pytest.raises(NoGradientError, match="without a graph"):
-        rec.passes[2][0].gradient[...]
-
-
 def test_a_step_makes_gradients_stale_unless_they_are_kept() -> None:
-    model, x = double("vit")
+    model, x = tiny_double("vit")
     expected = own_gradients(model, x)
-    read, kept = recorded(model, x), recorded(model, x, keep="maps")
+    read, kept = backward_of(model, x), backward_of(model, x, keep="maps")
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with pytest.raises(StaleMapError):
         read.maps[0].gradient[...]
-    compare(kept, expected)
+    compare_gradients(kept, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"keep": "maps", "detach": False}], ids=str)
@@ -408,7 +341,7 @@ def test_reading_gradients_leaves_no_tensor_for_the_garbage_collector(name: str,
     try:
         counts = []
         for _ in range(4):
-            rec = recorded(model, x, **options)
+            rec = backward_of(model, x, **options)
             for m in rec.maps.values():
                 m.gradient[:, 0], m.gradient.shape
             del rec, m
@@ -428,7 +361,7 @@ def test_a_recorder_that_is_dropped_leaves_nothing_behind_and_one_that_keeps_map
     )
     gc.disable()
     try:
-        rec = recorded(model, x, keep=keep)
+        rec = backward_of(model, x, keep=keep)
         alive = weakref.ref(rec)
         rec.maps[0].gradient[...]
         m = rec.maps[1]

@@ -93,32 +93,6 @@ def test_data_parallel_is_refused_and_the_model_inside_named() -> None:
     assert len(rec.maps) == 2
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.jit warns of its age, and of what it traces
-@pytest.mark.parametrize(
-    "how", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(1, 3, 4))], ids=["script", "trace"]
-)
-def test_scripted_and_traced_models_are_refused(how: Callable[[nn.Module], Any]) -> None:
-    class Scores(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.softmax(x @ x.transpose(-2, -1), dim=-1) @ x
-
-    scripted = how(Scores())
-    with pytest.raises(ModelError, match=r"scripted or traced model runs no Python hooks.*record the eager model"):
-        AttentionRecorder(scripted)
-    with pytest.raises(ModelError, match=r"scripted or traced model \(its module '0'\)"):
-        AttentionRecorder(nn.Sequential(scripted, Attention(4, num_heads=1)))
-
-
-@pytest.mark.parametrize("how", ["torch.fx", "torch.export"])
-def test_graphs_are_refused(how: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    exported = (
-        torch.export.export(model, (torch.randn(1, 4),)).module() if how == "torch.export" else torch.fx.symbolic_trace(model)
-    )
-    with untouched(exported), pytest.raises(ModelError, match=r"exported or traced graph.*record the eager model"):
-        AttentionRecorder(exported)
-
-
 # Arguments
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 # name of a test: (timm model, arguments, input size); one for each variant of each recipe
 TINY: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -110,3 +110,28 @@ class Raises(nn.Module):
 
     def forward(self, *_: Any) -> torch.Tensor:
         raise self.error("midway")
+
+
+def levit(**options: Any) -> tuple[nn.Module, Tensor]:
+    """Attention that is read by running it again, with BatchNorm and a cache of biases inside."""
+    small = {"embed_dim": (32, 32, 32), "num_heads": (2, 2, 2), "depth": (1, 1, 1), "num_classes": 5}
+    model = timm.create_model("levit_128s", img_size=128, **small, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # the norms of the residual branches are zero, and all biases
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            elif parameter.dim() == 2:  # and the scores hardly differ
+                parameter.mul_(10)
+    return model.eval(), torch.randn(2, 3, 128, 128)
+
+
+def some(name: str) -> tuple[nn.Module, Tensor]:
+    return levit() if name == "levit" else tiny(name)
+
+
+def tiny_double(name: str, **overrides: Any) -> tuple[nn.Module, Tensor]:
+    model, x = tiny(name, **overrides)
+    return model.double(), x.double()
+
+
+DROPOUT = {"proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3}

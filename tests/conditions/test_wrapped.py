@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from support.models import tiny
 from support.oracle import unfused
 from support.untouched import untouched
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -160,3 +161,119 @@ def test_timm_s_own_extraction_sees_the_same_maps_and_is_not_disturbed(method: s
     assert len(theirs) == len(rec.maps) == 2
     for m, expected in zip(rec.maps.values(), theirs):
         torch.testing.assert_close(m[...], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_hook_that_is_put_on_inside_the_block_and_changes_x_is_seen(keep: Any) -> None:
+    model, x = tiny("vit")
+    attn: Any = model.blocks[0].attn  # type: ignore[index,union-attr]
+    with (
+        AttentionRecorder(model, keep=keep) as rec,
+        torch.no_grad(),
+        attn.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+    ):
+        model(x)
+    with torch.no_grad(), attn.register_forward_pre_hook(lambda _, args: (args[0] * 2,)), unfused(model) as maps:
+        model(x)
+    torch.testing.assert_close(rec.maps[0][...], maps[0], rtol=0, atol=1e-6)
+    assert not attn._forward_hooks
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_parameters_that_are_swapped_for_one_call_are_not_mixed_up_with_the_module_s_own(keep: Any) -> None:
+    model, x = tiny("vit")
+    others = {name: p + torch.randn_like(p) for name, p in model.named_parameters()}
+    with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():
+        torch.func.functional_call(model, others, (x,))
+    with torch.no_grad(), unfused(model) as maps:
+        torch.func.functional_call(model, others, (x,))
+    torch.testing.assert_close(rec.maps[0][...], maps[0], rtol=0, atol=1e-6)
+
+
+class WithDropout(nn.Module):
+    """A projection with a random part, as LoRA has in train mode."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.drop = layer, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.drop(x))
+
+
+@pytest.mark.parametrize("name", ["vit", "beit"])
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_dropout_inside_a_projection_is_the_dropout_of_the_call(keep: Any, name: str) -> None:
+    model, x = tiny(name)
+    attn: Any = model.blocks[0].attn  # type: ignore[index,union-attr]
+    if name == "vit":
+        attn.qkv = WithDropout(attn.qkv)
+    model.train()
+    torch.manual_seed(3)
+    with torch.no_grad(), unfused(model) as maps:
+        alone = model(x)
+    torch.manual_seed(3)
+    with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():
+        recorded = model(x)
+    torch.testing.assert_close(recorded, alone, rtol=0, atol=1e-4)  # one is fused, one is not
+    torch.testing.assert_close(rec.maps[0][...], maps[0], rtol=0, atol=1e-6)
+    assert torch.equal(rec.maps[0][...], rec.maps[0][...])
+
+
+def numbers_set(attn: Any) -> None:
+    attn.num_heads, attn.head_dim, attn.scale = 1, 48, 48**-0.5
+
+
+def forward_set(attn: Any) -> None:
+    attn.forward = lambda x, **given: type(attn).forward(attn, 2 * x, **given)
+
+
+def forward_taken_away(attn: Any) -> None:
+    del attn.forward
+
+
+def attribute_taken_away(attn: Any) -> None:
+    del attn.mine
+
+
+def layer_wrapped(attn: Any) -> None:
+    attn.qkv = nn.Sequential(attn.qkv, nn.Tanh())
+
+
+def parameter_replaced(attn: Any) -> None:
+    attn.qkv.weight = nn.Parameter(attn.qkv.weight * 2)
+
+
+CHANGES: list[Callable[[Any], None]] = [
+    numbers_set,
+    forward_set,
+    forward_taken_away,
+    attribute_taken_away,
+    layer_wrapped,
+    parameter_replaced,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_inside_the_block_before_a_forward_is_what_its_map_is_read_with(change: Any) -> None:
+    model: Any
+    model, x = tiny("vit")
+    attn = model.blocks[0].attn
+    attn.mine = 3
+    if change is forward_taken_away:
+        forward_set(attn)
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        change(attn)
+        model(x)
+    with torch.no_grad(), unfused(model) as maps:
+        model(x)
+    torch.testing.assert_close(rec.maps[0][...], maps[0], rtol=0, atol=1e-6)
+
+
+def test_arguments_are_those_of_the_call_whatever_a_hook_makes_of_their_dict_later() -> None:
+    attn, x = Attention(16, 4).eval(), torch.randn(2, 5, 16)
+    mask = torch.zeros(5, 5).masked_fill(torch.rand(5, 5) > 0.7, -3.0)
+    attn.register_forward_hook(lambda _module, _args, given, _output: given.clear(), with_kwargs=True)
+    with AttentionRecorder(attn) as rec, torch.no_grad(), unfused(attn) as maps:
+        attn(x, attn_mask=mask)
+    torch.testing.assert_close(rec.maps[0][...], maps[0], rtol=0, atol=1e-6)

@@ -1,80 +1,33 @@
-"""Training goes on as if nobody looked, and a map of before a step is not read after it."""
+"""Steps of optimizers, and writes that count no version: what was written before a map is read is noticed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from support.inside import forget_steps
+from support.inside import forget_steps, sample_by_kernel
 from support.models import tiny
+from support.oracle import own_map
 from support.reading import read, same
-from timm.models import checkpoint_seq
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from hookattn import AttentionRecorder, StaleMapError
 
-DROPOUT = {"proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3}
 
-
-@pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"detach": False}], ids=str)
-def test_gradients_of_three_micro_batches_and_the_random_stream_are_those_without_a_recorder(options: Any) -> None:
-    model, _ = tiny("vit", **DROPOUT)
-    model.train()
-    batches = [torch.randn(2, 3, 64, 64) for _ in range(3)]
-    results = []
-    for recorded in (False, True):
-        model.zero_grad()
-        torch.manual_seed(4)
-        with AttentionRecorder(model, passes="all", **options) if recorded else nullcontext() as rec:
-            for x in batches:
-                loss = model(x).square().mean()
-                if rec is not None:
-                    first = [m[...].detach() for m in rec.maps.values()]
-                    assert all(torch.equal(m[...].detach(), a) for m, a in zip(rec.maps.values(), first))
-                loss.backward()
-        results.append([*(p.grad for p in model.parameters() if p.grad is not None), torch.get_rng_state()])
-        if rec is not None:
-            assert [len(maps) for maps in rec.passes] == [2, 2, 2]
-            assert all((m[...].sum(-1) - 1).abs().max() < 1e-5 for maps in rec.passes for m in maps.values())
-    assert all(map(torch.equal, *results))
-
-
-class Sequence(nn.Module):
-    """A ViT whose blocks run in checkpointed segments."""
-
-    def __init__(self, vit: Any, reentrant: bool) -> None:
-        super().__init__()
-        self.vit, self.reentrant = vit, reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.vit._pos_embed(self.vit.patch_embed(x))
-        return checkpoint_seq(self.vit.blocks, x, every=2, use_reentrant=self.reentrant)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"keep": "maps", "detach": False}], ids=str)
-def test_checkpointed_segments_are_recorded_once_and_give_the_same_gradients(options: Any, reentrant: bool) -> None:
-    vit, x = tiny("vit", depth=4, **DROPOUT)
-    model = Sequence(vit, reentrant).train()
-    x.requires_grad_()
-    gradients = []
-    for recorded in (False, True):
-        model.zero_grad()
-        torch.manual_seed(1)
-        with AttentionRecorder(model, passes="all", **options) if recorded else nullcontext() as rec:
-            model(x).square().mean().backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert rec is not None
-    assert [len(maps) for maps in rec.passes] == [4]
-    assert all(map(torch.equal, *gradients))
-
-
-# Steps
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_of_any_optimizer_makes_maps_stale(kind: Any, fused: bool) -> None:
+    model, x = tiny("vit")
+    optimizer = kind(model.parameters(), lr=0.1, fused=fused)
+    with AttentionRecorder(model) as rec:
+        model(x).square().sum().backward()
+    rec.maps[0][0]
+    optimizer.step()
+    with pytest.raises(StaleMapError, match="changed in place after the forward"):
+        rec.maps[0][0]
 
 
 def one_weight(qkv: Any) -> None:
@@ -181,3 +134,79 @@ def test_weights_that_are_swapped_through_data_and_back_give_the_map_again() -> 
         rec.maps[0][0]
     weight.data.copy_(kept)
     assert torch.equal(rec.maps[0][...], before)
+
+
+@pytest.fixture(params=["read at once", "gathered by a kernel"])
+def samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of parameters as they are sampled on the CPU, and as they are on other devices."""
+    if request.param != "read at once":
+        sample_by_kernel(monkeypatch)
+
+
+def double(attn: Any) -> None:
+    """Write in a way that counts no version."""
+    attn.qkv.weight.data.mul_(2)
+
+
+def halve(attn: Any) -> None:
+    attn.qkv.weight.data.mul_(0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("samples")
+def test_a_write_that_counts_no_version_is_noticed_and_undone_forgotten(dtype: torch.dtype) -> None:
+    model, x = tiny("vit")
+    attn: Any = model.to(dtype).blocks[0].attn  # type: ignore[index,union-attr]
+    attn.qkv.weight.data[0, 0] = torch.nan  # which is not equal to itself
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(x.to(dtype))
+    before, kept = rec.maps[0][:, 1:], attn.qkv.weight.detach().clone()
+    double(attn)
+    with pytest.raises(StaleMapError, match="values of parameters changed"):
+        rec.maps[0][0]
+    rec.maps[1][0]
+    attn.qkv.weight.data.copy_(kept)
+    torch.testing.assert_close(rec.maps[0][:, 1:], before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("samples")
+def test_a_write_between_two_calls_of_one_forward_is_before_the_one_and_after_the_other() -> None:
+    model: Any
+    model, x = tiny("vit")
+    first, second = (block.attn for block in model.blocks)
+
+    def write(*_: Any) -> None:
+        double(first)
+        double(second)
+
+    with AttentionRecorder(model) as rec, torch.no_grad(), first.register_forward_hook(write):
+        model(x)
+    with pytest.raises(StaleMapError, match="values of parameters changed"):
+        rec.maps[0][0]
+    with torch.no_grad():
+        torch.testing.assert_close(rec.maps[1][...], own_map(second, rec.maps[1].x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("samples")
+def test_a_write_for_one_call_alone_that_is_undone_after_it_makes_its_map_stale() -> None:
+    model: Any
+    model, x = tiny("vit")
+    block = model.blocks[1]
+    before, after = lambda *_: double(block.attn), lambda *_: halve(block.attn)
+    with AttentionRecorder(model) as rec, torch.no_grad(), block.register_forward_pre_hook(before):
+        block.register_forward_hook(after)
+        model(x)
+    rec.maps[0][0]
+    with pytest.raises(StaleMapError, match="values of parameters changed"):
+        rec.maps[1][0]
+
+
+@pytest.mark.usefixtures("samples")
+def test_values_are_those_of_the_parameters_where_they_lie_after_a_move_inside_the_block() -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model.double()(x.double())
+    rec.maps[0][0]
+    double(model.blocks[0].attn)  # type: ignore[index,union-attr]
+    with pytest.raises(StaleMapError, match="values of parameters changed"):
+        rec.maps[0][0]
