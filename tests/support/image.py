@@ -102,3 +102,29 @@ def naflex(name: str = "naflexvit_base_patch16_map", **options: Any) -> tuple[At
     model = build(name, **(VIT | {"class_token": False, "reg_tokens": 0} | options))
     batch = as_patches([torch.randn(3, 16 * h, 16 * w, dtype=torch.float64) for h, w in SIZES], 16, 14)
     return record(model, batch), batch
+
+
+Place = tuple[int, int]
+
+
+Size = tuple[int, int]
+
+
+SAM: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "window_size": 4, "global_attn_indexes": [1]}
+
+
+DAVIT: dict[str, Any] = {"depths": [1, 1, 1, 1], "embed_dims": [16, 32, 48, 64], "num_heads": [1, 2, 3, 4]}
+
+
+MAXVIT: dict[str, Any] = {"img_size": (64, 96)}
+
+
+GEMMA: dict[str, Any] = {"head_dim": 16, "intermediate_size": 96, "position_embedding_size": 64, "img_size": (96, 144)}
+
+
+def some_places(grid: Size) -> list[Place]:
+    """The corners and some others."""
+    rows, columns = grid
+    corners = [(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1), (0, 1), (1, 0)]
+    others = torch.randperm(rows * columns)[:6].tolist()
+    return list(dict.fromkeys([*corners, *((i // columns, i % columns) for i in others)]))

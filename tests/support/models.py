@@ -135,3 +135,7 @@ def tiny_double(name: str, **overrides: Any) -> tuple[nn.Module, Tensor]:
 
 
 DROPOUT = {"proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3}
+
+
+def small(name: str, size: int = 64, **options: Any) -> tuple[nn.Module, Tensor]:
+    return timm.create_model(name, img_size=size, **options).eval(), torch.randn(2, 3, size, size)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from support.inside import read_in_chunks
 from support.models import tiny
 from support.modes import Largest
 from support.reading import record
-from torch import Tensor, nn
+from torch import nn
 
 from hookattn import AttentionMap, AttentionRecorder, TokenError
 
@@ -21,10 +20,6 @@ def first_map(name: str, size: tuple[int, int] | None = None, **overrides: Any) 
     """The first map of a tiny model, of images of its own size or another."""
     model, x = tiny(name, **overrides)
     return record(model, x if size is None else torch.randn(2, 3, *size)).maps[0]
-
-
-def small(name: str, size: int = 64, **options: Any) -> tuple[nn.Module, Tensor]:
-    return timm.create_model(name, img_size=size, **options).eval(), torch.randn(2, 3, size, size)
 
 
 # Prefix tokens and grids
@@ -183,64 +178,6 @@ def test_without_a_class_token_the_message_names_what_there_is() -> None:
     with pytest.raises(TokenError, match=r"no 'cls' token\. There is: no class token .*query='mean'.*query=\(row, col\)"):
         m.image()
     torch.testing.assert_close(m.image("mean"), m[...].mean((1, 2)).reshape(2, 4, 4))
-
-
-# Queries that are not the tokens they look at
-
-
-def test_a_pooling_latent_looks_at_patches_and_is_no_token_itself() -> None:
-    model, x = small("vit_base_patch16_siglip_224", depth=1, embed_dim=48, num_heads=3)
-    m = record(model, x).maps["attn_pool"]
-    assert m.shape == (2, 3, 1, 16)
-    assert m.tokens.prefix == ()
-    assert m.tokens.grid_size == (4, 4)
-    expected = m[...][:, :, 0].reshape(2, 3, 4, 4)
-    for query in ("mean", 0, -1):
-        torch.testing.assert_close(m.image(query, heads=None), expected)
-    for query in ("cls", (0, 0), 1, -2):
-        with pytest.raises(TokenError, match=r"not among the queries: this map has 1.*16 tokens.*query='mean'.*i from 0 to 0"):
-            m.image(query)
-
-
-def test_class_attention_has_the_class_token_as_its_only_query() -> None:
-    model, x = small("cait_xxs24_224", depth=2)
-    rec = record(model, x)
-    among_patches, of_class = rec.maps["blocks.0.attn"], rec.maps["blocks_token_only.0.attn"]
-    assert among_patches.shape == (2, 4, 16, 16)
-    assert among_patches.tokens.prefix == ()
-    assert of_class.shape == (2, 4, 1, 17)
-    assert of_class.tokens.prefix == ("cls",)
-    expected = of_class[...][:, :, 0, 1:].reshape(2, 4, 4, 4)
-    for query in ("cls", "mean", 0):
-        torch.testing.assert_close(of_class.image(query, heads=None), expected)
-    with pytest.raises(TokenError, match="not among the queries: this map has 1"):
-        of_class.image((0, 0))
-    with pytest.raises(TokenError, match="no 'cls' token"):
-        among_patches.image("cls")
-    torch.testing.assert_close(among_patches.image((1, 2)), among_patches[...][:, :, 6].mean(1).reshape(2, 4, 4))
-
-
-class _Halves(nn.Module):
-    """Attention of one's own that sees the left and the right half of the tokens apart, and nobody knows."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        return self.attention(x.unflatten(1, (2, -1)).flatten(0, 1), **options).unflatten(0, (-1, 2)).flatten(1, 2)
-
-
-def test_windows_of_an_unknown_kind_lie_nowhere_and_the_message_says_so() -> None:
-    model, x = tiny("vit", class_token=False, global_pool="avg")
-    for block in model.blocks:
-        block.attn = _Halves(block.attn)
-    m = record(model, x).maps[0]
-    assert m.shape == (4, 3, 8, 8)
-    assert m.axes == ("batch * windows", "head", "query", "key")
-    for reading in (lambda: m.tokens, m.image, lambda: m.image(0)):
-        with pytest.raises(TokenError, match=r"sees 2 images as 4 pieces \(windows"):
-            reading()
 
 
 # Means of many rows
