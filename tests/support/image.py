@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -128,3 +129,7 @@ def some_places(grid: Size) -> list[Place]:
     corners = [(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1), (0, 1), (1, 0)]
     others = torch.randperm(rows * columns)[:6].tolist()
     return list(dict.fromkeys([*corners, *((i // columns, i % columns) for i in others)]))
+
+
+def made_of(name: str, size: tuple[int, int], **options: Any) -> Callable[[], tuple[nn.Module, Tensor]]:
+    return lambda: (build(name, **options), torch.randn(2, 3, *size).double())

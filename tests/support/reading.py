@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder
+from hookattn import AttentionMap, AttentionRecorder
 from support.oracle import loss_of, unfused
 
 NAMES = ["blocks.0.attn", "blocks.1.attn"]  # of a tiny ViT
@@ -72,3 +72,10 @@ def at_once(*jobs: Callable[[], Any]) -> list[Any]:
 
 def elsewhere(job: Callable[[], Any]) -> Any:
     return at_once(job)[0]
+
+
+def record_one(model: nn.Module, x: Any, layer: Any = 0, **options: Any) -> AttentionMap:
+    """One map of a model."""
+    with AttentionRecorder(model, **options) as rec, torch.set_grad_enabled(not options.get("detach", True)):
+        model(x)
+    return rec.maps[layer]
