@@ -23,6 +23,7 @@ from hookattn.maps.reading import source_of
 from hookattn.maps.replay import replayed
 from hookattn.recipes import global_attention, registry, window_attention
 from hookattn.recipes.registry import find_recipe, registered
+from support.oracle import own_softmax
 
 __all__ = [
     "Geometry",
@@ -115,3 +116,9 @@ def read_by(patch: pytest.MonkeyPatch, recipe: Any = global_attention.attention)
 def ignore_shift_masks(patch: pytest.MonkeyPatch) -> None:
     """Let recipes of windows leave their masks out."""
     patch.setattr(window_attention, "per_window", lambda mask, batch: ())
+
+
+def formed_by(m: AttentionMap) -> Tensor:
+    """What the module itself forms, unfused, on what it was called with."""
+    module, args, kwargs = call_of(m)
+    return own_softmax(module, *args, **kwargs)

@@ -9,7 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from hookattn import AttentionMap, AttentionRecorder
+from support.inside import call_of
 from support.models import enliven
+from support.oracle import short_name
 
 # name of a test: (timm model, arguments, input size, classes whose maps are compared)
 SMALL: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]}
@@ -83,3 +86,15 @@ def lively(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     return enliven(timm.create_model(architecture, **arguments).double(), x), x
+
+
+@lru_cache(maxsize=1)
+def maps_by_class(name: str) -> dict[str, list[AttentionMap]]:
+    """Maps of a model by class."""
+    model, x = lively(name)
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(x)
+    found: dict[str, list[AttentionMap]] = {}
+    for m in rec.maps.values():
+        found.setdefault(short_name(call_of(m)[0]), []).append(m)
+    return found

@@ -155,3 +155,8 @@ def _attention(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     return scores.softmax(-1)
+
+
+def agree(got: Tensor, expected: Tensor) -> None:
+    """Within what sums in float64 leave open."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)

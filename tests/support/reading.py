@@ -79,3 +79,10 @@ def record_one(model: nn.Module, x: Any, layer: Any = 0, **options: Any) -> Atte
     with AttentionRecorder(model, **options) as rec, torch.set_grad_enabled(not options.get("detach", True)):
         model(x)
     return rec.maps[layer]
+
+
+def attention_after(model: nn.Module, x: Tensor, **options: Any) -> AttentionMap:
+    with AttentionRecorder(model, **options) as rec, torch.no_grad():
+        model(x)
+    m: AttentionMap = rec.maps[0]
+    return m

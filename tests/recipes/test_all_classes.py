@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.coverage import PAIRLESS, REPRESENTATIVES, RESULTS, Record, examine, tables
 
 
@@ -30,7 +30,7 @@ def test_the_maps_of_every_class_are_exact_or_refused_with_a_reason(name: str) -
 
 
 def test_the_readme_shows_the_tables_of_the_last_run() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     by_tool, by_class = tables([Record(**r) for r in json.loads(RESULTS.read_text())["records"]]).split("\n\n| class")
     assert by_tool in readme
     assert f"| class{by_class}" in readme

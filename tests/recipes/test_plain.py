@@ -1,0 +1,96 @@
+"""Attention of all tokens to all tokens: recipe == replay == the module's own unfused softmax, in every dtype."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.inside import call_of, find_recipe, formed_by, replay_of
+from support.models import ANY_DTYPE, TINY, randomise, tiny
+from support.oracle import unfused
+from torch import Tensor, nn
+
+from hookattn import AttentionMap, AttentionRecorder
+
+
+def record(model: nn.Module, x: Tensor, **options: Any) -> list[AttentionMap]:
+    with AttentionRecorder(model, **options) as rec, torch.no_grad():
+        model(x)
+    return list(rec.maps.values())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_recipe_is_replay_is_the_unfused_softmax_in_float32(name: str) -> None:
+    model, x = tiny(name)
+    maps = record(model, x)
+    assert len(maps) == sum(find_recipe(module) is not None for module in model.modules()) > 0
+    for m in maps:
+        torch.testing.assert_close(m[...], formed_by(m), rtol=0, atol=2e-6)
+        torch.testing.assert_close(m[...], replay_of(m), rtol=0, atol=1e-6)
+        torch.testing.assert_close(m[...].sum(-1), torch.ones(m.shape[:3]), rtol=0, atol=1e-6)
+        assert m.shape == m[...].shape
+        assert m.dtype == m[...].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_maps_put_back_leave_the_output_as_it_was(name: str) -> None:
+    model, x = tiny(name)
+    with AttentionRecorder(model) as rec:
+        model(x)
+    assert 0 <= rec.verify() < 1e-4
+
+
+@pytest.mark.parametrize("name", ANY_DTYPE)
+def test_in_bfloat16_maps_are_nearer_to_float64_than_the_unfused_path(name: str) -> None:
+    model, x = tiny(name)
+    half = copy.deepcopy(model).bfloat16()
+    with AttentionRecorder(half) as rec, torch.no_grad():
+        half(x.bfloat16())
+    for m in rec.maps.values():
+        module, *given = call_of(m)
+        exact = call_softmaxes(copy.deepcopy(module).double(), *as_double(tuple(given)))
+        eager = call_softmaxes(module, *given)
+        assert m.dtype == torch.float32
+        assert rms(m[...] - exact) <= rms(eager - exact)  # the largest error is that of q and k themselves, in both
+
+
+@torch.no_grad()
+def call_softmaxes(module: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    with unfused(module) as maps:
+        module(*args, **kwargs)
+    return maps[0].double()
+
+
+def as_double(value: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
+
+
+def rms(difference: Tensor) -> float:
+    return float(difference.pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("name", ANY_DTYPE)
+def test_a_float64_model_has_float64_maps(name: str) -> None:
+    model, x = tiny(name)
+    model, x = model.double(), x.double()
+    for m in record(model, x):
+        assert m.dtype == torch.float64
+        torch.testing.assert_close(m[...], formed_by(m), rtol=0, atol=1e-14)
+
+
+# Masks, gates and widths that no registered model uses, but every one of these classes takes
+
+
+def test_a_row_that_is_closed_throughout_is_what_sdpa_makes_of_it() -> None:
+    from timm.layers import Attention
+
+    module = randomise(Attention(32, 4)).eval()
+    mask = torch.rand(6, 6) > 0.5
+    mask[2] = False
+    with AttentionRecorder(module) as rec:
+        module(torch.randn(2, 6, 32), attn_mask=mask)
+    m = rec.maps[0]
+    assert torch.equal(m[:, :, 2], torch.zeros(2, 4, 6))
+    m.verify()
