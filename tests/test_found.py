@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from support.models import randomise
 from support.reading import attention_after
-from timm.layers import Attention
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder, UnreadableError
+from hookattn import UnreadableError
 
 
 def test_a_window_is_not_drawn_as_the_whole_image() -> None:
@@ -60,11 +59,3 @@ def test_scores_on_other_axes_are_refused(kind: Any) -> None:
     m = attention_after(randomise(nn.Sequential(kind())), torch.randn(2, 5, 16), layers="0")
     with pytest.raises(UnreadableError, match=r"which are not \(batch, head, ...\)"):
         m[...]
-
-
-def test_x_is_the_first_argument_whatever_the_order_of_the_call() -> None:
-    attn = Attention(16, 4).eval()
-    x, mask = torch.randn(2, 5, 16), torch.zeros(5, 5)
-    with AttentionRecorder(attn) as rec:
-        attn(attn_mask=mask, x=x)
-    assert torch.equal(rec.maps[0].x, x)

@@ -13,7 +13,6 @@ from packaging.version import Version
 from support.inside import call_of, find_recipe, formed_by, registered, replay_of
 from support.mechanisms import MODELS, lively, maps_by_class
 from support.models import TINY, randomise, tiny
-from support.modes import Largest
 from support.oracle import agree, exists, own_softmax, short_name
 from torch import Tensor, nn
 
@@ -177,49 +176,6 @@ def test_variants(name: str) -> None:
         module(*args)
     (m,) = rec.maps.values()
     check(m, replay_of(m) if name == "latent_bool_mask" else formed_by(m))  # unfused, the module adds the bools
-
-
-# Cheap rows
-
-
-def large() -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
-    """Modules on so many tokens that the map is larger than all else."""
-    from timm.layers import attention2d, bottleneck_attn
-    from timm.models import cait, levit, mvitv2, pvt_v2, twins
-    from timm.models import vision_transformer_sam as sam
-
-    tokens = torch.randn(1, 400, 16)
-    image = torch.randn(1, 16, 20, 20)
-    return {
-        "sam": (sam.Attention(16, 4, use_rel_pos=True, input_size=(20, 20)), (torch.randn(1, 20, 20, 16),)),
-        "mvit": (mvitv2.MultiScaleAttention(16, 16, (20, 20), 4, has_cls_token=False), (tokens, [20, 20])),
-        "bottleneck": (bottleneck_attn.BottleneckAttn(16, num_heads=4, feat_size=(20, 20)), (image,)),
-        "cait": (cait.TalkingHeadAttn(16, 4), (tokens,)),
-        "levit": (levit.Attention(16, 4, 4, attn_ratio=1, resolution=20), (tokens,)),
-        "pvt": (pvt_v2.Attention(16, 4, sr_ratio=2), (tokens, [20, 20])),
-        "twins": (twins.GlobalSubSampleAttn(16, 4, sr_ratio=2), (tokens, (20, 20))),
-        "multi_query": (attention2d.MultiQueryAttention2d(16, num_heads=4), (image,)),
-    }
-
-
-@pytest.mark.parametrize("name", large())
-def test_a_row_never_forms_the_map(name: str) -> None:
-    module, args = large()[name]
-    randomise(module).eval()
-    with torch.no_grad():
-        module(*args)  # LeViT looks its biases up once
-        with AttentionRecorder(module) as rec:
-            module(*args)
-    (m,) = rec.maps.values()
-    queries, keys = m.shape[2:]
-    with Largest() as row:
-        m[:, :, 0]
-    with Largest() as head:
-        m[:, 0]
-    with Largest() as whole:
-        m[...]
-    assert row.elements < queries * keys
-    assert queries * keys <= head.elements < whole.elements == 4 * queries * keys or name == "cait"
 
 
 # Half precision

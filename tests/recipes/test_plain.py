@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.inside import call_of, find_recipe, formed_by, replay_of
-from support.models import ANY_DTYPE, TINY, randomise, tiny
+from support.models import ANY_DTYPE, TINY, tiny
 from support.oracle import unfused
 from torch import Tensor, nn
 
@@ -78,19 +78,3 @@ def test_a_float64_model_has_float64_maps(name: str) -> None:
     for m in record(model, x):
         assert m.dtype == torch.float64
         torch.testing.assert_close(m[...], formed_by(m), rtol=0, atol=1e-14)
-
-
-# Masks, gates and widths that no registered model uses, but every one of these classes takes
-
-
-def test_a_row_that_is_closed_throughout_is_what_sdpa_makes_of_it() -> None:
-    from timm.layers import Attention
-
-    module = randomise(Attention(32, 4)).eval()
-    mask = torch.rand(6, 6) > 0.5
-    mask[2] = False
-    with AttentionRecorder(module) as rec:
-        module(torch.randn(2, 6, 32), attn_mask=mask)
-    m = rec.maps[0]
-    assert torch.equal(m[:, :, 2], torch.zeros(2, 4, 6))
-    m.verify()

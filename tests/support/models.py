@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 from packaging.version import Version
+from timm.layers import Attention
 from torch import Tensor, nn
 
 # name of a test: (timm model, arguments, input size); one for each variant of each recipe
@@ -139,3 +140,19 @@ DROPOUT = {"proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3}
 
 def small(name: str, size: int = 64, **options: Any) -> tuple[nn.Module, Tensor]:
     return timm.create_model(name, img_size=size, **options).eval(), torch.randn(2, 3, size, size)
+
+
+B, N, H, D = 2, 37, 4, 8
+
+
+C = H * D
+
+
+def plain(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    module = randomise(nn.Sequential(Attention(C, H, qkv_bias=True, **options)).eval()).double()
+    assert isinstance(module[0], Attention)
+    return module
+
+
+SCORES = 2 * N * N * D  # of one head of one image

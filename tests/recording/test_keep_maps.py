@@ -1,8 +1,9 @@
-"""What is read is what is paid for, in operations and elements counted; and what is cut short is still right."""
+"""`keep="maps"`: made of what the module projects itself while it runs once, and its input is let go."""
 
 from __future__ import annotations
 
-import copy
+import gc
+import weakref
 from contextlib import ExitStack
 from threading import Thread, current_thread, main_thread
 from typing import Any
@@ -10,44 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.inside import Projected, call_of, find_recipe, project_heads, read_by
-from support.models import ANY_DTYPE, randomise, tiny
-from support.modes import Largest, operations_of
-from support.oracle import softmaxes_of, unfused
+from support.inside import call_of, find_recipe, project_heads, read_by
+from support.models import ANY_DTYPE, SCORES, TINY, B, C, D, H, N, plain, randomise, tiny
+from support.modes import operations_of
+from support.oracle import softmaxes_of
+from support.reading import read, same
 from timm.layers import Attention
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
 
 from hookattn import AttentionRecorder, RecorderError
-
-B, N, H, D = 2, 37, 4, 8
-C = H * D
-
-
-def plain(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    module = randomise(nn.Sequential(Attention(C, H, qkv_bias=True, **options)).eval()).double()
-    assert isinstance(module[0], Attention)
-    return module
-
-
-SCORES = 2 * N * N * D  # of one head of one image
-READINGS: dict[str, tuple[Any, int]] = {
-    "the row of one token": ((slice(None), slice(None), 0), B * H * 2 * (C * D + D * C + C * N)),
-    "that of one head": ((slice(None), 1, 0), B * 2 * (C * D + D * C + C * N)),
-    "one head": ((slice(None), 1), B * (2 * 2 * N * C * D + SCORES)),
-    "one image": (0, 2 * 2 * N * C * C + H * SCORES),
-    "all rows": (..., B * (2 * 2 * N * C * C + H * SCORES)),
-}
-
-
-@pytest.mark.parametrize("reading", READINGS)
-def test_operations_are_those_of_what_is_read(reading: str) -> None:
-    index, expected = READINGS[reading]
-    with AttentionRecorder(model := plain()) as rec, torch.no_grad():
-        model(torch.randn(B, N, C).double())
-    assert operations_of(lambda: rec.maps[0][index]) == expected
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -61,42 +34,6 @@ def test_maps_that_are_kept_are_made_of_the_projections_of_the_forward(norm: boo
         with AttentionRecorder(model) as rec:
             model(x)
     torch.testing.assert_close(kept, rec.maps[0][...], rtol=0, atol=1e-12)
-
-
-def test_a_row_of_many_tokens_forms_nothing_larger_than_x() -> None:
-    tokens = 16_384
-    with AttentionRecorder(model := plain().float()) as rec, torch.no_grad():
-        model(torch.randn(1, tokens, C))
-    with Largest() as seen, torch.no_grad():
-        row = rec.maps[0][:, :, 0]
-    assert seen.elements <= H * tokens
-    torch.testing.assert_close(row.sum(-1), torch.ones(1, H))
-
-
-def test_scores_are_formed_once_and_written_over() -> None:
-    with AttentionRecorder(model := plain()) as rec, torch.no_grad():
-        model(torch.randn(B, N, C).double())
-    m = rec.maps[0]
-    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
-        m[...]
-    assert profile.profiler is not None
-    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert sum(size >= B * H * N * N * 8 for size in sizes) == 1
-
-
-# And still right
-
-
-@pytest.mark.parametrize("name", ANY_DTYPE)
-def test_rows_heads_and_images_are_those_of_the_whole(name: str) -> None:
-    """In float64, where the order of sums makes no difference."""
-    model, x = tiny(name)
-    with AttentionRecorder(model.double()) as rec, torch.no_grad():
-        model(x.double())
-    for m in rec.maps.values():
-        whole = m[...]
-        for index in [(slice(None), slice(None), 0), (slice(None), -1), 0, (slice(None), slice(0, 2), [1, 0]), (-1, 0, -1)]:
-            torch.testing.assert_close(m[index], whole[index], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ANY_DTYPE)
@@ -114,74 +51,6 @@ def test_maps_that_are_kept_are_the_softmaxes_of_the_module(name: str) -> None:
         torch.testing.assert_close(kept[...], m[...], rtol=0, atol=1e-11)
         if len(maps) == 1 and maps[0].shape == kept.shape:
             torch.testing.assert_close(kept[...], maps[0], rtol=0, atol=1e-9)
-
-
-def test_a_constant_that_all_keys_of_a_query_have_drops_out() -> None:
-    model, x = plain().float(), torch.randn(B, N, C)
-    with torch.no_grad():
-        model[0].qkv.bias[C : 2 * C] = 100.0  # type: ignore[index,union-attr]
-        with AttentionRecorder(model) as rec:
-            model(x)
-        exact = copy.deepcopy(model).double()
-        q, k, _ = exact[0].qkv(x.double()).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)  # type: ignore[index,operator]
-    expected = (q @ k.mT * D**-0.5).softmax(-1)[:, :, 0]
-    torch.testing.assert_close(rec.maps[0][:, :, 0].double(), expected, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("index", [(slice(None), slice(None), 0), ...], ids=["a row", "all rows"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_in_half_precision_what_is_read_is_no_further_from_float64_than_eager(
-    dtype: torch.dtype, index: Any, autocast: bool
-) -> None:
-    model, x = plain().float(), torch.randn(B, N, C)
-    if not autocast:
-        model, x = model.to(dtype), x.to(dtype)
-    exact = copy.deepcopy(model).double()
-    with torch.no_grad(), AttentionRecorder(exact) as right:
-        exact(x.double())
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast), AttentionRecorder(model) as rec:
-        model(x)
-        with unfused(model[0]) as maps:  # type: ignore[index]
-            model(x)
-    expected = right.maps[0][index]
-    ours, eager = ((m.double() - expected).pow(2).mean().sqrt() for m in (rec.maps[0][index], maps[0][index]))
-    assert ours <= 1.02 * eager
-
-
-@pytest.mark.parametrize("index", [(slice(None), slice(None), 0), ...], ids=["a row", "all rows"])
-def test_gradients_through_what_is_read_are_those_of_the_formula(index: Any) -> None:
-    model, x = plain(), torch.randn(B, N, C).double().requires_grad_()
-    with AttentionRecorder(model, detach=False) as rec:
-        model(x)
-    parameters = [x, *model[0].qkv.parameters()]  # type: ignore[index,union-attr]
-    weight = torch.randn_like(rec.maps[0][index])
-    got = torch.autograd.grad((rec.maps[0][index] * weight).sum(), parameters)
-    q, k, _ = model[0].qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)  # type: ignore[index,operator]
-    expected = torch.autograd.grad(((q @ k.mT * D**-0.5).softmax(-1)[index] * weight).sum(), parameters)
-    for g, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(g, e, rtol=0, atol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own formulas
-def test_tangents_go_through_what_is_read() -> None:
-    model, x, t = plain(), torch.randn(B, N, C).double(), torch.randn(B, N, C).double()
-    model[0].fused_attn = False  # type: ignore[index,union-attr]  # the fused kernel has no tangents on the CPU
-
-    def read(x: Tensor) -> Tensor:
-        with AttentionRecorder(model, detach=False) as rec:
-            model(x)
-        read: Tensor = rec.maps[0][...]
-        return read
-
-    step = 1e-6
-    with torch.no_grad():
-        expected = (read(x + step * t) - read(x - step * t)) / (2 * step)
-    torch.testing.assert_close(torch.func.jvp(read, (x,), (t,))[1], expected, rtol=0, atol=1e-7)
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(read(forward_ad.make_dual(x, t))).tangent
-    assert tangent is not None
-    torch.testing.assert_close(tangent, expected, rtol=0, atol=1e-7)
 
 
 class Twice(Attention):
@@ -408,22 +277,48 @@ def test_no_mode_stays_where_a_forward_fails(fails: type[BaseException]) -> None
         assert torch.overrides._get_current_function_mode_stack() == [mine]  # type: ignore[no-untyped-call]
 
 
-def test_a_projection_is_a_tensor_to_whoever_computes_with_it() -> None:
-    x, weight, bias = torch.randn(2, 5, 6), torch.randn(3, 4, 6, requires_grad=True), torch.randn(3, 4)
-    expected = torch.einsum("b n c, h d c -> b h n d", x, weight) + bias[:, None]
-    projected = Projected(x, weight, bias)
-    assert (projected.shape, projected.dtype, len(projected), projected.dim()) == ((2, 3, 5, 4), torch.float32, 2, 4)
-    torch.testing.assert_close(torch.cat([projected * 1, projected]), torch.cat([expected, expected]))
-    torch.testing.assert_close(projected.narrowed(slice(1, 2), torch.tensor([2, 0]), slice(3)), expected[1:, [2, 0], :3])
-    assert projected.requires_grad
-    assert Projected(torch.randn(0, 5, 6), weight, None).sum() == 0
+@pytest.mark.parametrize("name", TINY)
+def test_maps_that_are_kept_are_those_computed_from_the_inputs(name: str) -> None:
+    model, x = tiny(name)
+    with AttentionRecorder(model) as late, AttentionRecorder(model, keep="maps") as kept, torch.no_grad():
+        model(x)
+    assert same(read(kept), read(late))
+    for a, b in zip(kept.maps.values(), late.maps.values()):
+        assert (a.name, a.shape, a.dtype, a.device) == (b.name, b.shape, b.dtype, b.device)
+        assert repr(a) == repr(b)
 
 
-def test_a_projection_in_float64_stays_what_it_is_under_autocast_and_when_it_is_formed_outside() -> None:
-    x, weight = torch.randn(2, 5, 6).double(), torch.randn(3, 4, 6).double()
-    with torch.autocast("cpu", torch.bfloat16):
-        inside, outside = Projected(x, weight), Projected(x, weight)
-        inside.formed()
-    for projected in (inside, outside):
-        assert projected.dtype == projected.formed().dtype == torch.float64
-        torch.testing.assert_close(projected * 1, torch.einsum("b n c, h d c -> b h n d", x, weight))
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_keep_maps_lets_the_input_go_and_keep_inputs_holds_it(keep: Any) -> None:
+    model, x = tiny("vit")
+    seen: list[weakref.ref[Tensor]] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(weakref.ref(args[0]))
+
+    gc.disable()
+    try:
+        with AttentionRecorder(model, keep=keep) as rec, torch.no_grad():
+            with model.blocks[0].attn.register_forward_pre_hook(watch):
+                model(x)
+            inside = seen[0]() is not None
+        after = seen[0]() is not None
+    finally:
+        gc.enable()
+    assert inside == after == (keep == "inputs")
+    if keep == "inputs":
+        assert rec.maps[0].x is seen[0]()
+    else:
+        for forbidden in (lambda m: m.x, lambda m: m.call, lambda m: m.verify()):
+            with pytest.raises(RecorderError, match=r"let go.*keep=\"inputs\""):
+                forbidden(rec.maps[0])
+
+
+def test_maps_that_are_kept_let_go_of_all_tensors_of_the_call_however_they_were_given() -> None:
+    attn, given = Attention(16, 4), {"x": torch.randn(2, 5, 16), "attn_mask": torch.zeros(5, 5)}
+    held = [weakref.ref(tensor) for tensor in given.values()]
+    with AttentionRecorder(attn, keep="maps") as rec, torch.no_grad():
+        attn(**given)
+    given.clear()
+    assert [tensor() for tensor in held] == [None, None]
+    assert rec.maps[0].shape == (2, 4, 5, 5)

@@ -1,4 +1,4 @@
-"""Hostile input: NaN, closed rows, nothing at all, odd strides, and words that mean nothing."""
+"""NaN, closed rows, nothing at all, odd strides: any part of any map is that part of the definition."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import reference
 from support.inside import own_registers
-from support.models import randomise, tiny
-from support.oracle import unfused
+from support.models import randomise, some, tiny
+from support.oracle import own_map, unfused
+from support.reading import maps_of
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -183,3 +184,105 @@ def test_where_nothing_is_named_like_attention_layers_has_nothing_to_choose_from
 def test_a_dtype_that_holds_no_probabilities_is_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"holds no probabilities: dtype=torch\.float32"):
         AttentionRecorder(tiny("vit")[0], dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "levit"])
+def test_a_nan_in_an_image_is_in_the_maps_of_that_image_and_of_no_other(name: str) -> None:
+    model, x = some(name)
+    x[0, 0, 0, 0] = torch.nan
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(x)
+    assert rec.maps[0][0].isnan().any()
+    for m in rec.maps.values():
+        assert not m[1].isnan().any()
+        m.verify()
+
+
+def test_a_nan_that_a_mask_leaves_open_stays_and_one_it_closes_goes() -> None:
+    attn, x = Attention(48, num_heads=3), torch.randn(1, 4, 48)
+    x[0, 3] = torch.nan
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[:2, 3] = False
+    with AttentionRecorder(attn) as rec, torch.no_grad():
+        attn(x, mask)
+    got = rec.maps[0][0, 0]
+    assert not got[:2].isnan().any()
+    assert got[2:].isnan().all()
+
+
+def test_a_row_that_is_closed_throughout_is_what_sdpa_makes_of_it() -> None:
+    from timm.layers import Attention
+
+    module = randomise(Attention(32, 4)).eval()
+    mask = torch.rand(6, 6) > 0.5
+    mask[2] = False
+    with AttentionRecorder(module) as rec:
+        module(torch.randn(2, 6, 32), attn_mask=mask)
+    m = rec.maps[0]
+    assert torch.equal(m[:, :, 2], torch.zeros(2, 4, 6))
+    m.verify()
+
+
+def test_x_is_the_first_argument_whatever_the_order_of_the_call() -> None:
+    attn = Attention(16, 4).eval()
+    x, mask = torch.randn(2, 5, 16), torch.zeros(5, 5)
+    with AttentionRecorder(attn) as rec:
+        attn(attn_mask=mask, x=x)
+    assert torch.equal(rec.maps[0].x, x)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_is_what_slices_come_in(keep: Any, dtype: torch.dtype) -> None:
+    model, x = tiny("vit")
+    expected = maps_of(model, x)
+    with AttentionRecorder(model, keep=keep, dtype=dtype) as rec, torch.no_grad():
+        model(x)
+    for name, m in rec.maps.items():
+        assert m.dtype == m[...].dtype == m[0, 0, 0].dtype == m.image().dtype == dtype
+        assert torch.equal(m[...], expected[name].to(dtype))
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_device_is_where_slices_go(keep: Any) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model, keep=keep, device="meta") as rec, torch.no_grad():
+        model(x)
+    for m in rec.maps.values():
+        assert m.device == m[...].device == m[0, 0, 0].device == m.image().device == torch.device("meta")
+        assert m.shape == m[...].shape == (2, 3, 17, 17)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_detach_false_leaves_maps_in_the_graph_with_the_gradient_of_the_unfused_computation(keep: Any) -> None:
+    model, x = tiny("vit")
+    model.double()
+    images = x.double().requires_grad_()
+    with AttentionRecorder(model, keep=keep, detach=False) as rec:
+        model(images)
+    m = rec.maps["blocks.1.attn"]
+    net: Any = model
+    features = net.blocks[0](net.norm_pre(net._pos_embed(net.patch_embed(images))))
+    expected = own_map(net.blocks[1].attn, net.blocks[1].norm1(features))
+    wanted = [images, *model.parameters()]
+    for index in (..., (0, slice(None), 0)):
+        got, own = (
+            torch.autograd.grad(
+                attention[index].square().sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for attention in (m, expected)
+        )
+        torch.testing.assert_close(got, own, rtol=1e-9, atol=1e-12)
+        assert got[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_detach_decides_whether_anything_of_a_map_requires_grad(keep: Any, detach: bool) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model, keep=keep, detach=detach) as rec:
+        model(x)
+    m = rec.maps[1]
+    assert m[...].requires_grad is m[0, 0].requires_grad is m.image().requires_grad is not detach
+    if keep == "inputs":
+        assert m.x.requires_grad is not detach
