@@ -275,3 +275,22 @@ def test_a_map_whose_heads_stand_elsewhere_is_not_taken_for_one_whose_heads_come
         module(torch.randn(2, 8, 4, 5))
     with pytest.raises(UnreadableError, match=r"which are not \(batch, head, \.\.\.\)"):
         rec.maps[0][...]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, "float16", float], ids=str)
+def test_a_dtype_that_holds_no_probabilities_is_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"holds no probabilities: dtype=torch\.float32"):
+        AttentionRecorder(tiny("vit")[0], dtype=dtype)
+
+
+class Folded(nn.Module):
+    """Heads folded into the batch, and no attribute that tells how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 4, 4).permute(2, 0, 3, 1, 4).reshape(3, b * 4, n, 4)
+        return ((q @ k.transpose(1, 2)).softmax(-1) @ v).reshape(b, 4, n, 4).transpose(1, 2).reshape(b, n, c)
