@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hookattn import AttentionMap, AttentionRecorder
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # at the end: `coverage` is a package, too
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # at the end: `coverage` is a package, too
 import counted
 import scaling
 from counted import Sizes
