@@ -6,10 +6,9 @@ import copy
 from typing import Any
 
 import pytest
-import timm
 import torch
-from support.mechanisms import MODELS
-from support.models import ANY_DTYPE, TINY, enliven, tiny
+from support.mechanisms import MODELS, moved
+from support.models import ANY_DTYPE, TINY, tiny
 from support.modes import KernelCalls
 from support.oracle import unfused
 from torch import Tensor, nn
@@ -22,12 +21,10 @@ HALVES = [torch.bfloat16, torch.float16]
 def model_of(name: str) -> tuple[nn.Module, Tensor]:
     if name in TINY:
         return tiny(name)
-    architecture, arguments, size, _ = MODELS[name]
-    x = torch.randn(2, 3, size, size)
-    return enliven(timm.create_model(architecture, **arguments), x), x
+    return moved(name)
 
 
-@pytest.mark.parametrize("name", [*ANY_DTYPE, *(name for name in MODELS if name != "halo")])  # which takes half a minute
+@pytest.mark.parametrize("name", [*ANY_DTYPE, *MODELS])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_rows_sum_to_1_within_the_rounding_of_float32_whatever_the_dtype(name: str) -> None:
     model, x = model_of(name)

@@ -82,7 +82,7 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str, monkeypatch: pytest
     """The recipe sees a module with one term taken out; the oracles see the module as it is."""
     name, mutate = mutations()[mutation]
     model, x = tiny(name)
-    m = record(model, x)[0]
+    m = record(model, x).maps[0]
     expected = formed_by(m)
     module, *_ = call_of(m)
     for class_name in (c for c in registered() if c == f"{type(module).__module__}.{type(module).__qualname__}"):
