@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,14 +82,6 @@ def test_image_and_conditions_rest_on_errors_alone() -> None:
             assert {there[:1] for there in imports_of(path)} <= {room, ("errors",)}, path
 
 
-def test_importing_hookattn_imports_no_optional_package() -> None:
-    code = (
-        "import sys, hookattn; "
-        "print([m for m in ('matplotlib', 'typer', 'rich', 'zarr', 'timm', 'PIL', 'pytest') if m in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-
-
 def test_no_recipe_imports_timm() -> None:
     for path in FILES:
         if place_of(path)[:1] != ("cli",):
@@ -134,16 +124,3 @@ def test_the_exception_tree_is_drawn_whole() -> None:
         "ValueError",
         "ImportError",
     }
-
-
-def test_a_missing_extra_is_answered_with_what_to_type() -> None:
-    block = "import sys; sys.modules[{missing!r}] = None\n"
-    for missing, module, extra in (("matplotlib", "hookattn.figures.plot", "plot"), ("typer", "hookattn.cli.app", "cli")):
-        code = block.format(missing=missing) + f"import {module}"
-        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
-        assert "MissingExtraError: " in answer
-        assert f'pip install "hookattn[{extra}]"' in answer
-    code = block.format(missing="typer") + "from hookattn.__main__ import main; main()"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert answer.returncode == 1
-    assert answer.stderr.strip() == 'hookattn: the command line needs typer and rich: pip install "hookattn[cli]".'

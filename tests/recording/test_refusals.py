@@ -262,27 +262,6 @@ def test_every_refusal_can_be_caught_as_one() -> None:
     assert issubclass(NoMapError, LookupError)
 
 
-class _HeadsThird(nn.Module):
-    num_heads = 4
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bnhd,bmhd->bnhm", x, x).softmax(-1).sum(-1)
-
-
-def test_a_map_whose_heads_stand_elsewhere_is_not_taken_for_one_whose_heads_come_second() -> None:
-    module = _HeadsThird()
-    with AttentionRecorder(nn.Sequential(module), layers="0") as rec:
-        module(torch.randn(2, 8, 4, 5))
-    with pytest.raises(UnreadableError, match=r"which are not \(batch, head, \.\.\.\)"):
-        rec.maps[0][...]
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, "float16", float], ids=str)
-def test_a_dtype_that_holds_no_probabilities_is_refused(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"holds no probabilities: dtype=torch\.float32"):
-        AttentionRecorder(tiny("vit")[0], dtype=dtype)
-
-
 class Folded(nn.Module):
     """Heads folded into the batch, and no attribute that tells how many there are."""
 
@@ -294,3 +273,28 @@ class Folded(nn.Module):
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, 4, 4).permute(2, 0, 3, 1, 4).reshape(3, b * 4, n, 4)
         return ((q @ k.transpose(1, 2)).softmax(-1) @ v).reshape(b, 4, n, 4).transpose(1, 2).reshape(b, n, c)
+
+
+class _HeadsThird(nn.Module):
+    num_heads = 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bnhd,bmhd->bnhm", x, x).softmax(-1).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [(_HeadsThird(), torch.randn(2, 8, 4, 5)), (Folded(), torch.randn(2, 5, 16))],
+    ids=["heads third", "folded"],
+)
+def test_a_map_whose_heads_stand_elsewhere_is_not_taken_for_one_whose_heads_come_second(module: nn.Module, x: Tensor) -> None:
+    with AttentionRecorder(nn.Sequential(module), layers="0") as rec:
+        module(x)
+    with pytest.raises(UnreadableError, match=r"which are not \(batch, head, \.\.\.\)"):
+        rec.maps[0][...]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, "float16", float], ids=str)
+def test_a_dtype_that_holds_no_probabilities_is_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"holds no probabilities: dtype=torch\.float32"):
+        AttentionRecorder(tiny("vit")[0], dtype=dtype)

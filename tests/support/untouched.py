@@ -52,3 +52,9 @@ def state_of(model: nn.Module) -> list[Any]:
             elif isinstance(value, (bool, int, float, str, type(None))):
                 found.append((name, value))
     return found
+
+
+def hooks_of_ours(model: nn.Module) -> list[Any]:
+    """Hooks on a model that come from the package."""
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return [hook for hook in hooks if str(getattr(hook, "__module__", None)).split(".")[0] == "hookattn"]
