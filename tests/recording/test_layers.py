@@ -13,6 +13,12 @@ from torch import nn
 
 from hookattn import AttentionRecorder, LayerNotFoundError
 
+
+def shown(value: Any) -> str:
+    """The same name for a case in every worker."""
+    return "a function" if callable(value) and not isinstance(value, (type, nn.Module)) else str(value)
+
+
 CHOICES: list[tuple[Any, list[int]]] = [
     (None, [0, 1, 2]),
     ("blocks.1.attn", [1]),
@@ -32,7 +38,7 @@ CHOICES: list[tuple[Any, list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("layers", "expected"), CHOICES, ids=str)
+@pytest.mark.parametrize(("layers", "expected"), CHOICES, ids=shown)
 def test_layers_narrows_by_name_glob_container_index_list_and_predicate(layers: Any, expected: list[int]) -> None:
     model, x = tiny("vit", depth=3)
     names = [f"blocks.{i}.attn" for i in expected]
@@ -68,7 +74,7 @@ def test_a_module_that_is_not_known_as_attention_is_recorded_when_it_is_called_b
         (lambda *_: False, r"accepts none of blocks\.0\.attn, blocks\.1\.attn"),
         ([], r"layers"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_layers_that_name_nothing_are_refused_with_near_misses(layers: Any, message: str) -> None:
     model, _ = tiny("vit")
@@ -100,14 +106,14 @@ def test_an_attention_module_alone_can_be_recorded() -> None:
         ("", "no attention module is called ''"),
         (lambda name, module: False, r"accepts none of blocks\.0\.attn, blocks\.1\.attn"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_layers_that_are_no_layers_are_refused_and_the_message_says_what_they_may_be(layers: Any, message: str) -> None:
     with pytest.raises(LayerNotFoundError, match=message):
         AttentionRecorder(tiny("vit")[0], layers)
 
 
-@pytest.mark.parametrize("layers", [lambda name, module: True, 0, -1, "*", ["attn"]], ids=str)
+@pytest.mark.parametrize("layers", [lambda name, module: True, 0, -1, "*", ["attn"]], ids=shown)
 def test_where_nothing_is_named_like_attention_layers_has_nothing_to_choose_from(layers: Any) -> None:
     with pytest.raises(LayerNotFoundError, match=r"nothing in Sequential is named like attention.*leave layers= out"):
         AttentionRecorder(nn.Sequential(nn.Linear(3, 3)), layers)
