@@ -33,23 +33,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hookattn import AttentionRecorder
 from hookattn.calls import call, hooks, layer
 from hookattn.conditions.changes import Samples
-from hookattn.recording import recorder
-from hookattn.recording.passes import Forwards
+from hookattn.recording.passes import ForwardPasses
+from hookattn.recording.record import Recording
 
 RESULTS = Path(__file__).parent / "results" / "hook-cpu.json"
 FORWARDS = 20  # in one measurement
 GIVEN: dict[str, Any] = {"attn_mask": None, "is_causal": False}  # what a block of timm calls its attention with, besides x
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "is it compiled or traced?": [(hooks, "is_traced")],
-    "is it a forward that is recorded, and which?": [(Forwards, "concerns_us"), (Forwards, "current")],
-    "arguments": [(call, "kept")],
-    "is the module as it was looked up?": [(layer.Target, "up_to_date")],
-    "grad mode, autocast, training flags": [(call, "modes_of")],
-    "caches and moving buffers": [(layer.Target, "read_now"), (layer.Target, "hold_now")],
+    "is it a forward that is recorded, and which?": [(ForwardPasses, "is_recorded_here"), (ForwardPasses, "current")],
+    "arguments": [(call, "keep_arguments")],
+    "is the module as it was looked up?": [(layer.Layer, "refreshed")],
+    "autocast": [(call, "autocast_now")],
+    "caches and moving buffers": [(layer.Layer, "state_now"), (layer.Layer, "mutable_now")],
     "stamps of x and of parameters": [(layer, "stamps_of_arguments"), (layer, "stamps")],
     "some values of parameters": [(Samples, "take")],
-    "hooks of others": [(layer, "_hooks_of_others"), (recorder, "another_pre_hook_follows")],
-    "the map and its setting": [(AttentionRecorder, "_map")],
+    "hooks of others": [(layer, "_hooks_of_others"), (hooks.Around, "is_followed")],
+    "the map and its geometry": [(Recording, "map_of")],
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnfaithfulMapError, UnreadableError
-from .maps.reading import described
+from .maps.reading import source_by_recipe
 from .maps.replay import replayed
 from .recipes.registry import find_recipe, qualified_name
 from .recording.recorder import AttentionRecorder
@@ -45,11 +45,11 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
     with AttentionRecorder(moved, layers=lambda _, m: m is moved) as rec, torch.no_grad():
         moved(*args, **kwargs)
     m = rec.maps[0]
-    if described(m.call) is None:
+    if source_by_recipe(m.call) is None:
         raise UnreadableError(f"the recipe of {name} does not describe this call; check it on one that it describes.")
     whole = m[...]
     with torch.no_grad():
-        expected = replayed(moved, *args, **kwargs).narrow().probabilities()
+        expected = replayed(moved, *args, **kwargs).narrow().values()
     _compare("the map", whole, expected, "what replay takes from the module's own forward", tolerance)
     m.verify()
     _compare("the sum of a row", whole.sum(-1), torch.ones_like(whole.sum(-1)), "1", tolerance)

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..maps.attention_map import AttentionMap
 from ..recording.recorder import AttentionRecorder
 
-Maps = Union[AttentionRecorder, Mapping[str, AttentionMap], Iterable[AttentionMap]]
+LayerMaps = Union[AttentionRecorder, Mapping[str, AttentionMap], Iterable[AttentionMap]]
 
 
-def rollout(maps: Maps, *, residual: float = 0.5) -> Tensor:
+def rollout(maps: LayerMaps, *, residual: float = 0.5) -> Tensor:
     """Attention rollout: how much of each input token reaches each token after the last layer.
 
     Each layer's map, averaged over heads, is mixed with the residual connection, A' = (1 - r) A + r I, and multiplied onto
@@ -37,7 +37,7 @@ def rollout(maps: Maps, *, residual: float = 0.5) -> Tensor:
     return _product(maps, "rollout", residual, lambda m: m[...].mean(1))
 
 
-def grad_rollout(maps: Maps, *, residual: float = 0.5) -> Tensor:
+def grad_rollout(maps: LayerMaps, *, residual: float = 0.5) -> Tensor:
     """Attention rollout of what speaks for a class: each map weighted by its gradient.
 
     As `rollout`, with the positive part of the gradient times the map, averaged over heads, in place of the mean map:
@@ -63,7 +63,7 @@ def grad_rollout(maps: Maps, *, residual: float = 0.5) -> Tensor:
     return _product(maps, "grad_rollout", residual, lambda m: _rows_to_one(_relevant(m)))
 
 
-def relevance(maps: Maps) -> Tensor:
+def relevance(maps: LayerMaps) -> Tensor:
     """Relevance of each input token to each token after the last layer, for what backward was called on.
 
     R starts as the identity, and layer after layer R becomes R + E_h[(dL/dA * A)^+] R: the residual connection passes on what
@@ -89,7 +89,7 @@ def relevance(maps: Maps) -> Tensor:
     return reduce(lambda before, m: before + _relevant(m) @ before, layers, _identity(layers[0]))
 
 
-def _product(maps: Maps, name: str, residual: float, layer: Callable[[AttentionMap], Tensor]) -> Tensor:
+def _product(maps: LayerMaps, name: str, residual: float, layer: Callable[[AttentionMap], Tensor]) -> Tensor:
     """(batch, tokens, tokens): the product over layers, each mixed with the identity."""
     layers = _layers(maps, name)
     if not 0 <= residual <= 1:
@@ -101,8 +101,8 @@ def _product(maps: Maps, name: str, residual: float, layer: Callable[[AttentionM
     return reduce(lambda before, m: mixed(m) @ before, layers[1:], mixed(layers[0]))
 
 
-def _layers(maps: Maps, name: str) -> list[AttentionMap]:
-    """Maps of one forward that have the same tokens as queries and as keys, or a ValueError."""
+def _layers(maps: LayerMaps, name: str) -> list[AttentionMap]:
+    """LayerMaps of one forward that have the same tokens as queries and as keys, or a ValueError."""
     maps = maps.maps if isinstance(maps, AttentionRecorder) else maps
     layers = list(maps.values() if isinstance(maps, Mapping) else maps)
     pieces = next((m for m in layers if m.axes != ("batch", "head", "query", "key")), None)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.sources import exact_dtype, exactly
+from ..attention.sources import exact_dtype, without_autocast
 from ..errors import TokenError
 from ..maps.attention_map import AttentionMap
 
@@ -81,14 +81,14 @@ def compute_statistics(m: AttentionMap, *wanted: Statistic) -> tuple[Tensor, ...
     totals: list[Tensor] = []
 
     def visit(items: slice, rows: slice, chunk: Tensor) -> None:
-        with exactly(chunk.device):
+        with without_autocast(chunk.device):
             chunk = chunk.to(exact_dtype(chunk.dtype))
             totals.extend(chunk.new_zeros(each.shape) for each in sums[len(totals) :])
             for each, total in zip(sums, totals):
                 each.add(total, items, rows, chunk)
 
-    m._in_chunks(visit)
-    return tuple(m._about.deliver(each.finish(total)) for each, total in zip(sums, totals))
+    m.visit(visit)
+    return tuple(m._deliver(each.finish(total)) for each, total in zip(sums, totals))
 
 
 @Statistic
@@ -192,7 +192,7 @@ def _centres(m: AttentionMap) -> Iterator[Tensor]:
                 f"the {which} of {m.name!r} are no patches ({', '.join(tokens.prefix[:4])}), and distances are from patch to "
                 'patch. Ask for layers in which patches look at patches, or see where a token looks: m.image("cls").'
             )
-        yield tokens.centres(m._about.geometry.cell_size(tokens.grid_size))
+        yield tokens.centres(m._geometry.cell_size(tokens.grid_size))
 
 
 def _of_items(centres: Tensor, numbers: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Projected(Tensor):
     weight: Tensor
     bias: Tensor | None
     own: Own | None
-    _formed: Tensor | None
+    _computed: Tensor | None
     _cast: bool
 
     @staticmethod
@@ -56,34 +56,34 @@ class Projected(Tensor):
         cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device)
-        self._cast, self.x, self.weight, self.bias, self.own, self._formed = cast, x, weight, bias, own, None
+        self._cast, self.x, self.weight, self.bias, self.own, self._computed = cast, x, weight, bias, own, None
         return self
 
     def narrowed(self, batch: Pick = ALL, heads: Pick = ALL, tokens: Pick = ALL) -> Tensor:
         """The same for some images, heads and tokens."""
         if batch is ALL and heads is ALL and tokens is ALL:
             return self
-        if self._formed is not None:
-            return self._formed[batch][:, heads][:, :, tokens]
+        if self._computed is not None:
+            return self._computed[batch][:, heads][:, :, tokens]
         bias = None if self.bias is None else self.bias[heads]
         return Projected(self.x[batch][:, tokens], self.weight[heads], bias)
 
-    def formed(self) -> Tensor:
+    def compute(self) -> Tensor:
         """The tensor itself; formed once.
 
         Raises:
             AwaitedError: the module is about to form it.
         """
         heard = heard_now.get()
-        if self._formed is None and heard is not None and self.own is not None:
+        if self._computed is None and heard is not None and self.own is not None:
             output = heard.output(self.own)
-            self._formed = None if output is None else self.own.part(output)
-        if self._formed is None:
+            self._computed = None if output is None else self.own.part(output)
+        if self._computed is None:
             bias = None if self.bias is None else self.bias.flatten()
             with self._modes():
                 y = F.linear(self.x, self.weight.flatten(0, 1), bias)
-            self._formed = y.view(*self.x.shape[:2], *self.weight.shape[:2]).transpose(1, 2)
-        return self._formed
+            self._computed = y.view(*self.x.shape[:2], *self.weight.shape[:2]).transpose(1, 2)
+        return self._computed
 
     def _modes(self) -> AbstractContextManager[None]:
         """Autocast as it was when this was made."""
@@ -99,7 +99,7 @@ class Projected(Tensor):
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args)
-        args, kwargs = pytree.tree_map_only(Projected, Projected.formed, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Projected, Projected.compute, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
@@ -113,9 +113,9 @@ _ABOUT = {
 }
 
 
-def formed(value: T) -> T:
+def compute(value: T) -> T:
     """A tensor itself, formed if it was not."""
-    return value.formed() if isinstance(value, Projected) else value  # type: ignore[return-value]
+    return value.compute() if isinstance(value, Projected) else value  # type: ignore[return-value]
 
 
 def is_bare(*tensors: Tensor | None) -> bool:

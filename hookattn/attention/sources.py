@@ -1,7 +1,8 @@
-"""The mathematics of an attention map, and the only softmax in the package.
+"""What a map, or its gradient, is computed from; the only softmax in the package.
 
 A recipe hands over what a map is made of, a `QK`; replay of a module that never shows its queries and keys hands over
-`Scores`. Both can be narrowed to some images, heads and rows before anything of size queries x keys is formed.
+`Scores`. A gradient is an `Outer` product. All of them can be narrowed to some images, heads and rows before anything of size
+queries x keys is formed.
 """
 
 from __future__ import annotations
@@ -9,17 +10,73 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Union
+from typing import TypeVar, Union
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .projection import ALL, Pick, Projected, formed
+from .projection import ALL, Pick, Projected, compute
+
+S = TypeVar("S", bound="_Whole")
+
+
+class _Product:
+    """What is computed from two factors, (batch, heads, queries, d) and (batch, heads, keys, d)."""
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, _ = self._factors[0].shape
+        return batch, heads, queries, self._factors[1].shape[-2]
+
+    @property
+    def device(self) -> torch.device:
+        """What it is computed on."""
+        return self._factors[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is computed in: float64 for float64 factors, float32 for everything else."""
+        return exact_dtype(self._factors[0].dtype)
 
 
 @dataclass(frozen=True, eq=False)
-class QK:
+class _Whole:
+    """What is there already for all pairs of a query and a key.
+
+    Attributes:
+        tensor: (batch, heads, queries, keys).
+    """
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, keys = self.tensor.shape
+        return batch, heads, queries, keys
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.tensor.device
+
+    def narrow(self: S, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> S:
+        """The same for some images, heads and queries."""
+        return replace(self, tensor=_pick(self.tensor, batch, heads, rows))
+
+    def prepare(self: S) -> S:
+        """The same."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class QK(_Product):
     """Queries and keys of one attention call: softmax(q k^T * scale + bias) over the keys the mask lets through.
 
     Attributes:
@@ -41,25 +98,19 @@ class QK:
     mix: Tensor | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, queries, keys)."""
-        batch, heads, queries, _ = self.q.shape
-        return batch, heads if self.mix is None else len(self.mix), queries, self.k.shape[-2]
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self.q, self.k
 
     @property
-    def device(self) -> torch.device:
-        """What the map is computed on."""
-        return self.q.device
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, heads, queries, keys = super().shape
+        return batch, heads if self.mix is None else len(self.mix), queries, keys
 
     @property
     def biases(self) -> tuple[Tensor, ...]:
         """All that is added to the scores."""
         return () if self.bias is None else (self.bias,) if isinstance(self.bias, Tensor) else self.bias
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the map is computed in: float64 for float64 queries, float32 for everything else."""
-        return exact_dtype(self.q.dtype)
 
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> QK:
         """The same for some images, heads and queries; each axis is picked on its own."""
@@ -88,11 +139,11 @@ class QK:
             mix=None if self.mix is None else self.mix[heads],
         )
 
-    def formed(self) -> QK:
+    def prepare(self) -> QK:
         """The same with queries and keys computed, for a map that is made in several steps."""
-        return replace(self, q=formed(self.q), k=formed(self.k))
+        return replace(self, q=compute(self.q), k=compute(self.k))
 
-    def probabilities(self) -> Tensor:
+    def values(self) -> Tensor:
         """The map: (batch, heads, queries, keys), in `dtype`, rows that sum to 1.
 
         Everything after the projections is done in `dtype`, under autocast too: half-precision scores overflow, and
@@ -100,9 +151,9 @@ class QK:
         `scaled_dot_product_attention` has it.
         """
         if self.is_causal:
-            return self.narrow().probabilities()
-        q, k = formed(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else formed(self.k)
-        with exactly(q.device):
+            return self.narrow().values()
+        q, k = compute(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else compute(self.k)
+        with without_autocast(q.device):
             scores = self._products(q.to(self.dtype), k)
             writable = _is_ours_alone(scores, *self.biases)
             for bias in self.biases:
@@ -131,90 +182,36 @@ class QK:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """Scores a module has formed itself, right before its softmax over the last axis.
-
-    Attributes:
-        scores: (batch, heads, queries, keys).
-    """
-
-    scores: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, queries, keys)."""
-        batch, heads, queries, keys = self.scores.shape
-        return batch, heads, queries, keys
-
-    @property
-    def device(self) -> torch.device:
-        """What the map is computed on."""
-        return self.scores.device
+class Scores(_Whole):
+    """Scores a module has formed itself, right before its softmax over the last axis."""
 
     @property
     def dtype(self) -> torch.dtype:
         """What the map is computed in: float64 for float64 scores, float32 for everything else."""
-        return exact_dtype(self.scores.dtype)
+        return exact_dtype(self.tensor.dtype)
 
-    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Scores:
-        """The same for some images, heads and queries."""
-        return replace(self, scores=_pick(self.scores, batch, heads, rows))
-
-    def formed(self) -> Scores:
-        """The same."""
-        return self
-
-    def probabilities(self) -> Tensor:
+    def values(self) -> Tensor:
         """The map: (batch, heads, queries, keys), in `dtype`; a row that is closed throughout is NaN, as in the module."""
-        with exactly(self.scores.device):
-            return self.scores.to(self.dtype).softmax(-1)
+        with without_autocast(self.device):
+            return self.tensor.to(self.dtype).softmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
-    """A map that has been formed before.
-
-    Attributes:
-        attention: (batch, heads, queries, keys).
-    """
-
-    attention: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, queries, keys)."""
-        batch, heads, queries, keys = self.attention.shape
-        return batch, heads, queries, keys
-
-    @property
-    def device(self) -> torch.device:
-        """Where the map is kept."""
-        return self.attention.device
+class Dense(_Whole):
+    """A map or a gradient that is there already."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the map is kept in."""
-        return self.attention.dtype
+        """What it is kept in."""
+        return self.tensor.dtype
 
-    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Known:
-        """The same for some images, heads and queries."""
-        return Known(_pick(self.attention, batch, heads, rows))
-
-    def formed(self) -> Known:
-        """The same."""
-        return self
-
-    def probabilities(self) -> Tensor:
-        """The map: (batch, heads, queries, keys), as it is kept."""
-        return self.attention
-
-
-Source = Union[QK, Scores, Known]
-"""What a map is computed from."""
+    def values(self) -> Tensor:
+        """(batch, heads, queries, keys), as it is kept."""
+        return self.tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Outer:
+class Outer(_Product):
     """The gradient of a map A that was multiplied onto values: dL/dA = dL/d(A v) v^T.
 
     Attributes:
@@ -226,52 +223,28 @@ class Outer:
     value: Tensor
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, queries, keys)."""
-        batch, heads, queries, _ = self.grad.shape
-        return batch, heads, queries, self.value.shape[-2]
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self.grad, self.value
 
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Outer:
         """The same for some images, heads and queries."""
         return Outer(_pick(self.grad, batch, heads, rows), _pick(self.value, batch, heads, ALL))
 
-    def gradient(self) -> Tensor:
-        """(batch, heads, queries, keys), float32 or float64."""
-        with exactly(self.grad.device):
-            dtype = exact_dtype(self.grad.dtype)
-            return self.grad.to(dtype) @ self.value.to(dtype).transpose(-2, -1)
+    def prepare(self) -> Outer:
+        """The same."""
+        return self
+
+    def values(self) -> Tensor:
+        """(batch, heads, queries, keys), in `dtype`."""
+        with without_autocast(self.device):
+            return self.grad.to(self.dtype) @ self.value.to(self.dtype).transpose(-2, -1)
 
 
-@dataclass(frozen=True, eq=False)
-class Formed:
-    """The gradient of a map that a module has formed itself.
-
-    Attributes:
-        grad: (batch, heads, queries, keys).
-    """
-
-    grad: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, queries, keys)."""
-        batch, heads, queries, keys = self.grad.shape
-        return batch, heads, queries, keys
-
-    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Formed:
-        """The same for some images, heads and queries."""
-        return Formed(_pick(self.grad, batch, heads, rows))
-
-    def gradient(self) -> Tensor:
-        """(batch, heads, queries, keys), float32 or float64."""
-        return self.grad.to(exact_dtype(self.grad.dtype))
+Source = Union[QK, Scores, Outer, Dense]
+"""What a map, or its gradient, is computed from."""
 
 
-Slope = Union[Outer, Formed]
-"""What the gradient of a map is computed from."""
-
-
-def exactly(device: torch.device) -> AbstractContextManager[None]:
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which autocast does not touch what is computed on the device."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -5,8 +5,8 @@ From top to bottom, an import may only point down:
     call         a call of an attention module, and the modes it is resumed in
     layer        an attention module of a model, and what has to be looked at each time it is called
     staleness    what tells that a module is another one than it was
-    restore      put a module back as it was
     hooks        what a recorder puts on somebody else's modules
+    restore      put a module back as it was
     callsite     who calls an attention module, and what x is
     arguments    what a module was called with, as it is kept
 """

@@ -12,7 +12,7 @@ _AS_THEY_ARE = frozenset({int, float, bool, str, type(None)})
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def kept(args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> tuple[Arguments, tuple[Tensor, ...]]:
+def keep_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> tuple[Arguments, tuple[Tensor, ...]]:
     """The arguments themselves, no copies, or cut off from the graph; and the tensors among them."""
     tensors: list[Tensor] = []
     for value in (*args, *kwargs.values()):

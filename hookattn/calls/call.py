@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..conditions.autocast import Autocast, autocast_now
 from ..conditions.changes import stamps
 from ..conditions.sharding import is_freed, is_spread
+from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
-from .arguments import kept, tensors_in
-from .layer import Target, stamps_of
-from .restore import copied, in_place, random_streams, reading, training_flags
+from .arguments import keep_arguments, tensors_in
+from .layer import Layer, stamps_of
+from .restore import copied, in_place, reading, training_flags
 from .staleness import structure_of
 
 _TRAINING = attrgetter("training")
@@ -28,16 +29,16 @@ class Modes(NamedTuple):
     """What the outcome of a call depends on besides its arguments."""
 
     grad: bool
-    autocast: tuple[str, bool, torch.dtype, bool] | None
+    autocast: Autocast | None
     training: tuple[bool, ...]
-    random: tuple[Tensor, Tensor | None] | None
+    random: RandomStreams | None
 
 
 class Call(NamedTuple):
     """One call of one attention module.
 
     Attributes:
-        target: the module and where it stands.
+        layer: the module and where it stands.
         args, kwargs: what `forward` received. Tensors are the module's own, cut off from the graph unless asked otherwise.
         modes: grad mode, autocast and training flags of the call.
         tensors: the tensors among the arguments.
@@ -47,7 +48,7 @@ class Call(NamedTuple):
             parameters, one for hooks.
     """
 
-    target: Target
+    layer: Layer
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     modes: Modes
@@ -63,12 +64,12 @@ class Call(NamedTuple):
         Raises:
             UnreadableError: it is no tensor.
         """
-        first = next(iter(inspect.signature(self.target.module.forward).parameters), "")
+        first = next(iter(inspect.signature(self.layer.module.forward).parameters), "")
         x = self.args[0] if self.args else self.kwargs.get(first)
         if isinstance(x, Tensor):
             return x
         if not self.tensors:
-            raise UnreadableError(f"{self.target.name!r} was called without a tensor; what it was called with is m.call.")
+            raise UnreadableError(f"{self.layer.name!r} was called without a tensor; what it was called with is m.call.")
         return self.tensors[0]
 
     @contextmanager
@@ -92,23 +93,20 @@ class Call(NamedTuple):
                 device, enabled, dtype, cached = self.modes.autocast
                 cached = cached and self.modes.grad  # a parameter that is cast without grad must not be met by a forward with
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
-            stack.enter_context(training_flags(self.target.inner, self.modes.training))
-            stack.enter_context(in_place(self.target.slots))
+            stack.enter_context(training_flags(self.layer.inner, self.modes.training))
+            stack.enter_context(in_place(self.layer.slots))
             stack.enter_context(in_place([(holder, key, copied(value)) for holder, key, value in self.held]))
             yield
 
     def restore_random_streams(self) -> None:
         """Set the random streams to where they were when the call began, if it was in train mode."""
         if self.modes.random is not None:
-            cpu, cuda = self.modes.random
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda, self.x.device)
+            self.modes.random.restore()
 
     def check_fresh(self) -> None:
         """Raise StaleMapError if the map of this call can no longer be computed, UnreadableError if not here."""
         self.check_at_hand()
-        now = stamps_of(self.target, self.tensors, self.state, self.held)
+        now = stamps_of(self.layer, self.tensors, self.state, self.held)
         if now != self.stamps:
             names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
             names += [*(repr(name) for name, _ in self.state), "a cache inside the module", "values of parameters"]
@@ -116,28 +114,28 @@ class Call(NamedTuple):
             changed = [name for name, a, b in zip(names, self.stamps, now) if a != b]
             changed = [name for name in changed if name != "values of parameters"] or changed
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
-        if structure_of(self.target.inner) != self.target.structure:
+        if structure_of(self.layer.inner) != self.layer.structure:
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
-    def renewed(self) -> Call:
+    def restamped(self) -> Call:
         """The same right after its forward or during its backward: but for its arguments, it is not compared with before.
 
         By then FSDP has written the parameters anew, and the forward may have counted its calls; the user has had no say.
         """
-        read, first = stamps([tensor for _, tensor in self.state], self.target.steps), len(self.tensors)
-        renewed = (*self.stamps[:first], *read, *self.stamps[first + len(read) :])
-        return self._replace(stamps=renewed, target=self.target._replace(structure=structure_of(self.target.inner)))
+        read, first = stamps([tensor for _, tensor in self.state], self.layer.steps), len(self.tensors)
+        fresh = (*self.stamps[:first], *read, *self.stamps[first + len(read) :])
+        return self._replace(stamps=fresh, layer=self.layer._replace(structure=structure_of(self.layer.inner)))
 
     def check_at_hand(self) -> None:
         """Raise StaleMapError or UnreadableError if the values of what the call reads are elsewhere; nothing looks at them."""
         read = (*self.tensors, *(tensor for _, tensor in self.state), *tensors_in(self.held))
-        who = f"{self.target.name!r} ({type(self.target.module).__name__})"
+        who = f"{self.layer.name!r} ({type(self.layer.module).__name__})"
         if any(map(is_left_behind, read)):
             raise UnreadableError(
                 f"{who} ran under torch.vmap, and what it was called with is gone with it. Open the recorder inside "
                 "what is mapped, and return from there what is read: m[...]."
             )
-        if is_spread(self.target.inner[1:], read):
+        if is_spread(self.layer.inner[1:], read):
             raise UnreadableError(
                 f"what {who} reads is spread over several processes while it runs, and reading would wait for the others. Give "
                 "FSDP the attention module or its block, not the layers inside; tensor-parallel attention is not read."
@@ -147,41 +145,26 @@ class Call(NamedTuple):
 
     def _raise_stale(self, what: str) -> None:
         raise StaleMapError(
-            f"the map of {self.target.name!r} ({type(self.target.module).__name__}) is stale: {what}. Read it before that "
+            f"the map of {self.layer.name!r} ({type(self.layer.module).__name__}) is stale: {what}. Read it before that "
             'happens, or record with AttentionRecorder(model, keep="maps").'
         )
 
 
-def capture(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
+def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
     """Keep a call: the arguments themselves (no copy), and what it takes to resume it later."""
-    (args, kwargs), tensors = kept(args, kwargs, detach=detach)
-    target = target.up_to_date()
-    modes, state, held = modes_of(target, tensors, detach=detach), target.read_now(), target.hold_now()
-    return Call(target, args, kwargs, modes, tensors, state, held, stamps_of(target, tensors, state, held))
-
-
-def modes_of(target: Target, tensors: tuple[Tensor, ...], *, detach: bool) -> Modes:
-    """The modes that a call with some tensors comes under."""
-    grad, training = torch.is_grad_enabled() and not detach, tuple(map(_TRAINING, target.inner))
-    if not tensors:
-        return Modes(grad, None, training, None)
-    random = random_streams(tensors[0].device) if True in training else None
-    return Modes(grad, _autocast("cpu" if tensors[0].is_cpu else tensors[0].device.type), training, random)
+    (args, kwargs), tensors = keep_arguments(args, kwargs, detach=detach)
+    layer = layer.refreshed()
+    state, held = layer.state_now(), layer.mutable_now()
+    training = tuple(map(_TRAINING, layer.inner))
+    stamped = stamps_of(layer, tensors, state, held)
+    autocast = random = None
+    if tensors:
+        autocast = autocast_now("cpu" if (x := tensors[0]).is_cpu else x.device.type)
+        random = random_streams(x.device) if True in training else None
+    modes = Modes(torch.is_grad_enabled() and not detach, autocast, training, random)
+    return Call(layer, args, kwargs, modes, tensors, state, held, stamped)
 
 
 def recaptured(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
     """A call with the arguments that hooks which came after ours have made of it."""
-    return capture(call.target, args, kwargs, detach=detach)._replace(modes=call.modes)
-
-
-def _autocast(device: str) -> tuple[str, bool, torch.dtype, bool] | None:
-    off = _no_autocast(device)
-    if off is None or not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
-        return off
-    return device, True, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
-
-
-@lru_cache
-def _no_autocast(device: str) -> tuple[str, bool, torch.dtype, bool] | None:
-    """Autocast that is off, where a device has it: the dtype is that of no operation then."""
-    return (device, False, torch.get_autocast_dtype(device), False) if torch.amp.is_autocast_available(device) else None
+    return capture(call.layer, args, kwargs, detach=detach)._replace(modes=call.modes)

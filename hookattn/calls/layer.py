@@ -15,12 +15,14 @@ from .restore import INTERNAL, copied
 from .staleness import is_number, structure_of
 
 
-class Target(NamedTuple):
+class Layer(NamedTuple):
     """An attention module chosen for recording, and what has to be looked at each time it is called.
 
     Attributes:
         name: its name in the model.
         module: the module.
+        trunk: the part of the model that cuts the image for it, where that is known.
+        block: the block around it that cuts windows, if there is one.
         inner: the module and all below it.
         state: its parameters and buffers by name, all but the statistics.
         statistics: running statistics by name, each with its norm: a norm reads them unless it is in train mode, where it
@@ -33,7 +35,7 @@ class Target(NamedTuple):
         bare: attributes of the modules that have no forward of their own.
         samples: a few values of each parameter.
         caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name, and
-            None, as `hold_now` has it while it is empty.
+            None, as `mutable_now` has it while it is empty.
         hooks: dicts of the hooks of all modules below this one.
         structure: what `structure_of` gave when all this was looked up.
         steps: counts the steps of optimizers on parameters.
@@ -41,6 +43,8 @@ class Target(NamedTuple):
 
     name: str
     module: nn.Module
+    trunk: nn.Module | None
+    block: nn.Module | None
     inner: tuple[nn.Module, ...]
     state: tuple[tuple[str, Tensor], ...]
     statistics: tuple[tuple[str, Tensor, nn.Module], ...]
@@ -54,7 +58,7 @@ class Target(NamedTuple):
     structure: list[Any]
     steps: Steps
 
-    def read_now(self) -> tuple[tuple[str, Tensor], ...]:
+    def state_now(self) -> tuple[tuple[str, Tensor], ...]:
         """What a call reads of the state, the statistics and the moving buffers, where no copies of them are held."""
         if not self.statistics and not self.moving:
             return self.state
@@ -62,7 +66,7 @@ class Target(NamedTuple):
         still += [(path, b) for path, m, name in self.moving if not m.training and (b := m._buffers[name]) is not None]
         return (*self.state, *still)
 
-    def hold_now(self) -> tuple[tuple[dict[str, Any], str, Any], ...]:
+    def mutable_now(self) -> tuple[tuple[dict[str, Any], str, Any], ...]:
         """What a call may change as it runs: caches and moving buffers as they are before, each with where it hangs."""
         held: list[tuple[dict[str, Any], str, Any]] = []
         for empty in self.caches:
@@ -71,24 +75,24 @@ class Target(NamedTuple):
         moved = [(m._buffers, name, m._buffers[name]) for _, m, name in self.moving if m.training]
         return (*held, *[(holder, name, buffer.clone()) for holder, name, buffer in moved if buffer is not None])
 
-    def up_to_date(self) -> Target:
+    def refreshed(self) -> Layer:
         """The same, looked up again if the module is another one than it was: tensors swapped, layers wrapped, numbers set."""
-        return self if self._is_up_to_date() else target(self.name, self.module)
+        return self if self._is_as_it_was() else look_up(*self[:4])
 
-    def _is_up_to_date(self) -> bool:
+    def _is_as_it_was(self) -> bool:
+        for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
+            if "forward" in attributes:
+                return False
         try:
             for holder, key, value in self.parts:
                 if holder[key] is not value:
                     return False
         except KeyError:
             return False
-        for attributes in self.bare:
-            if "forward" in attributes:
-                return False
-        return not self.samples.are_left()
+        return True
 
 
-def target(name: str, module: nn.Module) -> Target:
+def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block: nn.Module | None = None) -> Layer:
     """Look up once what every call of the module will need."""
     inner = tuple(module.modules())
     norms = [(f"{prefix}.", m) if prefix else ("", m) for prefix, m in module.named_modules() if isinstance(m, _NormBase)]
@@ -107,9 +111,23 @@ def target(name: str, module: nn.Module) -> Target:
     bare = tuple(vars(m) for m in inner if "forward" not in vars(m))
     caches = tuple((vars(m), name, None) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
     hooks = tuple(hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks))
-    structure, steps = structure_of(inner), counted_steps()
-    return Target(
-        name, module, inner, state, statistics, moving, slots, tuple(parts), bare, samples, caches, hooks, structure, steps
+    return Layer(
+        name=name,
+        module=module,
+        trunk=trunk,
+        block=block,
+        inner=inner,
+        state=state,
+        statistics=statistics,
+        moving=moving,
+        slots=slots,
+        parts=tuple(parts),
+        bare=bare,
+        samples=samples,
+        caches=caches,
+        hooks=hooks,
+        structure=structure_of(inner),
+        steps=counted_steps(),
     )
 
 
@@ -122,21 +140,21 @@ def _moving_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def stamps_of(
-    target: Target, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...], held: tuple[Any, ...]
+    layer: Layer, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...], held: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """One stamp for each argument and each tensor of the state, one for caches, one for some values, one for hooks."""
-    steps = target.steps
-    arguments, read = stamps_of_arguments(tensors, steps), stamps([t for _, t in state], steps)
+    hooks, steps = _hooks_of_others(layer), layer.steps
     filled = [value for _, _, value in held if value is not None]
-    cached = stamps(list(tensors_in(filled)), steps) if filled else filled
-    return (*arguments, *read, cached, target.samples.take(), _hooks_of_others(target))
+    cached = list(tensors_in(filled)) if filled else filled
+    arguments, read = stamps_of_arguments(tensors, steps), stamps([t for _, t in state], steps)
+    return (*arguments, *read, stamps(cached, steps) if cached else cached, layer.samples.take(), hooks)
 
 
-def _hooks_of_others(target: Target) -> list[int]:
+def _hooks_of_others(layer: Layer) -> list[int]:
     """Hooks below the module, which change what is read; those of a recorder do not."""
-    if not any(target.hooks):
+    if not any(layer.hooks):
         return []
-    return [id(hook) for hooks in target.hooks if hooks for hook in list(hooks.values()) if not is_ours(hook)]
+    return [id(hook) for hooks in layer.hooks if hooks for hook in list(hooks.values()) if not is_ours(hook)]
 
 
 def _is_cache(value: Any) -> bool:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 reading: ContextVar[bool] = ContextVar("reading", default=False)
 
@@ -54,10 +54,6 @@ def training_flags(modules: tuple[nn.Module, ...], flags: tuple[bool, ...]) -> I
     finally:
         for module, flag in zip(modules, before):
             module.training = flag
-
-
-def random_streams(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def copied(value: Any) -> Any:

@@ -6,7 +6,10 @@ From top to bottom, an import may only point down:
     checkpoints  activation checkpoints run a module again in backward
     threads      a recorder sees the thread and the asyncio task that opened it
     compiled     compiled code runs eagerly meanwhile; exports and traces are left alone
+    wrappers     DDP and FSDP are looked through; DataParallel, scripted and exported models refused
     sharding     FSDP and tensor parallelism: parameters that are not to be had
     transforms   torch.func: tensors that are gone when the transform has returned
+    training     train mode: the random streams that dropout draws from
+    autocast     mixed precision
     changes      what tells that a tensor has changed since the forward
 """

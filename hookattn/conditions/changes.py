@@ -118,8 +118,12 @@ class Samples:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        plain = [p for p in parameters if type(p) is nn.Parameter and p.dtype in _BITS and p.device.type != "meta"]
-        self._parameters = [p for p in plain if p.is_contiguous()]
+        self._of = [p for p in parameters if type(p) is nn.Parameter]
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Find where the values lie."""
+        self._parameters = [p for p in self._of if p.dtype in _BITS and p.device.type != "meta" and p.is_contiguous()]
         self._addresses = [p.data_ptr() for p in self._parameters]
         few = [_few_bits(p) for p in self._parameters]
         self._at_hand = [bits for bits in few if bits.device.type in _AT_HAND]
@@ -129,12 +133,10 @@ class Samples:
                 elsewhere.setdefault((bits.dtype, bits.device), []).append(bits)
         self._elsewhere = list(elsewhere.values())
 
-    def are_left(self) -> bool:
-        """Whether a parameter lies elsewhere now, as it does when its model was moved or has got another dtype."""
-        return [*map(Tensor.data_ptr, self._parameters)] != self._addresses
-
     def take(self) -> tuple[list[list[int]], Values | None]:
         """The values as they are now."""
+        if [*map(Tensor.data_ptr, self._parameters)] != self._addresses:  # the model was moved, or has got another dtype
+            self._look_up()
         try:
             numbers: list[list[int]] = [*map(Tensor.tolist, self._at_hand)]
         except RuntimeError:  # older versions of PyTorch, inside a transform of torch.func

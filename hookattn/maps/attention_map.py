@@ -2,61 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..attention.projection import ALL, Pick
-from ..attention.sources import Known, Source, largest_difference
+from ..attention.sources import Source, largest_difference
 from ..calls.call import Call
 from ..calls.callsite import CallSite
-from ..conditions.transforms import is_left_behind
-from ..errors import (
-    LayerNotFoundError,
-    RecorderError,
-    StaleMapError,
-    TokenError,
-    UnfaithfulMapError,
-    UnreadableError,
-    did_you_mean,
-)
+from ..errors import LayerNotFoundError, RecorderError, StaleMapError, UnfaithfulMapError, UnreadableError, did_you_mean
 from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
 from ..recipes.places import axes_of, tokens_of
 from .gradient import Gradient
-from .lazy import Delivery, Visit, split_index, visit_chunks
-from .picture import mean_of_rows, pick_heads
-from .reading import form_of, source_of
+from .lazy import Delivery, LazyArray, Spec
+from .picture import draw_rows
+from .reading import Kept, Lost, Origin
 from .replay import inject
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
-class About(NamedTuple):
-    """What every map knows of its call.
-
-    Attributes:
-        name: name of the map.
-        geometry: where the call stands in the model and on the image.
-        deliver: where slices go.
-        site: who called the module, where asked for.
-        gradient: what backward brings, where asked for.
-    """
-
-    name: str
-    geometry: Geometry
-    deliver: Delivery
-    site: CallSite | None = None
-    gradient: Gradient | None = None
-
-
-class AttentionMap:
+class AttentionMap(LazyArray):
     """The attention probabilities of one call of one module: (batch, head, query, key), before `attn_drop`.
 
     Nothing is computed until the map is sliced, and then only for the images, heads and rows that were asked for:
@@ -80,34 +51,25 @@ class AttentionMap:
         gradient: dL/dA, if the recorder was told to follow gradients (`gradients=True`).
     """
 
-    name: str
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype
-    device: torch.device
+    def __init__(
+        self,
+        name: str,
+        origin: Origin,
+        geometry: Geometry,
+        deliver: Delivery,
+        called_from: CallSite | None = None,
+        gradient: Gradient | None = None,
+    ) -> None:
+        super().__init__(name, deliver)
+        self._origin, self._geometry = origin, geometry
+        self._called_from, self._gradient = called_from, gradient
 
-    def __init__(self, about: About) -> None:
-        self.name, self._about = about.name, about
+    def open(self) -> AbstractContextManager[Source]:
+        """What the map is computed from, and the modes of its call for as long as the block lasts."""
+        return self._origin.open()
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._about.deliver(self._read(index))
-
-    def _opened(self) -> AbstractContextManager[Source]:
-        """What the map is computed from, and the modes of the call for as long as the block lasts."""
-        raise NotImplementedError
-
-    def _read(self, index: Any) -> Tensor:
-        """An index of the map, as computed."""
-        with self._opened() as source:
-            picks, rest = split_index(index, source.shape)
-            return source.narrow(*picks).probabilities()[rest]
-
-    def _in_chunks(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
-        """Have a part of the map, as computed, visited chunk by chunk in the modes of the call; see `Chunks`."""
-        with self._opened() as source:
-            visit_chunks(source.narrow(batch, heads, rows), visit)
-
-    def __len__(self) -> int:
-        return self.shape[0]
+    def _spec(self) -> Spec:
+        return self._origin.spec
 
     def __repr__(self) -> str:
         try:
@@ -119,7 +81,7 @@ class AttentionMap:
     @property
     def call(self) -> Call:
         """The captured call."""
-        raise RecorderError(f'the input of {self.name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+        return self._origin.call
 
     @property
     def x(self) -> Tensor:
@@ -129,11 +91,11 @@ class AttentionMap:
     @property
     def called_from(self) -> CallSite:
         """File, line and source of the call, and what x is."""
-        if self._about.site is None:
+        if self._called_from is None:
             raise RecorderError(
                 "the stack is walked only where asked for: record with AttentionRecorder(model, called_from=True)."
             )
-        return self._about.site
+        return self._called_from
 
     @property
     def gradient(self) -> Gradient:
@@ -143,11 +105,11 @@ class AttentionMap:
             RecorderError: the recorder was not told to follow gradients.
             NoGradientError: when it is sliced and no backward has reached this map.
         """
-        if self._about.gradient is None:
+        if self._gradient is None:
             raise RecorderError(
                 "gradients are followed only where asked for: record with AttentionRecorder(model, gradients=True)."
             )
-        return self._about.gradient
+        return self._gradient
 
     def verify(self, tolerance: float | None = None) -> float:
         """Put this map into the module's own forward and see whether the output stays what it was.
@@ -165,7 +127,7 @@ class AttentionMap:
             RecorderError: the input was let go (`keep="maps"`).
             StaleMapError: an input or a parameter has changed since the forward.
         """
-        own, injected = inject(self.call, self._read(...))
+        own, injected = inject(self.call, self.read(...))
         worst = 0.0
         for expected, got in zip(_floats(own), _floats(injected)):
             difference = largest_difference(expected, got)
@@ -185,7 +147,7 @@ class AttentionMap:
         ("batch", "head", "query", "key") where tokens attend to tokens; "batch * windows" comes first where attention sees
         images in pieces, window w of image b at b * windows + w; the last two are "channel" where channels attend to channels.
         """
-        return axes_of(self._about.geometry, self.shape)
+        return axes_of(self._geometry, self.shape)
 
     @property
     def tokens(self) -> Tokens:
@@ -194,7 +156,7 @@ class AttentionMap:
         Raises:
             TokenError: the keys are no prefix tokens and patches, or it is not known of which part of the image.
         """
-        return tokens_of(self._about.geometry, self.shape)[1]
+        return tokens_of(self._geometry, self.shape)[1]
 
     @property
     def query_tokens(self) -> Tokens:
@@ -203,7 +165,7 @@ class AttentionMap:
         Raises:
             TokenError: see `tokens`.
         """
-        return tokens_of(self._about.geometry, self.shape)[0]
+        return tokens_of(self._geometry, self.shape)[0]
 
     def image(self, query: Query = "cls", heads: str | int | None = "mean", size: Size | int | None = None) -> Tensor:
         """What a query attends to, as a picture: its row over the patches, laid out on the grid that covers the image.
@@ -227,108 +189,28 @@ class AttentionMap:
         Raises:
             TokenError: there is no such query, or it is not known where the keys lie on the image.
         """
-        queries, keys = tokens_of(self._about.geometry, self.shape)
-        picked = pick_heads(heads, self.shape[1])
+        queries, keys = tokens_of(self._geometry, self.shape)
+        return self._deliver(draw_rows(self, queries, keys, query, heads, size))
+
+    def computed(self) -> AttentionMap:
+        """The same, computed now, while the call is about to run or has just run; or one that says why it cannot be."""
         try:
-            selected = queries.select(query)
-        except TokenError as error:
-            if len(queries) == len(keys):
-                raise
-            raise TokenError(
-                f"{query!r} is not among the queries: this map has {len(queries)}, which are not the {len(keys)} tokens it "
-                f"looks at. {queries.choices()}"
-            ) from error
-        pixels = keys.lay_out(mean_of_rows(self._in_chunks, self.shape[0], picked, selected))
-        if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            pixels = torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in keys.image_by_image(pixels)])
-        return self._about.deliver(pixels if heads is None else pixels.mean(1))
-
-
-class CapturedMap(AttentionMap):
-    """A map that is computed from a captured call each time it is sliced."""
-
-    def __init__(self, call: Call, about: About) -> None:
-        super().__init__(about)
-        self._call = call
-
-    @property
-    def call(self) -> Call:
-        return self._call
-
-    @cached_property
-    def _form(self) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
-        source = form_of(self._call)
-        device = self._about.deliver.device or self._call.x.device
-        return source.shape, self._about.deliver.dtype or source.dtype, device
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]  # read-only, and only known when asked for
-        return self._form[0]
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self._form[1]
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self._form[2]
-
-    @contextmanager
-    def _opened(self) -> Iterator[Source]:
-        with self._call.resumed():
-            yield source_of(self._call)
-
-    def at_once(self) -> AttentionMap:
-        """The whole map or why there is none, while the call is about to run or has just run."""
-        try:
-            return self.kept(self._read(...))
+            return self.kept(self.read(...))
         except (UnreadableError, StaleMapError) as reason:
             return self.lost(reason)
 
-    def lost(self, reason: Exception) -> LostMap:
-        """This map if it could not be computed."""
-        return LostMap(str(reason), self._about)
+    def kept(self, attention: Tensor) -> AttentionMap:
+        """The same once it was computed."""
+        return self._from(Kept(self.name, self._deliver(attention)))
 
-    def kept(self, attention: Tensor) -> KeptMap:
-        """This map once it was computed."""
-        return KeptMap(self._about.deliver(attention), self._about)
+    def lost(self, reason: Exception) -> AttentionMap:
+        """The same if it could not be computed."""
+        return self._from(Lost(self.name, str(reason)))
 
-
-class KeptMap(AttentionMap):
-    """A map that was computed while the model ran; the input was let go."""
-
-    def __init__(self, attention: Tensor, about: About) -> None:
-        super().__init__(about)
-        self._attention = attention
-        batch, heads, queries, keys = attention.shape
-        self.shape = batch, heads, queries, keys
-        self.dtype, self.device = attention.dtype, attention.device
-
-    @contextmanager
-    def _opened(self) -> Iterator[Source]:
-        if is_left_behind(self._attention):
-            raise UnreadableError(f"{self.name!r} ran under torch.vmap, which has returned; return m[...] from what is mapped.")
-        yield Known(self._attention)
-
-
-class LostMap(AttentionMap):
-    """A map that should have been computed while the model ran, and why it could not be."""
-
-    def __init__(self, reason: str, about: About) -> None:
-        super().__init__(about)
-        self._reason = reason
-
-    def _opened(self) -> AbstractContextManager[Source]:
-        raise UnreadableError(self._reason)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]  # there is none
-        raise UnreadableError(self._reason)
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        raise UnreadableError(self._reason)
+    def _from(self, origin: Origin) -> AttentionMap:
+        other = copy.copy(self)
+        other._origin = origin
+        return other
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

@@ -28,10 +28,10 @@ def check_softmax_axis(module: nn.Module, batch: int | None, scores: Tensor, dim
     elsewhere = scores.dim() == 4 and scores.shape[1] != _heads(module) == scores.shape[2]
     if elsewhere and find_form(module) is None:
         raise _no_heads(module, scores)
-    return unfolded(module, scores, batch)
+    return unfold_axes(module, scores, batch)
 
 
-def unfolded(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Tensor:
+def unfold_axes(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Tensor:
     """(images * windows, heads, ...) of what a module has computed, by its form; (batch, ...) has one head."""
     heads = _heads(module)
     form = _form(module, tensor.dim())
@@ -52,7 +52,7 @@ def _no_heads(module: nn.Module, tensor: Tensor) -> UnreadableError:
     )
 
 
-def folded(module: nn.Module, attention: Tensor, shape: tuple[int, ...]) -> Tensor:
+def fold_axes(module: nn.Module, attention: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A map (images * windows, heads, queries, keys) laid out as the module has it."""
     form = _form(module, len(shape))
     if form is None:

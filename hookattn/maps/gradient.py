@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..attention.sources import Formed, Slope
+from ..attention.sources import Dense, Source
 from ..calls.call import Call
 from ..conditions.checkpoints import checkpoint_around, fingerprint
 from ..errors import NoGradientError, StaleMapError, UnreadableError
 from .axes import class_of, interleave_heads
-from .intercept import Variables
-from .lazy import split_index
+from .lazy import Delivery, LazyArray
 from .replay import run_under
+from .sites import Variables
 
 
 class Backwards:
@@ -41,7 +42,7 @@ class Backwards:
         return self.last
 
 
-class Gradient:
+class Gradient(LazyArray):
     """dL/dA: the gradient of what backward was last called on with respect to one map, (batch, head, query, key).
 
     It is sliced like the map it belongs to, and is what autograd gives for the map on the unfused path: the map of this call is
@@ -53,11 +54,12 @@ class Gradient:
         name: name of the map.
         deliver: what brings slices to the device and dtype asked for.
         backwards: of the forward it belongs to.
-        at_once: whether it is computed during backward, so that the input can be let go.
+        in_backward: whether it is computed during backward, so that the input can be let go.
     """
 
-    def __init__(self, name: str, deliver: Callable[[Tensor], Tensor], backwards: Backwards, *, at_once: bool) -> None:
-        self.name, self._deliver, self._backwards, self._at_once = name, deliver, backwards, at_once
+    def __init__(self, name: str, deliver: Delivery, backwards: Backwards, *, in_backward: bool) -> None:
+        super().__init__(name, deliver)
+        self._backwards, self._in_backward = backwards, in_backward
         self._call: Call | None = None
         self._whole: Tensor | None = None
         self._received: dict[int, Tensor] = {}
@@ -65,17 +67,21 @@ class Gradient:
         self._lost, self._none = "", ""
         self._fingerprint: bytes | None = None
 
-    def __getitem__(self, index: Any) -> Tensor:
-        if self._whole is not None and not self._missing():
-            return self._whole[index]
-        slope = self._slope()
-        picks, rest = split_index(index, slope.shape)
-        return self._deliver(slope.narrow(*picks).gradient()[rest])
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """What the gradient is computed from.
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, queries, keys)."""
-        return self._slope().shape if self._whole is None else Formed(self._whole).shape
+        Raises:
+            NoGradientError: no backward has reached this map.
+            UnreadableError: one has, and what it brought cannot be carried on to the map.
+        """
+        missing = self._missing()
+        if self._whole is not None and not missing:
+            yield Dense(self._whole)
+        elif missing or self._call is None:
+            raise NoGradientError(missing)
+        else:
+            yield slope_of(self._call, self._received)
 
     def __repr__(self) -> str:
         state = "arrived" if self._received or self._whole is not None else "not arrived"
@@ -89,9 +95,9 @@ class Gradient:
         checkpoint = torch._C._current_graph_task_id()
         if checkpoint == -1 and not outputs and (around := checkpoint_around()) is not None:
             self._fingerprint = fingerprint(call.tensors, around)
-        if not self._at_once:
+        if not self._in_backward:
             self._call = call
-        me, kept = weakref.ref(self), call if self._at_once else None  # what it takes to compute lives as long as the graph
+        me, kept = weakref.ref(self), call if self._in_backward else None  # what it takes to compute lives as long as the graph
 
         def receive(place: int, grad: Tensor) -> None:
             if (gradient := me()) is not None:
@@ -100,7 +106,7 @@ class Gradient:
         for place, tensor in outputs.items():
             tensor.register_hook(partial(receive, place))  # type: ignore[no-untyped-call]
 
-    def waits_for(self, made_again: bytes) -> bool:
+    def matches(self, made_again: bytes) -> bool:
         """Whether this is the gradient of a call that was made without a graph and has this fingerprint."""
         return self._fingerprint == made_again
 
@@ -119,15 +125,9 @@ class Gradient:
         if call is not None:
             self._whole = None
             try:
-                self._whole = self._deliver(slope_of(call.renewed(), self._received).gradient())
+                self._whole = self._deliver(slope_of(call.restamped(), self._received).values())
             except (UnreadableError, StaleMapError) as reason:  # backward goes on
                 self.refuse(f"its gradient could not be computed during backward: {reason}")
-
-    def _slope(self) -> Slope:
-        missing = self._missing()
-        if missing or self._call is None:
-            raise NoGradientError(missing)
-        return slope_of(self._call, self._received)
 
     def _missing(self) -> str:
         """Why there is no gradient, or nothing if there is one.
@@ -159,7 +159,7 @@ _SECOND_ORDER = (
 )
 
 
-def slope_of(call: Call, received: Mapping[int, Tensor]) -> Slope:
+def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
     """What the gradient of a map is made of: the forward of the module is run again from its map on, and then backward.
 
     Args:
@@ -171,17 +171,16 @@ def slope_of(call: Call, received: Mapping[int, Tensor]) -> Slope:
             not return all that it returned.
         StaleMapError: an input or a parameter has changed since the forward.
     """
-    module = call.target.module
+    module = call.layer.module
     with call.resumed(), torch.enable_grad():
         output, run = run_under(call, Variables(module, len(call.x)))
         outputs = pytree.tree_leaves(output)
-        sites = run.fused_sites or run.softmax_sites
-        if not sites or not all(isinstance(outputs[place], Tensor) for place in received):
+        if not run.sites or not all(isinstance(outputs[place], Tensor) for place in received):
             raise UnreadableError(
-                f"{call.target.name!r}: {class_of(module)} forms no map by scaled_dot_product_attention or softmax that all "
+                f"{call.layer.name!r}: {class_of(module)} forms no map by scaled_dot_product_attention or softmax that all "
                 "of its output depends on, so there is no gradient to be had."
             )
         ends = [outputs[place] for place in received]
-        grads = torch.autograd.grad(ends, [site.out for site in sites], list(received.values()), materialize_grads=True)
-    slope: Slope = interleave_heads([site.slope(grad) for site, grad in zip(sites, grads)], module)
+        grads = torch.autograd.grad(ends, run.variables, list(received.values()), materialize_grads=True)
+    slope: Source = interleave_heads([site.source(grad) for site, grad in zip(run.sites, grads)], module)
     return slope

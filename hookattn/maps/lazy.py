@@ -1,17 +1,94 @@
-"""What is computed when it is sliced: an index parted into what narrows and what is left, chunks of rows, delivery."""
+"""What is computed when it is sliced, and then only the part that is asked for, a chunk of rows at a time if it is large."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..attention.projection import ALL, Pick
 from ..attention.sources import Source
+
+_CHUNK = 2**21
+Shape = tuple[int, int, int, int]
+Visit = Callable[[slice, slice, Tensor], None]
+"""What is called with a chunk: which items of the batch it is of, which rows, and (items, heads, rows, keys) itself."""
+
+
+class Spec(NamedTuple):
+    """What is known of a source before anything of it is computed."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """Where slices go and as what: None leaves them as they come."""
+
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+
+class LazyArray:
+    """An array (batch, heads, queries, keys) that is computed from a `Source` when it is sliced.
+
+    Args:
+        name: what errors call it.
+        deliver: where slices go and as what.
+    """
+
+    def __init__(self, name: str, deliver: Delivery) -> None:
+        self.name, self._deliver = name, deliver
+
+    def open(self) -> AbstractContextManager[Source]:
+        """What it is computed from, for as long as the block lasts."""
+        raise NotImplementedError
+
+    def _spec(self) -> Spec:
+        with self.open() as source:
+            return Spec(source.shape, source.dtype, source.device)
+
+    @property
+    def shape(self) -> Shape:
+        """(batch, heads, queries, keys)."""
+        return self._spec().shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What slices come as."""
+        return self._deliver.dtype or self._spec().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where slices come."""
+        return self._deliver.device or self._spec().device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._deliver(self.read(index))
+
+    def read(self, index: Any) -> Tensor:
+        """An index of it as computed, before it is delivered."""
+        with self.open() as source:
+            picks, rest = split_index(index, source.shape)
+            return source.narrow(*picks).values()[rest]
+
+    def visit(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
+        """Have a part of it computed and visited chunk by chunk; items and rows are counted from where the part begins."""
+        with self.open() as source:
+            visit_chunks(source.narrow(batch, heads, rows), visit)
 
 
 def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:
@@ -53,17 +130,6 @@ def _is_list(item: Any) -> bool:
     return isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
 
 
-_CHUNK = 2**21
-Visit = Callable[[slice, slice, Tensor], None]
-"""What is called with a chunk: which items of the batch it is of, which rows, and (items, heads, rows, keys) itself."""
-
-
-class Chunks(Protocol):
-    """Has a part of a map computed and visited chunk by chunk; items and rows are counted from where the part begins."""
-
-    def __call__(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None: ...
-
-
 def visit_chunks(part: Source, visit: Visit) -> None:
     """Compute a part of a map in chunks: some rows of one item of the batch, or all rows of several.
 
@@ -79,23 +145,12 @@ def visit_chunks(part: Source, visit: Visit) -> None:
     for items in spans(batch, most // max(1, prod(part.shape[1:]))):
         few = part.narrow(items)
         cuts = list(spans(rows, most // max(1, prod(few.shape) // max(1, rows))))
-        few = few.formed() if len(cuts) > 1 else few
+        few = few.prepare() if len(cuts) > 1 else few
         for span in cuts:
-            visit(items, span, few.narrow(rows=span).probabilities())
+            visit(items, span, few.narrow(rows=span).values())
 
 
 def spans(count: int, step: int) -> Iterator[slice]:
     """Slices one after the other up to a count, each of so many or, at the end, fewer; at least one slice of at least one."""
     step = max(1, step)
     yield from (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
-
-
-@dataclass(frozen=True, eq=False)
-class Delivery:
-    """Where slices of a map go: None leaves them as they come."""
-
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype)

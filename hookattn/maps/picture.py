@@ -8,24 +8,58 @@ from torch import Tensor
 
 from ..attention.projection import ALL
 from ..errors import TokenError
-from .lazy import Chunks
+from ..image.tokens import Query, Size, Tokens
+from .lazy import LazyArray
 
 
-def mean_of_rows(chunks: Chunks, batch: int, heads: slice, selected: Tensor) -> Tensor:
+def draw_rows(
+    m: LazyArray, queries: Tokens, keys: Tokens, query: Query, heads: str | int | None, size: Size | int | None
+) -> Tensor:
+    """The row of a query over the patches, on the grid that covers the image; see `AttentionMap.image`.
+
+    Args:
+        m: the map.
+        queries, keys: what its queries and its keys stand for.
+        query, heads, size: whose row, of which heads, resized to what.
+
+    Raises:
+        TokenError: there is no such query or head.
+    """
+    picked = _pick_heads(heads, m.shape[1])
+    pixels = keys.lay_out(mean_of_rows(m, picked, _select(queries, keys, query)))
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in keys.image_by_image(pixels)])
+    return pixels if heads is None else pixels.mean(1)
+
+
+def _select(queries: Tokens, keys: Tokens, query: Query) -> Tensor:
+    """(images or 1, windows, queries): True for the tokens a query stands for."""
+    try:
+        return queries.select(query)
+    except TokenError as error:
+        if len(queries) == len(keys):
+            raise
+        raise TokenError(
+            f"{query!r} is not among the queries: this map has {len(queries)}, which are not the {len(keys)} tokens it "
+            f"looks at. {queries.choices()}"
+        ) from error
+
+
+def mean_of_rows(m: LazyArray, heads: slice, selected: Tensor) -> Tensor:
     """The mean of some rows of each image, by the windows they are in.
 
     Of windows no others are computed than those that hold a selected row.
 
     Args:
-        chunks: reads the map.
-        batch: how many windows of all images there are.
+        m: the map.
         heads: which heads.
         selected: (images or 1, windows, queries), True where a row is selected.
 
     Returns:
         (images, windows, heads, keys), which sums to the mean over the windows of an image.
     """
-    windows = selected.shape[1]
+    batch, windows = m.shape[0], selected.shape[1]
     weight = selected / selected.sum((1, 2), keepdim=True).clamp(min=1)
     asked, rows = (selected.any(0).any(axis).nonzero().flatten().tolist() or [0] for axis in (1, 0))
     only, within = slice(asked[0], None, windows) if len(asked) == 1 else ALL, slice(rows[0], rows[-1] + 1)
@@ -37,12 +71,13 @@ def mean_of_rows(chunks: Chunks, batch: int, heads: slice, selected: Tensor) -> 
         share = (part * weight[items, :, span].to(part)).sum(2)
         sums[items.start] = sums[items.start] + share if items.start in sums else share
 
-    chunks(add, only, heads, within)
+    m.visit(add, only, heads, within)
     found = torch.cat(list(sums.values())).unflatten(0, (batch // windows, 1 if len(asked) == 1 else windows))  # type: ignore[no-untyped-call]
     return F.pad(found, (0, 0, 0, 0, asked[0], windows - 1 - asked[0])) if found.shape[1] < windows else found
 
 
-def pick_heads(heads: str | int | None, count: int) -> slice:
+def _pick_heads(heads: str | int | None, count: int) -> slice:
+    """Which heads are drawn."""
     if heads is None or heads == "mean":
         return ALL
     if isinstance(heads, int) and -count <= heads < count:

@@ -1,65 +1,149 @@
-"""Read a captured call: by the recipe of its class, or by replay."""
+"""Where a map comes from: a captured call, read by recipe or by replay; a tensor that was kept; or nowhere, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from typing import Union
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..attention.sources import Source
+from ..attention.sources import Dense, Source
 from ..calls.call import Call
 from ..calls.restore import restoring
-from ..errors import UnreadableError
+from ..conditions.transforms import is_left_behind
+from ..errors import RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
+from .lazy import Spec
 from .replay import replayed
+
+
+class Captured:
+    """A map that is computed from a captured call each time it is sliced.
+
+    Attributes:
+        call: the captured call.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """Queries and keys, and the modes of the call for as long as the block lasts."""
+        with self.call.resumed():
+            yield source_of(self.call)
+
+    @cached_property
+    def spec(self) -> Spec:
+        """Shape, dtype and device; looked up once."""
+        source = _source_of_shapes(self.call)
+        return Spec(source.shape, source.dtype, self.call.x.device)
+
+
+class Kept:
+    """A map that was computed while the model ran; the input was let go.
+
+    Args:
+        name: of the map.
+        attention: (batch, heads, queries, keys).
+    """
+
+    def __init__(self, name: str, attention: Tensor) -> None:
+        self._name, self._attention = name, attention
+        self.spec = Spec(Dense(attention).shape, attention.dtype, attention.device)
+
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """The map itself."""
+        if is_left_behind(self._attention):
+            raise UnreadableError(
+                f"{self._name!r} ran under torch.vmap, which has returned; return m[...] from what is mapped."
+            )
+        yield Dense(self._attention)
+
+    @property
+    def call(self) -> Call:
+        """There is none any more."""
+        raise RecorderError(f'the input of {self._name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+
+
+class Lost:
+    """A map that should have been computed while the model ran, and could not be.
+
+    Args:
+        name: of the map.
+        reason: why.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self._name, self._reason = name, reason
+
+    def open(self) -> AbstractContextManager[Source]:
+        """There is nothing to be had."""
+        raise UnreadableError(self._reason)
+
+    @property
+    def spec(self) -> Spec:
+        """There is none."""
+        raise UnreadableError(self._reason)
+
+    @property
+    def call(self) -> Call:
+        """There is none any more."""
+        raise RecorderError(f'the input of {self._name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+
+
+Origin = Union[Captured, Kept, Lost]
+"""Where a map comes from."""
 
 
 def source_of(call: Call) -> Source:
     """Queries and keys of a call, by recipe or by replay; its modes are the caller's business."""
-    with naming(call), ExitStack() as stack:
+    with name_in_errors(call), ExitStack() as stack:
         if any(call.modes.training):  # dropout and power iterations within the projections
-            stack.enter_context(restoring(call.target.module))
+            stack.enter_context(restoring(call.layer.module))
             call.restore_random_streams()
-        return _described(call) or replayed(call.target.module, *call.args, **call.kwargs)
+        return _by_recipe(call) or replayed(call.layer.module, *call.args, **call.kwargs)
 
 
-def described(call: Call) -> Source | None:
+def source_by_recipe(call: Call) -> Source | None:
     """Queries and keys of a call by recipe; None where there is none, or none for such a call."""
-    with naming(call):
-        return _described(call)
+    with name_in_errors(call):
+        return _by_recipe(call)
 
 
-def _described(call: Call) -> Source | None:
+def _by_recipe(call: Call) -> Source | None:
     if any(t.is_nested for t in call.tensors):
         raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
-    recipe = find_recipe(call.target.module)
-    source = NotImplemented if recipe is None else recipe(call.target.module, *call.args, **call.kwargs)
+    recipe = find_recipe(call.layer.module)
+    source = NotImplemented if recipe is None else recipe(call.layer.module, *call.args, **call.kwargs)
     return None if source is NotImplemented else source
 
 
 @contextmanager
-def naming(call: Call) -> Iterator[None]:
+def name_in_errors(call: Call) -> Iterator[None]:
     """Whatever cannot be read is named."""
     try:
         yield
     except UnreadableError as error:
-        raise UnreadableError(f"{call.target.name!r}: {error}") from None
+        raise UnreadableError(f"{call.layer.name!r}: {error}") from None
 
 
-def form_of(call: Call) -> Source:
-    """The same for its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
+def _source_of_shapes(call: Call) -> Source:
+    """What is like `source_of` in its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
     call.check_fresh()
-    hooked = any(call.target.hooks)  # hooks of others, which expect values
-    if find_recipe(call.target.module) is not None and not hooked and not any(call.modes.training):
+    hooked = any(call.layer.hooks)  # hooks of others, which expect values
+    if find_recipe(call.layer.module) is not None and not hooked and not any(call.modes.training):
         bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
             shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
             with shapes.in_its_modes():
-                if (source := described(shapes)) is not None:
+                if (source := source_by_recipe(shapes)) is not None:
                     return source
     with call.in_its_modes():
         return source_of(call)

@@ -18,9 +18,10 @@ from ..calls.call import Call
 from ..calls.restore import restoring
 from ..errors import UnreadableError
 from .axes import class_of
-from .intercept import Inject, MapMode, Watch
+from .intercept import Intercept, Sites
+from .sites import Inject, Watch
 
-Mode = TypeVar("Mode", bound=MapMode)
+S = TypeVar("S", bound=Sites)
 
 
 def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
@@ -32,9 +33,9 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     Raises:
         UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
     """
-    args, kwargs = own_arguments(module, args, kwargs)
+    args, kwargs = copy_arguments(module, args, kwargs)
     watch = Watch(module, (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
-    with restoring(module), watch:
+    with restoring(module), Intercept([watch]):
         module.forward(*args, **kwargs)
     return watch.source()
 
@@ -55,11 +56,11 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
         UnreadableError: the forward forms no map that another could be put in place of.
     """
     with call.resumed():
-        own, watch = run_under(call, Watch(call.target.module))
+        own, watch = run_under(call, Watch(call.layer.module))
         return own, run_under(call, Inject(watch, attention))[0]
 
 
-def replaced(call: Call, attention: Tensor) -> Any:
+def run_with_map(call: Call, attention: Tensor) -> Any:
     """Run a captured call's forward with `attention` in place of the map it forms, and all dropout as it was.
 
     Args:
@@ -74,20 +75,20 @@ def replaced(call: Call, attention: Tensor) -> Any:
     """
     with call.resumed():
         with torch.no_grad():
-            watch = run_under(call, Watch(call.target.module, as_called=True))[1]
+            watch = run_under(call, Watch(call.layer.module, as_called=True))[1]
         return run_under(call, Inject(watch, attention, as_called=True))[0]
 
 
-def run_under(call: Call, mode: Mode) -> tuple[Any, Mode]:
-    """What a call's forward returns under a mode, and the mode."""
-    module = call.target.module
-    with restoring(module), mode:
+def run_under(call: Call, sites: S) -> tuple[Any, S]:
+    """What a call's forward returns while its sites are seen or filled, and the sites."""
+    module = call.layer.module
+    with restoring(module), Intercept([sites]):
         call.restore_random_streams()
-        args, kwargs = own_arguments(module, call.args, call.kwargs)
-        return module.forward(*args, **kwargs), mode
+        args, kwargs = copy_arguments(module, call.args, call.kwargs)
+        return module.forward(*args, **kwargs), sites
 
 
-def own_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Copies of arguments, for a run that may write into them.
 
     Raises:

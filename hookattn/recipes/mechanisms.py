@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..attention.projection import multiply, project
-from ..attention.sources import QK, exact_dtype, exactly
+from ..attention.sources import QK, exact_dtype, without_autocast
 from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.tokens import Tokens, cut, whole
@@ -109,7 +109,7 @@ def read_off_query(
         position_scale: of what is read off the query.
         prefix: how many queries and keys come first and have no position.
     """
-    with exactly(q.device):
+    with without_autocast(q.device):
         q, k, rel_h, rel_w = (t.to(exact_dtype(t.dtype)) for t in (q, k, rel_h, rel_w))
         on_grid = rearrange(q[:, :, prefix:], "b h (y x) d -> b h y x d", y=len(rel_h), x=len(rel_w))
         of_rows = torch.einsum("bhyxd,ykd->bhyxk", on_grid, rel_h).flatten(2, 3)

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.projection import is_plain_conv, is_plain_linear, project, scale_of
-from ..attention.sources import QK, Scores, Source, exact_dtype, exactly
+from ..attention.sources import QK, Scores, Source, exact_dtype, without_autocast
 from ..image.geometry import Geometry
 from ..image.tokens import Tokens, neighbourhoods
 from .mechanisms import additive_or_bool, in_projection
@@ -72,7 +72,7 @@ def outlook_attention(self: Any, x: Tensor) -> Scores:
         self.v(x)  # comes first in the forward, and draws its random numbers first
     x = rearrange(self.pool(rearrange(x, "b y x c -> b c y x")), "b c y x -> b y x c")
     scores = rearrange(self.attn(x), "b y x (h q k) -> (b y x) h q k", h=self.num_heads, q=self.kernel_size**2)
-    with exactly(x.device):
+    with without_autocast(x.device):
         return Scores(scores.to(exact_dtype(scores.dtype)) * self.scale)
 
 
@@ -100,7 +100,7 @@ def mixed(layer: nn.Module, pattern: str, q: Tensor, k: Tensor, *, scale: float,
         bias: (heads, queries, keys), what is added before the scores are mixed.
     """
     exact = exact_dtype(q.dtype)
-    with exactly(q.device):
+    with without_autocast(q.device):
         if is_plain_linear(layer) or is_plain_conv(layer):
             mix = layer.weight.flatten(1).to(exact)
             biases = [] if bias is None else [torch.einsum("g h, h q k -> g q k", mix, bias.to(exact))]

@@ -16,7 +16,7 @@ from .registry import CHANNELS, LAYOUTS, PARTITIONS, Shape
 
 def block_of(model: nn.Module, name: str) -> nn.Module | None:
     """The innermost block around a module that cuts its input into windows."""
-    around = [m for m in path_to(model, name) if PARTITIONS.of(m) is not None]
+    around = [m for m in list(path_to(model, name)) if PARTITIONS.of(m) is not None]
     return around[-1] if around else None
 
 

@@ -4,8 +4,9 @@ From top to bottom, an import may only point down:
 
     inspection   what of a model can be read, how, and who calls it
     recorder     AttentionRecorder
-    keep_maps    maps made while a module runs, of the queries and keys it makes itself
     detect       which modules form maps, where names do not tell
+    record       the hooks that keep what each attention module was called with
+    keep_maps    maps made while a module runs, of the queries and keys it makes itself
     follow       gradients that are followed through backward
     edits        other maps in place of a module's own
     passes       what counts as one forward, and its maps

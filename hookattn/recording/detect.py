@@ -4,28 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..calls.hooks import Hook
-from ..calls.restore import is_reading
+from ..calls.hooks import Args, Around, Kwargs
+from ..conditions.checkpoints import in_backward
 from ..conditions.frames import Running, caller_of_hook
 from ..conditions.threads import Here
-from ..maps.intercept import SOFTMAX
-from .passes import is_a_forward
+from ..maps.intercept import Intercept, Run, Sites
 
-_FORM = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm}
-Noted = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
-class Watching:
+@dataclass(eq=False)
+class _Entered:
+    """A module that runs.
+
+    Attributes:
+        module: the module.
+        noted: what whoever asks has noted of its call.
+        forms_a_map: whether a map was formed in it and in no module inside of it.
+    """
+
+    module: nn.Module
+    noted: Any
+    forms_a_map: bool = False
+
+
+class Detection:
     """The modules that run, one inside the other, and which of them form a map.
 
     A module forms a map if it is the innermost one that runs while `scaled_dot_product_attention` is called, or while a
@@ -42,37 +53,46 @@ class Watching:
         self, model: nn.Module, enter: Callable[..., Any], leave: Callable[..., None], end: Callable[[bool], None]
     ) -> None:
         self._model, self._enter, self._leave, self._end = model, enter, leave, end
-        self._running: list[list[Any]] = []
-        self._mode = _Mode(self._running)
-        self._on = ExitStack()
+        self._running: list[_Entered] = []
+        self._mode = Intercept([_Formed(self._running)])
+        self._on, self._hooks = ExitStack(), ExitStack()
         self._call: Running | None = None
         self._over = False
         self._here = Here()
 
     def hook(self, stack: ExitStack) -> None:
-        """Put hooks on all modules; they come off with the stack."""
+        """Put hooks on all modules; they come off with the stack, or when a forward begins after the one that was watched."""
+        stack.callback(self._hooks.close)
         stack.callback(self._on.close)
         for module in self._model.modules():
-            stack.enter_context(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
-            stack.enter_context(module.register_forward_hook(Hook(self._finish), always_call=True))
+            around = _Watched(module, self)
+            self._hooks.callback(around.close)
+            around.hook()
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._over or not is_a_forward() or not self._here():
-            return
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> _Entered | None:
+        """A module begins to run."""
+        if in_backward() or not self._here():
+            return None
+        if self._over:
+            self._hooks.close()
+            return None
         if module is self._model and not (self._running and self._call):  # one that was interrupted ran no hook at its end
             self._on.close()
             self._running.clear()
             self._call = Running(caller_of_hook(), held=True)
             self._on.enter_context(self._mode)
-        if module is self._model or self._running:
-            self._running.append([module, self._enter(module, args, kwargs), False])
+        if module is not self._model and not self._running:
+            return None
+        self._running.append(_Entered(module, self._enter(module, args, kwargs)))
+        return self._running[-1]
 
-    def _finish(self, module: nn.Module, _: Any, output: Any) -> None:
-        if not self._running or not self._here() or self._running[-1][0] is not module:
+    def end(self, entered: _Entered, output: Any) -> None:
+        """A module has run."""
+        if entered not in self._running:
             return
-        module, kept, formed = self._running.pop()
-        if formed:
-            self._leave(module, kept, output)
+        del self._running[self._running.index(entered) :]
+        if entered.forms_a_map:
+            self._leave(entered.module, entered.noted, output)
         if not self._running:
             self._call = None
             self._on.close()
@@ -80,36 +100,55 @@ class Watching:
             self._end(self._over)
 
 
-class _Mode(TorchFunctionMode):
+class _Watched(Around):
+    """The hooks of one module."""
+
+    def __init__(self, module: nn.Module, detection: Detection) -> None:
+        super().__init__(module)
+        self._detection = detection
+
+    def begin(self, args: Args, kwargs: Kwargs) -> _Entered | None:
+        """It begins to run."""
+        return self._detection.begin(self.module, args, kwargs)
+
+    def end(self, state: _Entered, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
+        """It has run."""
+        self._detection.end(state, output)
+
+
+class _Formed(Sites):
     """Marks the innermost running module when a map is formed."""
 
-    def __init__(self, running: list[list[Any]]) -> None:
-        super().__init__()
-        self.running = running
-        self.weights: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
+    def __init__(self, running: list[_Entered]) -> None:
+        self._running = running
+        self._weights: MutableMapping[Tensor, _Entered] = WeakTensorKeyDictionary()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if is_reading() or not self.running:
-            return out
-        if func in _FORM:
-            self._innermost()[2] = True
-        elif func in SOFTMAX:
-            if out.dim() >= 3:
-                self.weights[out] = self._innermost()
-        elif isinstance(out, Tensor) and self.weights:
-            for tensor in pytree.tree_leaves(args[:2]):
-                if isinstance(tensor, Tensor) and (formed := self.weights.get(tensor)) is not None:
-                    formed[2] = formed[2] or (func in _MATMUL and _weighs_tokens(tensor, args))
-                    if out is not tensor and out.numel() == tensor.numel() and func not in _MATMUL:
-                        self.weights[out] = formed  # after dropout, a cast, a mask
+    def fused(self, run: Run, args: Args, kwargs: Kwargs) -> Any:
+        """A map is formed."""
+        if self._running:
+            self._innermost().forms_a_map = True
+        return run(*args, **kwargs)
+
+    def softmax(self, run: Run, args: Args, kwargs: Kwargs) -> Any:
+        """Something is formed that may become a map."""
+        out = run(*args, **kwargs)
+        if self._running and out.dim() >= 3:
+            self._weights[out] = self._innermost()
         return out
 
-    def _innermost(self) -> list[Any]:
+    def other(self, func: Run, args: Args, out: Any) -> None:
+        """A softmax that is multiplied onto values was a map; after dropout, a cast, a mask it still is what it was."""
+        if not self._weights or not isinstance(out, Tensor):
+            return
+        for tensor in pytree.tree_leaves(args[:2]):
+            if isinstance(tensor, Tensor) and (formed := self._weights.get(tensor)) is not None:
+                formed.forms_a_map = formed.forms_a_map or (func in _MATMUL and _weighs_tokens(tensor, args))
+                if out is not tensor and out.numel() == tensor.numel() and func not in _MATMUL:
+                    self._weights[out] = formed
+
+    def _innermost(self) -> _Entered:
         """The innermost module that is more than a softmax."""
-        return next(each for each in reversed(self.running) if not isinstance(each[0], (nn.Softmax, nn.Softmax2d)))
+        return next(each for each in reversed(self._running) if not isinstance(each.module, (nn.Softmax, nn.Softmax2d)))
 
 
 def _weighs_tokens(weights: Tensor, operands: Any) -> bool:

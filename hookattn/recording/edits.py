@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..calls.call import Call, capture, recaptured
-from ..calls.hooks import Hook, same_objects
-from ..calls.layer import target
-from ..calls.restore import is_reading
+from ..calls.hooks import Args, Around, Kwargs
+from ..calls.layer import look_up
 from ..conditions.checkpoints import checkpoint_around, fingerprint, in_backward
 from ..conditions.threads import Here
 from ..errors import LayerNotFoundError
 from ..maps.reading import source_of
-from ..maps.replay import replaced
+from ..maps.replay import run_with_map
 from .selection import Layer, choose
 
 Edit = Callable[[Tensor], Tensor]
@@ -81,7 +79,7 @@ def _held(name: str, module: nn.Module) -> Iterator[None]:
     finally:
         editing.holders -= 1
         if editing.holders == 0:
-            _ON.pop(module).hooks.close()
+            _ON.pop(module).close()
 
 
 def rehook_before_others(module: nn.Module) -> None:
@@ -90,27 +88,22 @@ def rehook_before_others(module: nn.Module) -> None:
         editing.hook()
 
 
-class _Editing:
+class _Editing(Around):
     """The hooks of one module: one that keeps what it is called with, one that replaces its output.
 
     Each edit is for the forwards of the thread and task that opened it, and for what checkpoints run again of them.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.holders, self.hooks = 0, ExitStack()
-        self._name, self._module = name, module
+        super().__init__(module)
+        self.holders = 0
+        self._name = name
         self._open: list[tuple[Edit, Here]] = []
-        self._running: dict[int, tuple[Call, list[Any], list[Edit]]] = {}
         self._in_checkpoints: dict[bytes, list[Edit]] = {}
-
-    def hook(self) -> None:
-        """Put the hooks on, or on again: the one at the end before those of others."""
-        self.hooks.close()
-        self.hooks.enter_context(self._module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
-        self.hooks.enter_context(self._module.register_forward_hook(Hook(self._end, takes=4), prepend=True, with_kwargs=True))
 
     @contextmanager
     def with_one_more(self, edit: Edit) -> Iterator[None]:
+        """Edit the module in one more way, for as long as the block lasts."""
         opened = (edit, Here())
         self._open.append(opened)
         try:
@@ -118,34 +111,38 @@ class _Editing:
         finally:
             self._open = [each for each in self._open if each is not opened]
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_reading() or module is not self._module:
-            return
-        self._running.pop(get_ident(), None)  # of a forward that raised
+    def begin(self, args: Args, kwargs: Kwargs) -> tuple[Call, list[Edit]] | None:
+        """Keep what the module is called with, if it is to be edited."""
         edits = [edit for edit, is_here in self._open if is_here()]
         checkpoint = checkpoint_around()
         if not edits and checkpoint is None:
-            return
-        call = capture(target(self._name, module), args, kwargs, detach=False)
-        if checkpoint is not None and in_backward():
-            edits = self._in_checkpoints.get(fingerprint(call.tensors, checkpoint), [])
-        elif checkpoint is not None and edits:
-            self._in_checkpoints[fingerprint(call.tensors, checkpoint)] = edits
-        elif checkpoint is not None:
-            self._in_checkpoints.pop(fingerprint(call.tensors, checkpoint), None)  # of a checkpoint that had the same number
-        if edits:
-            self._running[get_ident()] = call, [*args, *kwargs.values()], edits
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if is_reading() or module is not self._module or get_ident() not in self._running:
             return None
-        call, given, edits = self._running.pop(get_ident())
-        if not same_objects([*args, *kwargs.values()], given):  # a hook that came after ours
+        call = capture(look_up(self._name, self.module), args, kwargs, detach=False)
+        if checkpoint is not None:
+            edits = self._edits_in(fingerprint(call.tensors, checkpoint), edits)
+        return (call, edits) if edits else None
+
+    def end(self, state: tuple[Call, list[Edit]], args: Args, kwargs: Kwargs, changed: bool, output: Any) -> Any:
+        """Put what the edited map makes in place of the output."""
+        if output is None:  # it raised
+            return None
+        call, edits = state
+        if changed:
             call = recaptured(call, args, kwargs, detach=False)
-        call = call.renewed()
+        call = call.restamped()
         with call.resumed():
-            attention = source_of(call).narrow().probabilities()
-        return replaced(call, self._edited(attention, edits))
+            attention = source_of(call).narrow().values()
+        return run_with_map(call, self._edited(attention, edits))
+
+    def _edits_in(self, checkpoint: bytes, edits: list[Edit]) -> list[Edit]:
+        """The edits of a call in a checkpoint: those of its forward when backward makes it again."""
+        if in_backward():
+            return self._in_checkpoints.get(checkpoint, [])
+        if edits:
+            self._in_checkpoints[checkpoint] = edits
+        else:
+            self._in_checkpoints.pop(checkpoint, None)  # of a checkpoint that had the same number
+        return edits
 
     def _edited(self, attention: Tensor, edits: list[Edit]) -> Tensor:
         edited = attention.clone()  # what is written into is not what autograd has saved

@@ -19,7 +19,7 @@ def match_recomputed(forwards: Iterable[Iterable[Gradient]], call: Call) -> Grad
     if (around := checkpoint_around()) is None:
         return None
     again = fingerprint(call.tensors, around)
-    waiting = next((found for each in forwards if (found := [g for g in each if g.waits_for(again)])), [])
+    waiting = next((found for each in forwards if (found := [g for g in each if g.matches(again)])), [])
     if len(waiting) == 1:
         return waiting[0]
     for gradient in waiting:

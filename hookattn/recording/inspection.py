@@ -13,7 +13,7 @@ from ..calls.callsite import CallSite
 from ..errors import HookattnError
 from ..maps.attention_map import AttentionMap
 from ..recipes.registry import find_recipe
-from .detect import Watching
+from .detect import Detection
 from .recorder import AttentionRecorder
 
 
@@ -73,7 +73,7 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Inspection:
     """
     formed: list[nn.Module] = []
     with AttentionRecorder(model, called_from=True) as rec, ExitStack() as stack, torch.no_grad():
-        Watching(model, lambda *_: None, lambda module, *_: formed.append(module), lambda _: None).hook(stack)
+        Detection(model, lambda *_: None, lambda module, *_: formed.append(module), lambda _: None).hook(stack)
         model(*args, **kwargs)
     maps = rec.maps
     modules = dict(model.named_modules())
@@ -83,7 +83,7 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Inspection:
 
 
 def _entry(m: AttentionMap) -> Entry:
-    module = m.call.target.module
+    module = m.call.layer.module
     recipe = find_recipe(module)
     shape, kind, reason = None, "", ""
     try:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
-from ..calls.restore import is_reading
+from ..calls.hooks import Around
 from ..conditions.checkpoints import in_backward
 from ..conditions.frames import Running, caller_of_hook, code_of_methods
 from ..conditions.threads import Here
-from ..image.images import Images
+from ..image.geometry import Given
+from ..image.images import Images, images_in
 from ..maps.attention_map import AttentionMap
-from ..maps.gradient import Backwards
+from ..maps.gradient import Backwards, Gradient
 
 
 class ForwardPass:
@@ -33,42 +35,55 @@ class ForwardPass:
         self.closed = False
         self.backwards = Backwards()
 
-    def unused(self, name: str) -> str:
+    def next_name(self, name: str) -> str:
         """What to call the map of a module's next call: `name`, then `name#1`, `name#2`, ..."""
         if name not in self.maps:
             return name
         return next(n for i in range(1, len(self.maps) + 1) if (n := f"{name}#{i}") not in self.maps)
 
 
-class Forwards:
+class ForwardPasses(Around):
     """The forwards of a model, told apart while they run.
 
-    A call of the model is announced by its hooks, `start` and `stop`. A call of one of its methods (`forward_features`)
-    announces nothing: it is recognised by its frame on the stack. Either lasts as long as that frame is on the stack, since
-    PyTorch calls no hook where a KeyboardInterrupt ends it. Where there is neither, somebody calls module after module by hand,
-    and a new forward begins when one is called again.
+    A call of the model is announced by its hooks. A call of one of its methods (`forward_features`) announces nothing: it is
+    recognised by its frame on the stack. Either lasts as long as that frame is on the stack, since PyTorch calls no hook where
+    a KeyboardInterrupt ends it. Where there is neither, somebody calls module after module by hand, and a new forward begins
+    when one is called again.
 
     Args:
         model: whose forwards they are.
         keep_all: whether the ones before the last are kept.
         here: the thread and the task that they run in; None for any.
+        ended: called with each forward that was a call of the model, when it has ended.
 
     Attributes:
         elsewhere: in which others the model was called, in words.
+        images: the pictures that the maps to come are of, by the part of the model that looks at them.
+        blocks: what blocks that cut windows were called with, tensors by their sizes.
     """
 
-    def __init__(self, model: nn.Module, *, keep_all: bool, here: Here | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        keep_all: bool,
+        here: Here | None = None,
+        ended: Callable[[ForwardPass], None] = lambda _: None,
+    ) -> None:
+        super().__init__(model)
+        self._ended = ended
         self.all: list[ForwardPass] = []
         self.here, self.elsewhere = here, dict[str, None]()
+        self.blocks: dict[nn.Module, Given] = {}
         self._keep_all = keep_all
         self._methods = code_of_methods(model)
         self._call: Running | None = None
-        self._depth = 0
-        self._images: dict[nn.Module | None, Images] = {}
+        self._announced: ForwardPass | None = None  # the call of the model that runs, whatever it calls
+        self.images: dict[nn.Module | None, Images] = {}
 
-    def concerns_us(self) -> bool:
+    def is_recorded_here(self) -> bool:
         """Whether a module that is called now belongs to a forward that is recorded: one where the recorder was opened."""
-        if in_backward() or is_reading():
+        if in_backward():
             return False
         if self.here is not None and not self.here():
             self.elsewhere[str(Here())] = None
@@ -79,55 +94,60 @@ class Forwards:
         """Whether what runs now runs in the thread and the task that these forwards are of."""
         return self.here is None or self.here()
 
-    def see_images(self, images: Mapping[nn.Module | None, Images]) -> None:
-        """Note the pictures that the maps to come are of, by the part of the model that looks at them."""
-        self._images.update(images)
-
-    def start(self) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPass | None:
         """A call of the model begins."""
-        if self._depth and not self._call:
-            self._depth = 0
-        if self._depth == 0:
-            self._begin(Running(caller_of_hook(), held=True))
-            self._images.clear()
-        self._depth += 1
+        if not self.is_recorded_here():
+            return None
+        begun = None
+        if self._announced is None or not self._call:
+            begun = self._announced = self._begin_pass(Running(caller_of_hook(), held=True))
+            self.images.clear()
+        if (images := images_in(args, kwargs)) is not None:
+            self.images[None] = images
+        return begun
 
-    def stop(self) -> None:
+    def end(self, state: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any], changed: bool, output: Any) -> None:
         """A call of the model has ended, whether it returned or raised."""
-        if self._depth == 0:  # a hook before ours raised, and this forward was never announced
-            return
-        self._depth -= 1
-        if self._depth == 0:
-            self.all[-1].closed, self._call = True, None
+        state.closed, self._call, self._announced = True, None, None
+        self.blocks.clear()
+        self._ended(state)
 
-    def current(self, name: str) -> ForwardPass:
-        """The forward that a call of the module `name` belongs to; a new one where it belongs to none before."""
-        forward = self._running_forward(name)
-        if self._images:
-            forward.images.update(self._images)
-            self._images.clear()
+    def current(self, name: str) -> ForwardPass | None:
+        """The forward that a call of the module `name` belongs to, which may begin with it; None if it is not recorded here."""
+        if not self.is_recorded_here():
+            return None
+        forward = self._running_pass(name, bool(self._call))
+        if self.images:
+            forward.images.update(self.images)
+            self.images.clear()
         return forward
 
-    def leave(self) -> None:
+    def gradients_of(self, name: str) -> Iterator[list[Gradient]]:
+        """The gradients of the maps of a module, forward by forward, the last one first."""
+        for forward in self.all[::-1]:
+            maps = [m for key, m in forward.maps.items() if key == name or key.startswith(f"{name}#")]
+            yield [gradient for m in maps if (gradient := m._gradient) is not None]
+
+    def let_go(self) -> None:
         """Let go of the frame that a forward is a call of."""
         self._call = None
 
-    def _begin(self, call: Running | None) -> ForwardPass:
+    def _begin_pass(self, call: Running | None) -> ForwardPass:
         if not self._keep_all:
             self.all.clear()
         self.all.append(ForwardPass())
         self._call = call
         return self.all[-1]
 
-    def _running_forward(self, name: str) -> ForwardPass:
+    def _running_pass(self, name: str, runs: bool) -> ForwardPass:
         last = self.all[-1] if self.all else None
-        if last is not None and not last.closed and self._call:
+        if last is not None and not last.closed and runs:
             return last
         frame = self._outermost_method()
         by_hand = frame is None and self._call is None
         if by_hand and last is not None and not last.closed and name not in last.maps:
             return last
-        return self._begin(None if frame is None else Running(frame, held=False))
+        return self._begin_pass(None if frame is None else Running(frame, held=False))
 
     def _outermost_method(self) -> FrameType | None:
         """The frame of the outermost method of the model's class on the stack."""
@@ -139,20 +159,20 @@ class Forwards:
         return found
 
 
-def why_empty(model: nn.Module, forwards: Forwards, layers: list[str]) -> str:
+def why_empty(model: nn.Module, passes: ForwardPasses, layers: list[str]) -> str:
     """Why there is no map, and what to type next."""
-    if not forwards.all and forwards.elsewhere:
+    if not passes.all and passes.elsewhere:
         return (
-            f"a forward ran in {' and in '.join(list(forwards.elsewhere)[:4])}, but this recorder was opened in "
-            f"{forwards.here} and records what runs there alone. Open it where the model is called: put `with "
+            f"a forward ran in {' and in '.join(list(passes.elsewhere)[:4])}, but this recorder was opened in "
+            f"{passes.here} and records what runs there alone. Open it where the model is called: put `with "
             "AttentionRecorder(model) as rec:` into the function that the other thread or task runs."
         )
-    if not forwards.all and not layers:
+    if not passes.all and not layers:
         return (
             f"nothing in {type(model).__name__} is named like attention, so the first call of the model itself is "
             "watched: call model(...) inside the block, not one of its methods or parts, or name the modules, layers=[...]."
         )
-    if not forwards.all:
+    if not passes.all:
         return (
             f"no forward of the {type(model).__name__} has run inside the block: call it between `with "
             "AttentionRecorder(model) as rec:` and the end of the block, and the very object the recorder was made with. "
@@ -168,8 +188,3 @@ def why_empty(model: nn.Module, forwards: Forwards, layers: list[str]) -> str:
         f"a forward ran, but it called none of {', '.join(layers[:4])}{', ...' * (len(layers) > 4)}. "
         "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
     )
-
-
-def is_a_forward() -> bool:
-    """Whether a module that is called now belongs to a forward: not to a checkpoint run again in backward, not to a replay."""
-    return not in_backward() and not is_reading()

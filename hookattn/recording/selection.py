@@ -19,7 +19,6 @@ Layer = Union[str, int]
 Layers = Union[None, Layer, Sequence[Layer], Callable[[str, nn.Module], bool]]
 _NO_LIST = (str, bytes, type, nn.Module, torch.Tensor)
 _LOOKS_LIKE_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA|SHMA|SHSA|GPSA)")
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}  # one process each, and the model in it is called as it is
 
 
 class Found(NamedTuple):
@@ -42,43 +41,6 @@ def find_attention(model: nn.Module) -> Found:
     inner = [*likely.values(), *(named[name] for name in skipped)]
     readable = {name: m for name, m in likely.items() if is_known(m) or not _holds_another(m, inner)}
     return Found(readable, skipped)
-
-
-def recordable(model: nn.Module) -> nn.Module:
-    """The module whose forward will run in Python, or an error that says why there is none."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}{_instead_of(model)}.")
-    model = _unwrapped(model)
-    for name, module in model.named_modules():
-        where = f" (its module {name!r})" if name else ""
-        if isinstance(module, nn.DataParallel):
-            raise ModelError(
-                f"DataParallel{where} runs copies of the model in threads that share the hooks; record the model inside: "
-                "AttentionRecorder(model.module)."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(
-                f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model."
-            )
-        if isinstance(module, (torch.fx.GraphModule, torch.export.UnflattenedModule)):
-            raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
-    return model
-
-
-def _instead_of(thing: Any) -> str:
-    """What to record instead of something that is no module."""
-    if hasattr(thing, "_torchdynamo_orig_callable"):
-        return ": it was compiled, and runs eagerly inside the block; record the model that it calls"
-    if type(thing).__module__.startswith("torch."):
-        return ": what was exported or packaged has no attention modules left; record the eager model"
-    return ""
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what torch.compile, DistributedDataParallel and FullyShardedDataParallel wrap around it."""
-    wraps = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
-    inner = getattr(model, "module" if wraps else "_orig_mod", None)
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def choose(model: nn.Module, layers: Layers) -> Found:
@@ -169,7 +131,7 @@ def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:
     return any(other in inside for other in others)
 
 
-def replaced(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Iterator[str]:
+def find_replaced(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Iterator[str]:
     """Names under which another module stands in a model by now."""
     for name, module in chosen.items():
         try:

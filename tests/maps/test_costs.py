@@ -152,9 +152,9 @@ def test_a_projection_in_float64_stays_what_it_is_under_autocast_and_when_it_is_
     x, weight = torch.randn(2, 5, 6).double(), torch.randn(3, 4, 6).double()
     with torch.autocast("cpu", torch.bfloat16):
         inside, outside = Projected(x, weight), Projected(x, weight)
-        inside.formed()
+        inside.compute()
     for projected in (inside, outside):
-        assert projected.dtype == projected.formed().dtype == torch.float64
+        assert projected.dtype == projected.compute().dtype == torch.float64
         torch.testing.assert_close(projected * 1, torch.einsum("b n c, h d c -> b h n d", x, weight))
 
 

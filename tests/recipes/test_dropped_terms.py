@@ -218,7 +218,7 @@ def test_a_recipe_of_another_mechanism_that_drops_a_term_is_caught(mutation: str
     assert recipe is not None
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         mutate(module, patch)
-        got = recipe(module, *args, **kwargs).narrow().probabilities()
+        got = recipe(module, *args, **kwargs).narrow().values()
     agree(m[...], formed_by(m))
     assert got.shape == m.shape
     assert (got - formed_by(m)).abs().max() > 1e-5

@@ -124,10 +124,10 @@ def test_the_map_is_the_definition() -> None:
 
     q, k, bias, mask = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(3, 5, 7), torch.rand(2, 1, 5, 7) > 0.4
     mask[1, 0, 3] = False
-    got = QK(q, k, scale=0.7, bias=bias, mask=mask).probabilities()
+    got = QK(q, k, scale=0.7, bias=bias, mask=mask).values()
     torch.testing.assert_close(got.double(), reference.attention(q, k, 0.7, bias, mask), rtol=0, atol=1e-6)
     narrow = QK(q, k, scale=0.7, bias=bias, mask=mask).narrow(slice(1, 2), slice(None, None, 2), torch.tensor([4, 0]))
-    assert torch.equal(narrow.probabilities(), got[1:2, ::2][:, :, [4, 0]])
+    assert torch.equal(narrow.values(), got[1:2, ::2][:, :, [4, 0]])
 
 
 class Merged(Attention):  # type: ignore[misc]
@@ -167,5 +167,5 @@ def test_a_learned_number_is_a_scale() -> None:
     expected = reference.attention(q, k, 0.3).float()
     for scale in (torch.tensor(0.3), torch.full((3, 1, 1), 0.3)):
         qk = QK(q, k, scale=scale)
-        torch.testing.assert_close(qk.probabilities(), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(qk.narrow(heads=slice(1, 2)).probabilities(), expected[:, 1:2], rtol=0, atol=1e-6)
+        torch.testing.assert_close(qk.values(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(qk.narrow(heads=slice(1, 2)).values(), expected[:, 1:2], rtol=0, atol=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookattn import AttentionMap
+from hookattn import AttentionMap, UnreadableError
 from hookattn.analysis.statistics import Sum
 from hookattn.attention.projection import Projected, project_heads
 from hookattn.calls.restore import is_reading, restoring
@@ -18,7 +18,6 @@ from hookattn.image.geometry import Geometry
 from hookattn.image.sizes import size_after
 from hookattn.image.tokens import Tokens, cut
 from hookattn.maps import lazy, reading
-from hookattn.maps.attention_map import KeptMap, LostMap
 from hookattn.maps.reading import source_of
 from hookattn.maps.replay import replayed
 from hookattn.recipes import global_attention, registry, window_attention
@@ -45,7 +44,7 @@ REMEMBERED = "hookattn.calls.callsite.WeakTensorKeyDictionary"  # by tensor, who
 def call_of(m: AttentionMap) -> tuple[Any, Any, Any]:
     """The module that was called, and what with."""
     call: Any = m.call
-    return call.target.module, call.args, call.kwargs
+    return call.layer.module, call.args, call.kwargs
 
 
 def replay_of(m: AttentionMap) -> Tensor:
@@ -57,7 +56,7 @@ def replay_of(m: AttentionMap) -> Tensor:
 @torch.no_grad()
 def replay(module: Any, *args: Any, **kwargs: Any) -> Tensor:
     """What a module forms when it runs on these arguments."""
-    return replayed(module, *args, **kwargs).narrow().probabilities()
+    return replayed(module, *args, **kwargs).narrow().values()
 
 
 def form_of(m: AttentionMap) -> Any:
@@ -68,18 +67,17 @@ def form_of(m: AttentionMap) -> Any:
 
 def kept(attention: Tensor, like: AttentionMap) -> AttentionMap:
     """A map that is there already, of the call of another."""
-    return KeptMap(attention, like._about)  # type: ignore[attr-defined]
+    return like.kept(attention)
 
 
 def lost(reason: str, like: AttentionMap) -> AttentionMap:
     """A map that could not be computed while the model ran."""
-    return LostMap(reason, like._about)  # type: ignore[attr-defined]
+    return like.lost(UnreadableError(reason))
 
 
 def show_image(m: AttentionMap, size: tuple[int, ...]) -> None:
     """Let a map be one of an image of this size."""
-    about: Any = m._about  # type: ignore[attr-defined]
-    m._about = about._replace(geometry=about.geometry._replace(images=size))  # type: ignore[attr-defined]
+    m._geometry = m._geometry._replace(images=size)
 
 
 def read_in_chunks(patch: pytest.MonkeyPatch, elements: int) -> None:

@@ -1,0 +1,49 @@
+"""What wraps a model, or is no model any more: DDP and FSDP are looked through, DataParallel and exported graphs refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}  # one process each, and the model in it is called as it is
+
+
+def recordable(model: nn.Module) -> nn.Module:
+    """The module whose forward will run in Python, or an error that says why there is none."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}{_instead_of(model)}.")
+    model = _unwrapped(model)
+    for name, module in model.named_modules():
+        where = f" (its module {name!r})" if name else ""
+        if isinstance(module, nn.DataParallel):
+            raise ModelError(
+                f"DataParallel{where} runs copies of the model in threads that share the hooks; record the model inside: "
+                "AttentionRecorder(model.module)."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model."
+            )
+        if isinstance(module, (torch.fx.GraphModule, torch.export.UnflattenedModule)):
+            raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
+    return model
+
+
+def _instead_of(thing: Any) -> str:
+    """What to record instead of something that is no module."""
+    if hasattr(thing, "_torchdynamo_orig_callable"):
+        return ": it was compiled, and runs eagerly inside the block; record the model that it calls"
+    if type(thing).__module__.startswith("torch."):
+        return ": what was exported or packaged has no attention modules left; record the eager model"
+    return ""
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, DistributedDataParallel and FullyShardedDataParallel wrap around it."""
+    wraps = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
+    inner = getattr(model, "module" if wraps else "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model

@@ -1,0 +1,216 @@
+"""The hooks that keep what each attention module was called with, and make a map of it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..calls.call import Call, capture, recaptured
+from ..calls.callsite import CallSite, Origins, call_site
+from ..calls.hooks import Args, Around, Kwargs
+from ..calls.layer import Layer
+from ..conditions.checkpoints import in_backward
+from ..image.geometry import Geometry, plain_facts, sizes_of
+from ..image.images import images_in
+from ..image.trunk import stems_of
+from ..maps.attention_map import AttentionMap
+from ..maps.gradient import Gradient
+from ..maps.lazy import Delivery
+from ..maps.reading import Captured
+from .edits import rehook_before_others
+from .follow import match_recomputed
+from .keep_maps import Awaited, KeepMaps
+from .passes import ForwardPass, ForwardPasses
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be kept of each call.
+
+    Attributes:
+        maps: whether maps are computed while the model runs, and inputs let go.
+        detach: whether maps are cut off from the graph.
+        gradients: whether backward is followed to the maps.
+        deliver: where maps and gradients go and as what.
+    """
+
+    maps: bool
+    detach: bool
+    gradients: bool
+    deliver: Delivery
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Makes maps of calls, for as long as a block lasts.
+
+    Attributes:
+        model: the model.
+        wanted: what is kept of each call.
+        passes: the forwards that maps belong to.
+        origins: tells which module put out what, where the callers of modules are asked for.
+        keep_maps: makes maps while modules run, where that is asked for and no graph is wanted.
+    """
+
+    model: nn.Module
+    wanted: Wanted
+    passes: ForwardPasses
+    origins: Origins | None
+    keep_maps: KeepMaps | None
+
+    def hook(self, layers: list[Layer], stack: ExitStack) -> None:
+        """Put hooks on layers, on what images go into first and on blocks that cut windows; they come off with the stack."""
+        arounds: list[Around] = [_RecordedLayer(layer, self) for layer in layers]
+        trunks = [layer.trunk for layer in layers if layer.trunk is not None]
+        arounds += [_Stem(stem, of, self.passes) for stem, of in stems_of(trunks).items()]
+        blocks = dict.fromkeys(layer.block for layer in layers if layer.block is not None)
+        arounds += [_Block(block, self.passes) for block in blocks]
+        for around in arounds:
+            stack.callback(around.close)
+            around.hook(ends=isinstance(around, _RecordedLayer) and (self.wanted.gradients or self.keep_maps is not None))
+            rehook_before_others(around.module)
+
+    def record_ended(self, call: Call, site: CallSite | None, output: Any) -> None:
+        """Record a call of a layer that has no hooks yet, once it has ended."""
+        if (forward := self.passes.current(call.layer.name)) is None:
+            return
+        name = forward.next_name(call.layer.name)
+        gradient = self.gradient_of(name, forward)
+        m = self.map_of(call, name, forward, site, gradient)
+        forward.maps[name] = m.computed() if self.wanted.maps else m
+        if gradient is not None:
+            gradient.follow(call, output)
+
+    def map_of(
+        self, call: Call, name: str, forward: ForwardPass, site: CallSite | None, gradient: Gradient | None
+    ) -> AttentionMap:
+        """The map of a call, not computed yet."""
+        layer = call.layer
+        images = forward.images.get(layer.trunk, forward.images.get(None))
+        around = None if layer.block is None else self.passes.blocks.get(layer.block)
+        facts = {} if layer.block is None else plain_facts(layer.block)
+        geometry = Geometry(self.model, layer.name, images, sizes_of(call.args, call.kwargs), around, facts)
+        return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
+
+    def gradient_of(self, name: str, forward: ForwardPass) -> Gradient | None:
+        """The gradient of a map, which no backward has brought yet; None where none is wanted."""
+        if not self.wanted.gradients:
+            return None
+        return Gradient(name, self.wanted.deliver, forward.backwards, in_backward=self.wanted.maps)
+
+    def site_of(self, args: Args, kwargs: Kwargs) -> CallSite | None:
+        """Who calls a module with what; None where nobody asks."""
+        if self.origins is None:
+            return None
+        return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self.origins)
+
+
+class _Begun(NamedTuple):
+    """A call that is to be looked at when it ends.
+
+    Attributes:
+        call: the call.
+        gradient: to be told of its output.
+        m: its map, and the forward it belongs to; None for a call that a checkpoint makes again.
+        awaited: its map if it is made while the module runs.
+    """
+
+    call: Call
+    gradient: Gradient | None
+    m: tuple[AttentionMap, ForwardPass] | None = None
+    awaited: Awaited | None = None
+
+
+class _RecordedLayer(Around):
+    """The hooks of an attention module."""
+
+    def __init__(self, layer: Layer, recording: Recording) -> None:
+        super().__init__(layer.module)
+        self._layer, self._recording = layer, recording
+
+    def begin(self, args: Args, kwargs: Kwargs) -> _Begun | None:
+        """Record a call; one that a checkpoint makes again in backward was recorded before."""
+        forward = self._recording.passes.current(self._layer.name)
+        if forward is not None:
+            return self._record(forward, args, kwargs)
+        return self._follow_recomputed(args, kwargs) if in_backward() else None
+
+    def end(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
+        """Take what the module really received, if that is something else, and follow what backward will bring."""
+        call, gradient, recorded, awaited = state
+        recording = self._recording
+        if recording.keep_maps is not None and awaited is not None:
+            recording.keep_maps.end(awaited, output)
+        if changed:
+            call = recaptured(call, args, kwargs, detach=recording.wanted.detach)
+            if recorded is not None:
+                self._put_again(call, *recorded)
+        if gradient is not None:
+            gradient.follow(call, output)
+
+    def _record(self, forward: ForwardPass, args: Args, kwargs: Kwargs) -> _Begun | None:
+        recording, wanted = self._recording, self._recording.wanted
+        name, changes = forward.next_name(self._layer.name), self.is_followed()
+        call = capture(self._layer, args, kwargs, detach=wanted.detach)
+        gradient = recording.gradient_of(name, forward) if wanted.gradients else None
+        site = None if recording.origins is None else recording.site_of(args, kwargs)
+        m = forward.maps[name] = recording.map_of(call, name, forward, site, gradient)
+        awaited = None
+        if recording.keep_maps is not None and not changes and True not in call.modes.training:
+            awaited = recording.keep_maps.begin(call, m, partial(forward.maps.__setitem__, name))
+        elif wanted.maps:
+            forward.maps[name] = m.computed()
+        if not changes and awaited is None and gradient is None:
+            return None
+        return _Begun(call, gradient, (m, forward), awaited)
+
+    def _put_again(self, call: Call, m: AttentionMap, forward: ForwardPass) -> None:
+        """Put the map of what the module received in place of the one of what we saw."""
+        wanted = self._recording.wanted
+        again = self._recording.map_of(call, m.name, forward, m._called_from, m._gradient)
+        forward.maps[m.name] = again.computed() if wanted.maps else again
+
+    def _follow_recomputed(self, args: Args, kwargs: Kwargs) -> _Begun | None:
+        """A checkpoint makes a call again: save for backward what was saved in the forward, and follow its gradient."""
+        recording, wanted = self._recording, self._recording.wanted
+        saves = wanted.maps and not wanted.detach
+        if not saves and not wanted.gradients:
+            return None
+        call = capture(self._layer, args, kwargs, detach=wanted.detach)
+        if saves:
+            recording.map_of(call, self._layer.name, ForwardPass(), None, None).computed()
+        if not wanted.gradients:
+            return None
+        gradient = match_recomputed(recording.passes.gradients_of(self._layer.name), call)
+        return None if gradient is None else _Begun(call, gradient)
+
+
+class _Stem(Around):
+    """The hook of what images go into first: the pictures that the next maps of these trunks are of."""
+
+    def __init__(self, stem: nn.Module, trunks: list[nn.Module], passes: ForwardPasses) -> None:
+        super().__init__(stem)
+        self._trunks, self._passes = trunks, passes
+
+    def begin(self, args: Args, kwargs: Kwargs) -> None:
+        """See the images."""
+        if self._passes.is_recorded_here() and (images := images_in(args, kwargs)) is not None:
+            self._passes.images.update(dict.fromkeys(self._trunks, images))
+
+
+class _Block(Around):
+    """The hook of a block that cuts windows: what it cuts."""
+
+    def __init__(self, block: nn.Module, passes: ForwardPasses) -> None:
+        super().__init__(block)
+        self._passes = passes
+
+    def begin(self, args: Args, kwargs: Kwargs) -> None:
+        """Note the size of what it cuts."""
+        if self._passes.is_recorded_here():
+            self._passes.blocks[self.module] = sizes_of(args, kwargs)
