@@ -26,21 +26,7 @@ from hookattn import (
     UnreadableError,
 )
 
-NO_MODEL: dict[str, Any] = {
-    "None": None,
-    "a function": lambda x: x,
-    "a class": nn.Linear,
-    "a state dict": nn.Linear(2, 2).state_dict(),
-}
-
-
 # Models
-
-
-@pytest.mark.parametrize("thing", NO_MODEL)
-def test_what_is_no_module_is_refused(thing: str) -> None:
-    with pytest.raises(ModelError, match=r"torch\.nn\.Module is needed, not \w+"):
-        AttentionRecorder(NO_MODEL[thing])
 
 
 @pytest.mark.parametrize(
@@ -79,18 +65,6 @@ def test_attention_that_forms_no_map_is_skipped_by_name_and_with_the_reason() ->
         ]
         with pytest.raises(UnreadableError, match=r"'stages\.1\.1\.self_attn' has no map.*LambdaLayer: .*positions"):
             AttentionRecorder(model, layers=["stages.1.1.self_attn"])
-
-
-def test_data_parallel_is_refused_and_the_model_inside_named() -> None:
-    model, x = tiny("vit")
-    parallel = nn.DataParallel(model)
-    with untouched(parallel), pytest.raises(ModelError, match=r"DataParallel .*AttentionRecorder\(model\.module\)"):
-        AttentionRecorder(parallel)
-    with pytest.raises(ModelError, match=r"DataParallel \(its module 'trunk'\)"):
-        AttentionRecorder(nn.ModuleDict({"trunk": parallel}))
-    with AttentionRecorder(parallel.module) as rec, torch.no_grad():
-        parallel.module(x)
-    assert len(rec.maps) == 2
 
 
 # Arguments

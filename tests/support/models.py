@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -156,3 +157,7 @@ def plain(**options: Any) -> nn.Module:
 
 
 SCORES = 2 * N * N * D  # of one head of one image
+
+
+def exported(strict: bool) -> Callable[[nn.Module, Tensor], Any]:
+    return lambda model, x: torch.export.export(model, (x,), strict=strict)
