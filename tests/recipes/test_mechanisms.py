@@ -12,8 +12,9 @@ import torch
 from packaging.version import Version
 from support.inside import call_of, find_recipe, formed_by, registered, replay_of
 from support.mechanisms import MODELS, lively, maps_by_class
-from support.models import TINY, randomise, tiny
+from support.models import ANY_DTYPE, TINY, randomise, tiny, tiny_double
 from support.oracle import agree, exists, own_softmax, short_name
+from support.reading import record
 from torch import Tensor, nn
 
 from hookattn import AttentionMap, AttentionRecorder
@@ -33,6 +34,14 @@ def check(m: AttentionMap, expected: Tensor) -> None:
     agree(m[:, -1], whole[:, -1])
     agree(m[-1, :, [1 % shape[2], 0]], whole[-1][:, [1 % shape[2], 0]])
     m.verify()
+
+
+@pytest.mark.parametrize("name", ANY_DTYPE)
+def test_recipe_is_replay_is_the_unfused_softmax_of_plain_attention(name: str) -> None:
+    maps = record(*tiny_double(name)).maps
+    assert maps
+    for m in maps.values():
+        check(m, formed_by(m))
 
 
 @pytest.mark.parametrize("name", MODELS)
