@@ -119,7 +119,6 @@ POOLED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], Any, tuple[int, int
 
 
 @pytest.mark.parametrize("name", POOLED)
-@pytest.mark.usefixtures("chunk")
 def test_distances_are_those_on_the_pictures_of_all_queries(name: str) -> None:
     make, layer, size = POOLED[name]
     m = record_one(*make(), layer)
