@@ -9,7 +9,7 @@ Rooms. An import may only point down this list, and down the list of files that 
     cli          the command line; the demo: the only room that prints
     figures      pictures of maps
     analysis     pure functions of maps: rollout, relevance, statistics
-    testing      the conformance test of a recipe
+    testing      the conformance test of a recipe, a layout or a partition
     recording    what touches a running model, between `with` and the end of the block, and leaves it as it was
     maps         from a captured call to numbers: AttentionMap, gradient, replay
     recipes      how a class of attention makes its queries and keys, and where its tokens lie

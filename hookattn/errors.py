@@ -9,7 +9,8 @@
     ├── UnreadableError       this module forms no map that can be read; the reason is told
     ├── StaleMapError         what the map would be computed from has changed since the forward
     ├── UnfaithfulMapError    a map put into the module's own forward gave another output
-    ├── TokenError            tokens and image do not fit: no class token, no such patch, no known grid (a ValueError)
+    ├── TokenError            tokens and image do not fit: no class token, no such patch (a ValueError)
+    │   └── NoGridError       so many tokens are no grid over the image, or no image was seen
     └── MissingExtraError     an optional dependency is not installed (an ImportError)
 
 Each message says what was found and what to type next.
@@ -61,6 +62,10 @@ class UnfaithfulMapError(HookattnError, AssertionError):
 
 class TokenError(HookattnError, ValueError):
     """The tokens of the map do not stand for what was asked."""
+
+
+class NoGridError(TokenError):
+    """So many tokens are no grid of patches over the image that was seen, if one was."""
 
 
 class MissingExtraError(HookattnError, ImportError):

@@ -1,10 +1,29 @@
 """Tokens and the image they come from: grids, windows, prefix tokens.
 
+A layout or a partition of your own returns `Tokens`, made by one of the functions of windows from what `Geometry` tells.
+
 From top to bottom, an import may only point down:
 
     geometry     what of a call outlives its tensors: sizes, images, the block that cuts windows
     trunk        how a model cuts its image into patches
     images       what a model looks at, found among its arguments
+    windows      tokens of a whole grid, and of a grid that is cut or pooled
     sizes        how large a feature map is after convolutions and pools
     tokens       what an axis of a map stands for
 """
+
+from __future__ import annotations
+
+from .geometry import Geometry
+from .tokens import Tokens
+from .windows import cut_padded_windows, cut_windows, pool_windows, slide_windows, whole_grid
+
+__all__ = [
+    "Geometry",
+    "Tokens",
+    "cut_padded_windows",
+    "cut_windows",
+    "pool_windows",
+    "slide_windows",
+    "whole_grid",
+]

@@ -10,34 +10,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import TokenError
+from ..errors import NoGridError, TokenError
 from .images import Images, Patches
-from .tokens import Size, Tokens, whole
+from .tokens import Size, Tokens
 from .trunk import grid_size, patch_size, path_to, prefix_names, sees_patches, trunk_of
+from .windows import whole_grid
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
-Given = tuple[tuple[Any, ...], dict[str, Any]]
+ArgumentSizes = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module was called with, tensors by their sizes: positional, then by name."""
 
 
 class Geometry(NamedTuple):
-    """What surrounds a call of an attention module.
+    """What surrounds a call of an attention module; what a layout or a partition tells its tokens from.
+
+    `argument`, `block_argument` and `tokens` are what most need; `module` is the attention.
 
     Attributes:
         model: the recorded model.
         name: name of the module in it.
         images: the pictures the forward looked at.
-        given: what the module was called with.
-        around: the same of the block that cuts its input into windows, if there is such a block.
-        facts: numbers of that block at the time, such as the size of a window.
+        arguments: what the module was called with, tensors by their sizes.
+        block_arguments: the same of the block that cuts its input into windows; None if there is no such block.
+        block_settings: numbers of that block at the time, such as the size of a window.
     """
 
     model: nn.Module
     name: str
     images: Images = None
-    given: Given = ((), {})
-    around: Given | None = None
-    facts: Mapping[str, Any] = MappingProxyType({})
+    arguments: ArgumentSizes = ((), {})
+    block_arguments: ArgumentSizes | None = None
+    block_settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def module(self) -> Any:
@@ -78,6 +81,7 @@ class Geometry(NamedTuple):
                 "recorder, call the model on images (batch, channels, height, width), or slice the map itself, m[...]."
             )
         height, width = (side / n for side, n in zip(self.image_size, grid_size))
+        # rounded down where a rest is left out, up where the image is padded
         if patch and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, self.image_size, patch)):
             return patch
         return height, width
@@ -86,7 +90,7 @@ class Geometry(NamedTuple):
         """The module and all that hold it, outwards to the model."""
         yield from reversed(list(path_to(self.model, self.name)))
 
-    def holder(self, attribute: str) -> Any:
+    def find_holder(self, attribute: str) -> Any:
         """The innermost module around the call, itself included, that has such an attribute.
 
         Raises:
@@ -100,13 +104,24 @@ class Geometry(NamedTuple):
         )
 
     def argument(self, name: str) -> Any:
-        """What the module was called with for one parameter of its forward, a tensor by its size."""
-        return argument(self.module, self.given, name)
+        """What the attention was called with for one parameter of its `forward`: a tensor by its shape, all else as it is.
+
+        Raises:
+            TokenError: its forward has no such parameter.
+        """
+        return _bind(self.module, self.arguments, name)
 
     def block_argument(self, block: nn.Module, name: str) -> Any:
-        """What the block around the module was called with for one parameter of its forward, a tensor by its size."""
-        assert self.around is not None  # a partition is asked only if the block was called
-        return argument(block, self.around, name)
+        """What the block that cuts windows was called with for one parameter of its `forward`, a tensor by its shape.
+
+            _, rows, columns, _ = geometry.block_argument(self, "x")  # in a partition, whose first argument is the block
+
+        Raises:
+            TokenError: its forward has no such parameter, or no block that cuts windows is around the attention.
+        """
+        if self.block_arguments is None:
+            raise TokenError(f"no block around {self.name!r} cuts windows; use geometry.argument({name!r}) in a layout.")
+        return _bind(block, self.block_arguments, name)
 
     def tokens(self, count: int, *, prefix: bool | None = None) -> Tokens:
         """What so many tokens of the whole image stand for.
@@ -116,7 +131,8 @@ class Geometry(NamedTuple):
             prefix: whether the model's prefix tokens are among them; None tries it with, then without them.
 
         Raises:
-            TokenError: the count does not fit the image.
+            NoGridError: the count does not fit the image.
+            TokenError: the module does not see patches.
         """
         if not sees_patches(self.model, self.name):
             raise TokenError(
@@ -126,61 +142,68 @@ class Geometry(NamedTuple):
         trunk = self.trunk
         names = prefix_names(trunk)
         if isinstance(self.images, Patches):
-            return _of_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
+            return _lay_out_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
         size = self.image_size
+        # where it is not known whether prefix tokens are among them, with them is tried first
         for each in {None: (names, ()), True: (names,), False: ((),)}[prefix]:
             grid = grid_size(trunk, size, count - len(each), exactly=prefix is not None)
             if grid is not None:
-                return whole(grid, each)
+                return whole_grid(grid, each)
         seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
         how = {None: "with or without", True: "with", False: "without"}[prefix]
-        raise TokenError(
+        raise NoGridError(
             f"{count} tokens are no grid of patches over {seen}, {how} {len(names)} prefix tokens "
             f"({type(trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
             "itself, m[...]."
         )
 
 
-def plain_facts(module: nn.Module) -> dict[str, Any]:
+def read_settings(module: nn.Module) -> dict[str, Any]:
     """Attributes of a module that are numbers, words or tuples of such."""
+    # what tells of windows is plain; modules and tensors may be large
     return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
 
 
-class AsItWas:
+class ModuleSnapshot:
     """A module whose numbers are those of an earlier time, all else as it is."""
 
-    def __init__(self, module: nn.Module, facts: Mapping[str, Any]) -> None:
-        self._module, self._facts = module, facts
+    def __init__(self, module: nn.Module, settings: Mapping[str, Any]) -> None:
+        self._module, self._settings = module, settings
 
     def __getattr__(self, name: str) -> Any:
-        return self._facts[name] if name in self._facts else getattr(self._module, name)
+        return self._settings[name] if name in self._settings else getattr(self._module, name)
 
 
-def sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+def measure_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentSizes:
     """What a module is called with, tensors by their sizes."""
-    given = tuple([a.shape if type(a) is Tensor else _size(a) for a in args])
-    return given, {name: a if type(a) in _PLAIN else _size(a) for name, a in kwargs.items()}
+    # runs in every recorded call: what is a plain tensor or a number takes no function call
+    positional = tuple([a.shape if type(a) is Tensor else _size(a) for a in args])
+    return positional, {name: a if type(a) in _PLAIN else _size(a) for name, a in kwargs.items()}
 
 
-def argument(module: nn.Module, given: Given, name: str) -> Any:
+def _bind(module: nn.Module, arguments: ArgumentSizes, name: str) -> Any:
     """One argument of a forward by the name it has there."""
-    bound = inspect.signature(module.forward).bind(*given[0], **given[1])
+    bound = inspect.signature(module.forward).bind(*arguments[0], **arguments[1])
     bound.apply_defaults()
+    if name not in bound.arguments:
+        forward = getattr(module.forward, "__qualname__", "forward")
+        raise TokenError(f"{forward} has no parameter {name!r}, only {', '.join(bound.arguments)}.")
     return bound.arguments[name]
 
 
-def _of_patches(images: Patches, prefixes: tuple[tuple[str, ...], ...], count: int) -> Tokens:
+def _lay_out_patches(images: Patches, prefixes: tuple[tuple[str, ...], ...], count: int) -> Tokens:
     """Tokens of images that came as patches, each laid in the upper left corner of a grid that holds them all."""
-    given = images.valid.shape[1]
-    prefix = next((names for names in prefixes if given + len(names) == count), None)
+    patches = images.valid.shape[1]
+    prefix = next((names for names in prefixes if patches + len(names) == count), None)
     if prefix is None:
         raise TokenError(
-            f"{count} tokens are not the {given} patches that were given and {max(map(len, prefixes))} prefix tokens; some may "
-            "have been dropped or merged. Slice the map itself, m[...]."
+            f"{count} tokens are not the {patches} patches that were given and {max(map(len, prefixes))} prefix tokens; some "
+            "may have been dropped or merged. Slice the map itself, m[...]."
         )
     coordinates = images.coordinates.long().cpu()
     valid = images.valid.bool().cpu() & (coordinates >= 0).all(-1)  # Gemma marks padding by the coordinates
     rows, columns = (int(coordinates[..., i][valid].max()) + 1 for i in range(2))
+    # (images, patches): numbers on the common grid
     places = torch.where(valid, coordinates[..., 0] * columns + coordinates[..., 1], -1)
     return Tokens(prefix, (rows, columns), places[:, None])
 

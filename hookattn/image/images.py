@@ -31,10 +31,11 @@ Images = Union[tuple[int, int, int], Patches, None]
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
     """The images among what a model or its stem is called with: (batch, channels, height, width), or patches of them."""
+    # a model may take all of its input in one dict
     named = {**kwargs, **args[0]} if args and isinstance(args[0], dict) else kwargs
     if named and (patches := _patches_in(args, named)) is not None:
         return patches
-    for value in (*args, *named.values()):
+    for value in (*args, *named.values()):  # the first that has the shape of images
         if isinstance(value, Tensor) and value.dim() == 4:
             images, _, height, width = value.shape
             return images, height, width
@@ -43,6 +44,7 @@ def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
 
 def _patches_in(args: tuple[Any, ...], named: Mapping[str, Any]) -> Patches | None:
     """The patches of images among arguments, told by the names of some."""
+    # timm's NaFlex names coordinates, transformers' SigLIP 2 the grid of each image
     coordinates, valid = named.get("patch_coord"), named.get("patch_valid")
     if isinstance(coordinates, Tensor):
         everywhere = torch.ones(coordinates.shape[:2], dtype=torch.bool)

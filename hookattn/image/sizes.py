@@ -10,6 +10,7 @@ from torch import nn
 
 from .tokens import Size
 
+# what changes the size of a grid; other layers leave it as it is
 _STRIDING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -41,7 +42,7 @@ def _after(n: int, layer: Any, axis: int) -> int:
     """One side of a feature map after one layer; timm's layers with "Same" in their name pad by the size of their input."""
     stride: int = pair(layer.stride)[axis]
     padding = "same" if "Same" in type(layer).__name__ else layer.padding
-    if padding == "same":
+    if padding == "same":  # TensorFlow's rule
         return math.ceil(n / stride)
     border: int = 0 if padding == "valid" else pair(padding)[axis]
     reach: int = pair(getattr(layer, "dilation", 1))[axis] * (pair(layer.kernel_size)[axis] - 1)

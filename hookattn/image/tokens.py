@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
@@ -74,7 +74,7 @@ class Tokens:
             if not (-rows <= row < rows and -columns <= column < columns):
                 raise TokenError(f"there is no patch {query}. {self.choices()}")
             return self.num_prefix_tokens + row % rows * columns + column % columns
-        if isinstance(query, Integral) and not isinstance(query, bool):
+        if isinstance(query, Integral) and not isinstance(query, bool):  # True is an Integral
             if not -count <= query < count:
                 raise TokenError(f"there is no token {query}. {self.choices()}")
             return int(query) % count
@@ -87,7 +87,7 @@ class Tokens:
             TokenError: there is no such token.
         """
         names = torch.arange(len(self.prefix)).expand(*self.patches.shape[:2], -1)
-        patches = torch.where(self.patches < 0, -1, self.patches + len(self.prefix))
+        patches = torch.where(self.patches < 0, -1, self.patches + len(self.prefix))  # numbered as by `index`
         tokens = torch.cat((names, patches), dim=-1)
         if query == "mean":
             return self._gathered(tokens >= (len(self.prefix) if patches.shape[-1] else 0))
@@ -103,8 +103,9 @@ class Tokens:
             (images, heads, rows, columns); a patch that stands in several windows gets the sum.
         """
         given = repeat(rows[..., len(self.prefix) :] / self.spread, "b w h n -> b h (w n spread)", spread=self.spread)
-        if self.places is None:
+        if self.places is None:  # row by row already
             return rearrange(given, "b h (r c) -> b h r c", r=self.grid_size[0])
+        # what padding gets goes to one place more, which is cut off
         area = self.grid_size[0] * self.grid_size[1]
         places = torch.where(self.places < 0, area, self.places).to(given.device)
         places = repeat(places, "i w n -> (i b) h (w n)", b=len(given) // len(places), h=given.shape[1])
@@ -125,6 +126,7 @@ class Tokens:
         columns = max(1, self.grid_size[1])
         cells = torch.stack((places // columns, places % columns), dim=-1)
         centres = (cells + 0.5) * torch.tensor(cell_size, dtype=torch.float64)
+        # -1 has a row and a column too, and they are wrong
         centres = centres.masked_fill(places[..., None] < 0, torch.nan)
         return F.pad(centres, (0, 0, 0, 0, len(self.prefix), 0), value=torch.nan)
 
@@ -173,6 +175,7 @@ class Tokens:
     def _index_by_image(self, query: Query) -> int | Tensor:
         """The number of a token, image by image where a point lies on another patch in each: (images, 1, 1)."""
         index = self.index(query)
+        # the same point lies on another patch where images have grids of their own
         if len(self.patches) == 1 or not _is_point(query):
             return index
         found = [_patch_at(query, size) for size in self._covered()]  # type: ignore[arg-type]  # is a point
@@ -187,73 +190,6 @@ def _is_point(query: Query) -> bool:
 
 def _patch_at(point: tuple[float, float], grid_size: Size) -> Size:
     """The patch (row, col) under a point of the image in fractions of its height and width."""
+    # the lower right border belongs to the last patch
     row, column = (min(int(fraction * n), n - 1) for fraction, n in zip(point, grid_size))
     return row, column
-
-
-def whole(grid_size: Sequence[int], prefix: tuple[str, ...] = ()) -> Tokens:
-    """All patches of a grid, row by row, in one window."""
-    rows, columns = grid_size
-    return Tokens(prefix, (int(rows), int(columns)))
-
-
-def cut(
-    grid_size: Sequence[int],
-    window: Sequence[int],
-    shift: Sequence[int] = (0, 0),
-    *,
-    strided: bool = False,
-) -> Tokens:
-    """A grid cut into windows that do not overlap, window after window row by row, as Swin does.
-
-    Args:
-        grid_size: (rows, columns) of patches.
-        window: (rows, columns) of one window; the grid is padded at its lower and right border to a multiple.
-        shift: (rows, columns) by which the grid is rolled up and left before it is padded and cut.
-        strided: a window takes patches at equal distances from all over the grid, as MaxViT's grid attention does, and not
-            neighbours.
-    """
-    rows, columns = (int(n) for n in grid_size)
-    places = _grid(rows, columns).roll((-shift[0], -shift[1]), (0, 1))
-    places = F.pad(places, (0, -columns % window[1], 0, -rows % window[0]), value=-1)
-    pattern = "(p h) (q w) -> 1 (h w) (p q)" if strided else "(h p) (w q) -> 1 (h w) (p q)"
-    return Tokens((), (rows, columns), rearrange(places, pattern, p=window[0], q=window[1]))
-
-
-def neighbourhoods(grid_size: Sequence[int], window: int, step: int, border: int) -> Tokens:
-    """Square windows that overlap, window after window row by row, as `torch.nn.functional.unfold` takes them.
-
-    Args:
-        grid_size: (rows, columns) of patches.
-        window: side of one window.
-        step: distance from one window to the next.
-        border: how far the grid is padded on each side.
-    """
-    rows, columns = (int(n) for n in grid_size)
-    padded = F.pad(_grid(rows, columns), (border,) * 4, value=-1)
-    windows = padded.unfold(0, window, step).unfold(1, window, step)
-    return Tokens((), (rows, columns), rearrange(windows, "h w y x -> 1 (h w) (y x)"))
-
-
-def pooled(tokens: Tokens, window: Sequence[int], stride: Sequence[int]) -> Tokens:
-    """Tokens that are pooled inside their windows: each stands for a cell of a grid that is coarser by the stride.
-
-    A cell that is not full at the border of the grid is left out of the coarser grid, and a token of such a cell or of padding
-    stands for nothing.
-
-    Args:
-        tokens: what is pooled, in windows, without prefix tokens.
-        window: (rows, columns) of one window.
-        stride: (rows, columns) of one cell.
-    """
-    rows, columns = (n // s for n, s in zip(tokens.grid_size, stride))
-    corners = rearrange(tokens.patches, "i w (y x) -> i w y x", y=window[0], x=window[1])[..., :: stride[0], :: stride[1]]
-    places = corners.flatten(-2)
-    row, column = places // tokens.grid_size[1] // stride[0], places % tokens.grid_size[1] // stride[1]
-    inside = (places >= 0) & (row < rows) & (column < columns)
-    return Tokens((), (rows, columns), torch.where(inside, row * columns + column, -1))
-
-
-def _grid(rows: int, columns: int) -> Tensor:
-    """The numbers of the patches on their grid."""
-    return torch.arange(rows * columns).reshape(rows, columns)

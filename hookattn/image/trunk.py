@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from .sizes import pair, size_after
 from .tokens import Size
 
+# Models of timm, transformers, torchvision, open_clip and vit-pytorch name what cuts their image with one of these words. A
+# name decides what is looked at; what a grid is follows from sizes.
 _EMBEDDINGS = ("patch_embed", "embeds", "pixel_embed")
 _STEMS = (*_EMBEDDINGS, "patch_embeddings", "embeddings", "conv_proj", "to_patch_embedding", "conv1", "stem")
 _CLASS = ("cls_token", "class_token", "class_embedding")
 _DISTILLED = ("dist_token", "distillation_token")
 _REGISTERS = ("reg_token", "register_tokens")
+# where words come in, no image does
 _VOCABULARY = ("token_embedding", "word_embeddings", "text_embeddings", "embed_tokens", "wte")
 
 
@@ -61,10 +64,12 @@ def prefix_names(trunk: nn.Module) -> tuple[str, ...]:
         count = 0 if token is None else token.shape[-2] if token.dim() > 1 else 1
         return [f"{name}{i}" for i in range(count)]
 
+    # the order in which models concatenate them: class, distillation, registers
     classes = numbered("cls", first(_CLASS))
     names = ["cls"] if len(classes) == 1 else classes
     names += ["dist"] * (first(_DISTILLED) is not None) + numbered("reg", first(_REGISTERS))
     count = next((n for m in holders if isinstance(n := getattr(m, "num_prefix_tokens", None), int)), len(names))
+    # the model's own count is right where its tokens have other names
     return tuple((names + [f"prefix{i}" for i in range(len(names), count)])[:count])
 
 
@@ -87,6 +92,7 @@ def grid_size(trunk: Any, image_size: Size | None, patches: int, *, exactly: boo
         grid = getattr(embed, "grid_size", None)
     elif hasattr(embed, "dynamic_feat_size"):
         grid = embed.dynamic_feat_size(image_size)
+    # a square of what was left after dropping must not be taken for a grid
     if grid is None and image_size is not None and any("PatchDrop" in type(m).__name__ for m in trunk.modules()):
         stem = stem_of(trunk)
         grid, exactly = (size_after(image_size, stem), True) if isinstance(stem, nn.Conv2d) else (None, exactly)
@@ -123,6 +129,7 @@ def _has_vocabulary(module: nn.Module) -> bool:
 def _factors(patches: int, image_size: Size) -> Size | None:
     """Rows and columns of patches that cover the image without a rest and are square to within a tenth."""
     height, width = image_size
+    # patches are about as high as wide, and a grid of them is stretched as the image is
     pairs = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
     grids = [(rows, columns) for rows, columns in pairs if height % rows == 0 and width % columns == 0]
     stretched = {grid: abs(math.log(height / grid[0] * grid[1] / width)) for grid in grids}

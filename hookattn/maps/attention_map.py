@@ -17,7 +17,7 @@ from ..calls.callsite import CallSite
 from ..errors import LayerNotFoundError, RecorderError, StaleMapError, UnfaithfulMapError, UnreadableError, did_you_mean
 from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
-from ..recipes.places import axes_of, tokens_of
+from ..recipes.places import find_tokens, name_axes
 from .gradient import Gradient
 from .lazy import Delivery, LazyArray, Spec
 from .picture import draw_rows
@@ -147,7 +147,7 @@ class AttentionMap(LazyArray):
         ("batch", "head", "query", "key") where tokens attend to tokens; "batch * windows" comes first where attention sees
         images in pieces, window w of image b at b * windows + w; the last two are "channel" where channels attend to channels.
         """
-        return axes_of(self._geometry, self.shape)
+        return name_axes(self._geometry, self.shape)
 
     @property
     def tokens(self) -> Tokens:
@@ -156,7 +156,7 @@ class AttentionMap(LazyArray):
         Raises:
             TokenError: the keys are no prefix tokens and patches, or it is not known of which part of the image.
         """
-        return tokens_of(self._geometry, self.shape)[1]
+        return find_tokens(self._geometry, self.shape)[1]
 
     @property
     def query_tokens(self) -> Tokens:
@@ -165,7 +165,7 @@ class AttentionMap(LazyArray):
         Raises:
             TokenError: see `tokens`.
         """
-        return tokens_of(self._geometry, self.shape)[0]
+        return find_tokens(self._geometry, self.shape)[0]
 
     def image(self, query: Query = "cls", heads: str | int | None = "mean", size: Size | int | None = None) -> Tensor:
         """What a query attends to, as a picture: its row over the patches, laid out on the grid that covers the image.
@@ -189,7 +189,7 @@ class AttentionMap(LazyArray):
         Raises:
             TokenError: there is no such query, or it is not known where the keys lie on the image.
         """
-        queries, keys = tokens_of(self._geometry, self.shape)
+        queries, keys = find_tokens(self._geometry, self.shape)
         return self._deliver(draw_rows(self, queries, keys, query, heads, size))
 
     def computed(self) -> AttentionMap:

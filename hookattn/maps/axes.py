@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import UnreadableError
-from ..recipes.registry import find_form, qualified_name
+from ..recipes.registry import find_axes, qualified_name
 
 
 def check_softmax_axis(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Tensor:
@@ -26,7 +26,7 @@ def check_softmax_axis(module: nn.Module, batch: int | None, scores: Tensor, dim
             "with @hookattn.recipe."
         )
     elsewhere = scores.dim() == 4 and scores.shape[1] != _heads(module) == scores.shape[2]
-    if elsewhere and find_form(module) is None:
+    if elsewhere and find_axes(module) is None:
         raise _no_heads(module, scores)
     return unfold_axes(module, scores, batch)
 
@@ -64,7 +64,7 @@ def fold_axes(module: nn.Module, attention: Tensor, shape: tuple[int, ...]) -> T
 
 def _form(module: nn.Module, rank: int) -> str | None:
     """The filed form of a module's map, if it has so many axes."""
-    form = find_form(module)
+    form = find_axes(module)
     return form if form is not None and len(form.replace("(b h)", "bh").split()) == rank else None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attention.sources import QK, Dense, Outer, Scores, Source, exact_dtype, without_autocast
 from ..errors import UnreadableError
-from ..recipes.registry import find_form
+from ..recipes.registry import find_axes
 from .axes import check_softmax_axis, class_of, fold_axes, interleave_heads, unfold_axes
 from .intercept import Run, Sites, input_and_dim, sdpa_arguments
 
@@ -177,7 +177,7 @@ def _as_qk(
 ) -> QK:
     """The arguments of a `scaled_dot_product_attention` as queries and keys."""
     q, k = unfold_axes(module, query, batch), unfold_axes(module, key, batch)
-    if attn_mask is not None and find_form(module) is not None:
+    if attn_mask is not None and find_axes(module) is not None:
         attn_mask = unfold_axes(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
     elif attn_mask is not None and attn_mask.dim() == query.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..attention.projection import project
 from ..attention.sources import QK
-from .registry import channels, recipe
+from .registry import recipe, register_channel_attention
 
-channels(
+register_channel_attention(
     "timm.models.xcit.XCA",
     "timm.models.edgenext.CrossCovarianceAttn",
     "timm.models.davit.ChannelAttention",
@@ -26,6 +26,7 @@ channels(
 @recipe("timm.models.xcit.XCA", "timm.models.edgenext.CrossCovarianceAttn")
 def cross_covariance_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.num_heads)
+    # (batch, heads, channels of a head, tokens); the temperature is (heads, 1, 1)
     return QK(F.normalize(q, dim=-1), F.normalize(k, dim=-1), scale=self.temperature)
 
 
@@ -39,5 +40,5 @@ def davit_channel_attention(self: Any, x: Tensor) -> QK:
 @recipe("timm.models.davit.ChannelAttentionV2")
 def davit_channel_attention_v2(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.groups)
-    tokens = x.shape[1]
+    tokens = x.shape[1]  # what is summed over
     return QK(q, k, scale=(tokens if self.dynamic_scale else self.head_dim) ** -0.5)

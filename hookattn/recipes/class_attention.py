@@ -1,6 +1,11 @@
 """One query, or a few, that gather from all tokens: class attention and attention pooling.
 
-Touvron et al. 2021, "Going deeper with Image Transformers", arXiv 2103.17239.
+Touvron et al. 2021, "Going deeper with Image Transformers", arXiv 2103.17239; Chen et al. 2021, "CrossViT", arXiv 2103.14899;
+Zhai et al. 2022, "Scaling Vision Transformers", arXiv 2106.04560, for pooling by a learned query; Radford et al. 2021, "CLIP",
+arXiv 2103.00020, for pooling by the mean of all tokens.
+
+`timm.layers.attention_pool2d.AttentionPool2d` has a layout and no recipe: versions of timm resample its position embedding
+differently where the features are not square. It is called once a model, on the last features, and is replayed.
 """
 
 from __future__ import annotations
@@ -14,22 +19,19 @@ from torch import Tensor
 from ..attention.projection import project, project_heads, scale_of
 from ..attention.sources import QK
 from ..image.geometry import Geometry
-from ..image.tokens import Tokens, whole
+from ..image.tokens import Tokens
+from ..image.windows import whole_grid
 from .mechanisms import additive_or_bool, rotate
-from .places import received
+from .places import find_windows
 from .registry import Shape, layout, recipe
+
+# The class token asks
 
 
 @recipe("timm.models.cait.ClassAttn")
 def class_attention(self: Any, x: Tensor) -> QK:
-    q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)
+    q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)  # the class token alone
     k = project_heads(self.k, x, self.num_heads)
-    return QK(q, k, scale=scale_of(self))
-
-
-@recipe("timm.models.crossvit.CrossAttention")
-def crossvit_attention(self: Any, x: Tensor) -> QK:
-    q, k = project_heads(self.wq, x[:, 0:1], self.num_heads), project_heads(self.wk, x, self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
@@ -40,15 +42,25 @@ def volo_class_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=scale_of(self))
 
 
+@recipe("timm.models.crossvit.CrossAttention")
+def crossvit_attention(self: Any, x: Tensor) -> QK:
+    q, k = project_heads(self.wq, x[:, 0:1], self.num_heads), project_heads(self.wk, x, self.num_heads)
+    return QK(q, k, scale=scale_of(self))
+
+
 @layout("timm.models.cait.ClassAttn", "timm.models.volo.ClassAttention", "timm.models.crossvit.CrossAttention")
 def class_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    return Tokens(("cls",), (0, 0)), received(geometry, lambda: geometry.tokens(shape[3], prefix=True))
+    return Tokens(("cls",), (0, 0)), find_windows(geometry) or geometry.tokens(shape[3], prefix=True)
+
+
+# A learned query asks
 
 
 @recipe("timm.layers.attention_pool.AttentionPoolLatent")
 def attention_pool_latent(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
     if self.pos_embed is not None:
         x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+    # (batch, heads, latents, head_dim)
     q = rearrange(self.q(self.latent.expand(len(x), -1, -1)), "b n (h d) -> b h n d", h=self.num_heads)
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
     return QK(self.q_norm(q), self.k_norm(k), scale=scale_of(self), **additive_or_bool(attn_mask))
@@ -56,7 +68,7 @@ def attention_pool_latent(self: Any, x: Tensor, attn_mask: Tensor | None = None)
 
 @layout("timm.layers.attention_pool.AttentionPoolLatent")
 def attention_pool_latent_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    return Tokens(tuple(f"latent{i}" for i in range(shape[2])), (0, 0)), pooled_tokens(geometry, shape)
+    return Tokens(tuple(f"latent{i}" for i in range(shape[2])), (0, 0)), find_pooled_tokens(geometry, shape)
 
 
 @recipe("timm.layers.attention_pool.AttentionPoolPrr")
@@ -68,8 +80,17 @@ def attention_pool_prr(self: Any, x: Tensor) -> QK:
 
 @layout("timm.layers.attention_pool.AttentionPoolPrr")
 def attention_pool_prr_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = pooled_tokens(geometry, shape)
+    tokens = find_pooled_tokens(geometry, shape)
     return tokens, tokens
+
+
+def find_pooled_tokens(geometry: Geometry, shape: Shape) -> Tokens:
+    """What a model pools: all of its tokens unless it says that its prefix tokens are left out."""
+    prefix = getattr(geometry.trunk, "pool_include_prefix", True)
+    return find_windows(geometry) or geometry.tokens(shape[3], prefix=bool(prefix))
+
+
+# The mean of all tokens asks
 
 
 @recipe("timm.layers.attention_pool2d.RotAttentionPool2d")
@@ -85,6 +106,7 @@ def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
     rope = self.pos_embed.get_embed(tuple(size))
     rope = torch.cat(rope, dim=-1) if isinstance(rope, tuple) else rope
     half, dtype = getattr(self, "rotate_half", False), k.dtype
+    # the first token has no position
     q, k = (torch.cat((t[:, :, :1], rotate(t[:, :, 1:], rope, half=half)), dim=2).to(dtype) for t in (q, k))
     return QK(q, k, scale=scale_of(self))
 
@@ -93,11 +115,5 @@ def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
 def attention_pool_2d_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """One token more comes first: a class token, or the mean of all the others, which is called "pool"."""
     first = "pool" if geometry.module.cls_token is None else "cls"
-    tokens = whole(geometry.argument("x")[2:], (first,))
+    tokens = whole_grid(geometry.argument("x")[2:], (first,))
     return tokens, tokens
-
-
-def pooled_tokens(geometry: Geometry, shape: Shape) -> Tokens:
-    """What a model pools: all of its tokens unless it says that its prefix tokens are left out."""
-    prefix = getattr(geometry.trunk, "pool_include_prefix", True)
-    return received(geometry, lambda: geometry.tokens(shape[3], prefix=bool(prefix)))

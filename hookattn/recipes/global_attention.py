@@ -1,4 +1,10 @@
-"""All tokens attend to all tokens: ViT, DeiT, DINO, BEiT, EVA and their kin, with masks, relative and rotary positions."""
+"""All tokens attend to all tokens: ViT, DeiT, DINO, BEiT, EVA and their kin, with masks, relative and rotary positions.
+
+Dosovitskiy et al. 2021, "ViT", arXiv 2010.11929; Dehghani et al. 2023, "ViT-22B", arXiv 2302.05442, for norms of queries and
+keys and for blocks whose attention shares a projection with the MLP; Bao et al. 2022, "BEiT", arXiv 2106.08254, for a learned
+bias for the offset between query and key, added to the scores; Su et al. 2021, "RoFormer", arXiv 2104.09864, for queries and
+keys that are turned by their positions.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +19,20 @@ from ..attention.sources import QK
 from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.sizes import pair, size_after
-from ..image.tokens import Tokens, cut, whole
-from .mechanisms import additive_or_bool, in_projection, project_with_biases, rotate_by_axis, rotate_patches
-from .places import received
-from .registry import Shape, layout, partition, recipe
+from ..image.tokens import Tokens
+from ..image.windows import cut_windows, whole_grid
+from .mechanisms import (
+    additive_or_bool,
+    patch_tokens,
+    prefix_and_patch_tokens,
+    project_in_parallel,
+    project_with_biases,
+    rotate_by_axis,
+    rotate_patches,
+)
+from .registry import layout, partition, recipe
+
+# One packed projection
 
 
 @recipe("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
@@ -26,13 +42,19 @@ def attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: 
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
+layout("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")(prefix_and_patch_tokens)
+
+
 @recipe("timm.models.vision_transformer.ParallelScalingBlock")
 def parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
-    q, k = in_projection(self, x)
+    q, k = project_in_parallel(self, x)  # (batch, tokens, dim)
     q = self.q_norm(rearrange(q, "b n (h d) -> b n h d", h=self.num_heads))
     k = self.k_norm(rearrange(k, "b n (h d) -> b n h d", h=self.num_heads))
     q, k = rearrange(q, "b n h d -> b h n d"), rearrange(k, "b n h d -> b h n d")
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+layout("timm.models.vision_transformer.ParallelScalingBlock")(prefix_and_patch_tokens)
 
 
 @recipe("timm.models.metaformer.Attention", "timm.models.convit.MHSA")
@@ -41,31 +63,25 @@ def packed_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=scale_of(self))
 
 
-@layout(
-    "timm.models.cait.TalkingHeadAttn",
-    "timm.models.convit.GPSA",
-    "timm.models.efficientformer.Attention",
-    "timm.models.metaformer.Attention",
-)
-def patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    """All patches: a class token comes later, or never."""
-    tokens = received(geometry, lambda: geometry.tokens(shape[3], prefix=False))
-    return tokens, tokens
+layout("timm.models.metaformer.Attention")(patch_tokens)
 
 
-@recipe("timm.models.tnt.Attention")
-def tnt_attention(self: Any, x: Tensor) -> QK:
-    q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
-    return QK(q, k, scale=scale_of(self))
+layout("timm.models.convit.MHSA")(prefix_and_patch_tokens)
+
+
+# A bias for the offset between query and key
 
 
 @recipe("timm.models.beit.Attention")
 def beit_attention(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> QK:
     q, k = project_with_biases(self, x)
-    bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
-    if shared_rel_pos_bias is not None:
+    bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()  # (1, heads, queries, keys)
+    if shared_rel_pos_bias is not None:  # one bias for all blocks
         bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
     return QK(q, k, scale=scale_of(self), bias=bias)
+
+
+layout("timm.models.beit.Attention")(prefix_and_patch_tokens)
 
 
 @recipe("timm.models.vision_transformer_relpos.RelPosAttention")
@@ -74,6 +90,12 @@ def relpos_attention(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None)
     q, k = self.q_norm(q), self.k_norm(k)
     bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
     return QK(q, k, scale=scale_of(self), bias=bias)
+
+
+layout("timm.models.vision_transformer_relpos.RelPosAttention")(prefix_and_patch_tokens)
+
+
+# Rotary positions
 
 
 @recipe("timm.layers.attention.AttentionRope")
@@ -86,12 +108,15 @@ def attention_rope(
         q, k = self.q_proj(x), self.k_proj(x)
         q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
         k = rearrange(k, "b n (h d) -> b h n d", d=q.shape[-1])
-    dtype = k.dtype
+    dtype = k.dtype  # what is rotated comes out in the dtype of the embedding
     q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
         q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
-    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
+    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)  # grouped queries: several heads share a key
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
+
+
+layout("timm.layers.attention.AttentionRope")(prefix_and_patch_tokens)
 
 
 @recipe("timm.models.eva.EvaAttention")
@@ -109,50 +134,43 @@ def eva_attention(
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
+layout("timm.models.eva.EvaAttention")(prefix_and_patch_tokens)
+
+
 @recipe("timm.models.gemma4_vit.Gemma4Attention")
 def gemma4_attention(self: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None) -> QK:
     q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
     k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
     q, k = self.q_norm(q), self.k_norm(k)
     q, k = (rotate_by_axis(t, rope_cos, rope_sin) for t in (q, k))
-    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)
+    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)  # grouped queries
     return QK(q, k, scale=1.0, **additive_or_bool(attn_mask))
 
 
-@layout(
-    "timm.layers.attention.Attention",
-    "timm.layers.attention.AttentionRope",
-    "timm.layers.diff_attention.DiffAttention",
-    "timm.models.vision_transformer.Attention",
-    "timm.models.vision_transformer.ParallelScalingBlock",
-    "timm.models.vision_transformer.DiffParallelScalingBlock",
-    "timm.models.vision_transformer_relpos.RelPosAttention",
-    "timm.models.beit.Attention",
-    "timm.models.convit.MHSA",
-    "timm.models.eva.EvaAttention",
-    "timm.models.gemma4_vit.Gemma4Attention",
-)
-def prefix_and_patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    """All prefix tokens of the model and all patches, or what the block around cuts."""
-    tokens = received(geometry, lambda: geometry.tokens(shape[3], prefix=True))
-    return tokens, tokens
+layout("timm.models.gemma4_vit.Gemma4Attention")(prefix_and_patch_tokens)
+
+
+# Blocks that pool the grid before their attention sees it
 
 
 @partition("timm.models.pit.Transformer")
 def pit_transformer(self: Any, geometry: Geometry) -> Tokens:
     """A stage may pool the patches first."""
-    patches, tokens = geometry.block_argument(self, "x")
-    return whole(size_after(patches, None if self.pool is None else self.pool.conv), ("cls", "dist")[: tokens[1]])
+    patches, tokens = geometry.block_argument(self, "x")  # (batch, channels, rows, columns), (batch, class tokens, channels)
+    return whole_grid(size_after(patches, None if self.pool is None else self.pool.conv), ("cls", "dist")[: tokens[1]])
 
 
 @partition("timm.models.metaformer.MetaFormerStage")
 def metaformer_stage(self: Any, geometry: Geometry) -> Tokens:
-    return whole(size_after(geometry.block_argument(self, "x"), self.downsample))
+    return whole_grid(size_after(geometry.block_argument(self, "x"), self.downsample))
 
 
 @partition("timm.models.csatv2.TransformerBlock")
 def csatv2_transformer_block(self: Any, geometry: Geometry) -> Tokens:
-    return whole(size_after(geometry.block_argument(self, "x"), self.pool2))
+    return whole_grid(size_after(geometry.block_argument(self, "x"), self.pool2))
+
+
+# Models of several grids
 
 
 @partition("timm.models.crossvit.MultiScaleBlock")
@@ -163,9 +181,10 @@ def crossvit_block(self: Any, geometry: Geometry) -> Tokens:
     not.
     """
     path, branches = list(geometry.path()), len(self.projs)
+    # a fusion asks with the class token of its own branch, and its keys are the patches of the next
     fused = next((i for i, fusion in enumerate(self.fusion) if fusion in path), None)
     branch = (fused + 1) % branches if fused is not None else next(i for i, own in enumerate(self.blocks) if own in path)
-    model = geometry.holder("img_size_scaled")
+    model = geometry.find_holder("img_size_scaled")
     size = pair(model.patch_embed[branch].img_size)
     seen = geometry.image_size or size
     if model.crop_scale and seen != size and size[0] <= seen[0] and size[1] <= seen[1]:
@@ -173,15 +192,22 @@ def crossvit_block(self: Any, geometry: Geometry) -> Tokens:
             f"{geometry.name!r} sees {size[0]} x {size[1]} pixels that were cropped out of the image (crop_scale of the "
             f"{type(model).__name__}); slice the map itself, m[...]."
         )
-    return whole(size_after(size, model.patch_embed[branch].proj), ("cls",))
+    return whole_grid(size_after(size, model.patch_embed[branch].proj), ("cls",))
+
+
+@recipe("timm.models.tnt.Attention")
+def tnt_attention(self: Any, x: Tensor) -> QK:
+    q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
+    return QK(q, k, scale=scale_of(self))
 
 
 @partition("timm.models.tnt.Block")
 def tnt_block(self: Any, geometry: Geometry) -> Tokens:
     """The inner attention sees the pixels of a patch, the outer one all patches."""
-    if geometry.module is not self.attn_in:
+    if geometry.module is not self.attn_in:  # (batch, class token and patches, channels)
         return geometry.tokens(geometry.block_argument(self, "patch_embed")[1], prefix=True)
-    pixels = geometry.holder("pixel_embed").pixel_embed.new_patch_size
+    pixels = geometry.find_holder("pixel_embed").pixel_embed.new_patch_size
     _, tokens, _ = geometry.block_argument(self, "patch_embed")
     rows, columns = geometry.tokens(tokens, prefix=True).grid_size
-    return cut((rows * pixels[0], columns * pixels[1]), pixels)
+    # the inner grid covers the image too: a window of it is a patch
+    return cut_windows((rows * pixels[0], columns * pixels[1]), pixels)

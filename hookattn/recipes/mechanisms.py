@@ -1,4 +1,4 @@
-"""What several kinds of attention have in common: masks, biases, rotary and relative positions, the order of tokens."""
+"""What several kinds of attention have in common: masks, projections, rotary and relative positions, orders of tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from ..attention.projection import multiply, project
 from ..attention.sources import QK, exact_dtype, without_autocast
 from ..errors import TokenError
 from ..image.geometry import Geometry
-from ..image.tokens import Tokens, cut, whole
+from ..image.tokens import Tokens
+from ..image.windows import cut_windows, whole_grid
+from .places import find_windows
 from .registry import Shape
+
+# Masks
 
 
 class Masked(TypedDict, total=False):
@@ -32,7 +36,21 @@ def additive_or_bool(attn_mask: Tensor | None) -> Masked:
     return {"mask": attn_mask}
 
 
-def in_projection(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def per_window(mask: Tensor | None, batch: int) -> tuple[Tensor, ...]:
+    """The additive mask of shifted windows, (windows, queries, keys), for the windows of every image; nothing for None.
+
+    Returns:
+        (batch, 1, queries, keys), where batch is images * windows.
+    """
+    if mask is None:
+        return ()
+    return (repeat(mask, "w q k -> (b w) 1 q k", b=batch // len(mask)),)
+
+
+# Projections
+
+
+def project_in_parallel(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys, (batch, tokens, dim) each, of the projection a parallel block shares with its MLP."""
     y = self.in_proj(self.in_norm(x))
     _, q, k, _ = y.split(self.in_split, dim=-1)
@@ -48,8 +66,32 @@ def project_with_biases(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         bias = torch.cat((self.q_bias, self.k_bias))
         qk = torch.cat(project(self.qkv, x, "b n (parts c) -> parts b n c", parts=2, of=3), dim=-1) + bias
         return torch.unbind(rearrange(qk, pattern, parts=2, h=self.num_heads))
+    # the layer has no bias of its own: q and k get theirs where they are multiplied
     q_weight, k_weight, _ = self.qkv.weight.chunk(3)
     return multiply(x, q_weight, self.q_bias, self.num_heads), multiply(x, k_weight, self.k_bias, self.num_heads)
+
+
+def pool_on_grid(t: Tensor, pool: Any, size: list[int], prefix: int) -> tuple[Tensor, list[int]]:
+    """(batch, heads, tokens, d) pooled head by head on its grid, the class token left out, and the size of the new grid."""
+    if pool is None:
+        return t, size
+    grid = rearrange(t[:, :, prefix:], "b h (y x) d -> (b h) d y x", y=size[0], x=size[1])
+    grid = pool(grid.contiguous())
+    tokens = rearrange(grid, "(b h) d y x -> b h (y x) d", h=t.shape[1])
+    return torch.cat((t[:, :, :prefix], tokens), dim=2), list(grid.shape[-2:])
+
+
+def flatten_grid(x: Tensor) -> Tensor:
+    """(batch, channels, height, width) as tokens, row by row."""
+    return rearrange(x, "b c y x -> b (y x) c")
+
+
+def unflatten_grid(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
+    """(batch, tokens, channels) on its grid of (height, width)."""
+    return rearrange(x, "b (y x) c -> b c y x", y=size[0], x=size[1])
+
+
+# Rotary positions
 
 
 def rotate_patches(self: Any, q: Tensor, rope: Tensor) -> Tensor:
@@ -67,7 +109,7 @@ def rotate_patches(self: Any, q: Tensor, rope: Tensor) -> Tensor:
 def rotate(q: Tensor, rope: Tensor, *, half: bool = False) -> Tensor:
     """The same for (..., tokens, head_dim) that all have a position."""
     sin, cos = rope.chunk(2, dim=-1)
-    if half:
+    if half:  # feature i turns with i + d/2
         first, second = q.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
     else:
@@ -86,21 +128,19 @@ def rotate_by_axis(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return q * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
-def per_window(mask: Tensor | None, batch: int) -> tuple[Tensor, ...]:
-    """The additive mask of shifted windows, (windows, queries, keys), for the windows of every image; nothing for None.
-
-    Returns:
-        (batch, 1, queries, keys), where batch is images * windows.
-    """
-    if mask is None:
-        return ()
-    return (repeat(mask, "w q k -> (b w) 1 q k", b=batch // len(mask)),)
+# Relative positions that are read off the query
 
 
 def read_off_query(
     q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor, *, scale: float, position_scale: float = 1.0, prefix: int = 0
 ) -> QK:
     """Queries with what they read for each row and column of keys, keys with indicators of theirs.
+
+        score(q, k) = scale * q.k + q.rel_h[row of q, row of k] + q.rel_w[column of q, column of k]
+
+    Li et al. 2022, "MViTv2", arXiv 2112.01526, equation 4; before that Bello et al. 2019, arXiv 1904.09925. The last two terms
+    are products as well, so one product of width d + rows + columns gives the scores. Nothing of size queries x keys is formed
+    before it, and a row of the map costs a row.
 
     Args:
         q, k: (batch, heads, queries, d) and (batch, heads, keys, d), row by row.
@@ -112,76 +152,95 @@ def read_off_query(
     with without_autocast(q.device):
         q, k, rel_h, rel_w = (t.to(exact_dtype(t.dtype)) for t in (q, k, rel_h, rel_w))
         on_grid = rearrange(q[:, :, prefix:], "b h (y x) d -> b h y x d", y=len(rel_h), x=len(rel_w))
-        of_rows = torch.einsum("bhyxd,ykd->bhyxk", on_grid, rel_h).flatten(2, 3)
+        of_rows = torch.einsum("bhyxd,ykd->bhyxk", on_grid, rel_h).flatten(2, 3)  # (batch, heads, queries, rows of keys)
         of_columns = torch.einsum("bhyxd,xkd->bhyxk", on_grid, rel_w).flatten(2, 3)
         read = torch.cat((of_rows, of_columns), dim=-1) * position_scale
         rows, columns = rel_h.shape[1], rel_w.shape[1]
         row = repeat(torch.eye(rows, dtype=k.dtype, device=k.device), "y k -> (y x) k", x=columns)
         column = repeat(torch.eye(columns, dtype=k.dtype, device=k.device), "x k -> (y x) k", y=rows)
+        # one row and one column of each key are 1: the product picks what the query has read for them
         place = torch.cat((row, column), dim=-1).expand(*k.shape[:2], -1, -1)
         q = torch.cat((q * scale, F.pad(read, (0, 0, prefix, 0))), dim=-1)
         k = torch.cat((k, F.pad(place, (0, 0, prefix, 0))), dim=-1)
     return QK(q, k, scale=1.0)
 
 
-def offsets(queries: int, keys: int, device: torch.device) -> Tensor:
+def number_offsets(queries: int, keys: int, device: torch.device) -> Tensor:
     """(queries, keys): where in a table of 2 * max(queries, keys) - 1 the offset between a query and a key stands.
 
     Where there are fewer of the one than of the other, its coordinates are stretched.
     """
-    stretch_q, stretch_k = max(keys / queries, 1.0), max(queries / keys, 1.0)
+    stretch_q, stretch_k = max(keys / queries, 1.0), max(queries / keys, 1.0)  # one of them is 1
     query = torch.arange(queries, dtype=torch.float32, device=device)[:, None] * stretch_q
     key = torch.arange(keys, dtype=torch.float32, device=device)[None, :] * stretch_k
     return (query - key + (keys - 1) * stretch_k).long()
 
 
-def resized(table: Tensor, count: int) -> Tensor:
+def resize_table(table: Tensor, count: int) -> Tensor:
     """A table of offsets, (offsets, d), for another number of them."""
     if len(table) == count:
         return table
     return rearrange(F.interpolate(rearrange(table, "n d -> 1 d n"), size=count, mode="linear"), "1 d n -> n d")
 
 
-def pool_on_grid(t: Tensor, pool: Any, size: list[int], prefix: int) -> tuple[Tensor, list[int]]:
-    """(batch, heads, tokens, d) pooled head by head on its grid, the class token left out, and the size of the new grid."""
-    if pool is None:
-        return t, size
-    grid = rearrange(t[:, :, prefix:], "b h (y x) d -> (b h) d y x", y=size[0], x=size[1])
-    grid = pool(grid.contiguous())
-    tokens = rearrange(grid, "(b h) d y x -> b h (y x) d", h=t.shape[1])
-    return torch.cat((t[:, :, :prefix], tokens), dim=2), list(grid.shape[-2:])
+# Layouts of many classes
 
 
-def flat(x: Tensor) -> Tensor:
-    """(batch, channels, height, width) as tokens, row by row."""
-    return rearrange(x, "b c y x -> b (y x) c")
+def prefix_and_patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The layout of attention that sees all prefix tokens of the model and all patches, or what the block around cuts."""
+    tokens = find_windows(geometry) or geometry.tokens(shape[3], prefix=True)
+    return tokens, tokens
 
 
-def unflat(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
-    """(batch, tokens, channels) on its grid of (height, width)."""
-    return rearrange(x, "b (y x) c -> b c y x", y=size[0], x=size[1])
+def patch_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The layout of attention that sees all patches: a class token comes later, or never."""
+    tokens = find_windows(geometry) or geometry.tokens(shape[3], prefix=False)
+    return tokens, tokens
 
 
-def in_windows(size: Sequence[int], window: int | None) -> Tokens:
+def channels_first_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The layout of attention that is called with (batch, channels, rows, columns), the image or a window of it."""
+    tokens = find_windows(geometry) or whole_grid(geometry.argument("x")[2:])
+    return tokens, tokens
+
+
+def channels_last_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    """The layout of attention that is called with (batch, rows, columns, channels), the image or a window of it."""
+    tokens = find_windows(geometry) or whole_grid(geometry.argument("x")[1:-1])
+    return tokens, tokens
+
+
+# Tokens in another order
+
+
+def cut_square_windows(size: Sequence[int], window: int | None) -> Tokens:
     """A grid in square windows, padded at its lower and right border; no window, or 0, is all of it."""
-    return cut(size, (window, window)) if window else whole(size)
+    return cut_windows(size, (window, window)) if window else whole_grid(size)
 
 
-def padded_and_cut(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tokens:
-    """A grid that is padded to whole windows, then rolled up and left, then cut."""
-    rows, columns = (int(n) for n in size)
-    places = torch.arange(rows * columns).reshape(rows, columns)
-    places = F.pad(places, (0, -columns % window[1], 0, -rows % window[0]), value=-1)
-    places = places.roll((-shift[0], -shift[1]), (0, 1))
-    return Tokens((), (rows, columns), rearrange(places, "(h p) (w q) -> 1 (h w) (p q)", p=window[0], q=window[1]))
-
-
-def followed_by(geometry: Geometry, shape: Shape, tail: Tensor, prefix: tuple[str, ...] = ()) -> Tokens:
+def append_tokens(geometry: Geometry, shape: Shape, tail: Tensor, prefix: tuple[str, ...] = ()) -> Tokens:
     """Prefix tokens and patches, and after them tokens that lie nowhere on the image."""
     after = tail.shape[-2]
     patches = shape[3] - len(prefix) - after
     places = torch.cat((torch.arange(patches), torch.full((after,), -1)))
     return Tokens(prefix, geometry.tokens(patches, prefix=False).grid_size, places[None, None])
+
+
+def unroll_tokens(schedule: Sequence[Sequence[int]], size: Sequence[int]) -> Tokens:
+    """Patches in the order of `Unroll`: stride by stride, what is pooled into one stands far apart."""
+    if len(size) != 2:
+        raise TokenError(f"its patches are a grid of {' x '.join(map(str, size))}, which is no image; slice m[...].")
+    grid = whole_grid(size)
+    places = grid.patches[0].reshape(1, *size)
+    for rows, columns in schedule:
+        # the places inside of a cell join the batch, so that those of one cell stand far apart
+        places = rearrange(places, "b (y row) (x column) -> (b row column) y x", row=rows, column=columns)
+    return Tokens((), grid.grid_size, places.reshape(1, 1, -1))
+
+
+def group_in_mask_units(tokens: Tokens, windows: int) -> Tokens:
+    """Unrolled tokens in their mask units, which take turns."""
+    return Tokens((), tokens.grid_size, rearrange(tokens.patches, "1 1 (n w) -> 1 w n", w=windows))
 
 
 def raise_shuffled(geometry: Geometry) -> None:
@@ -191,19 +250,3 @@ def raise_shuffled(geometry: Geometry) -> None:
         TokenError: always.
     """
     raise TokenError(f"{geometry.name!r} sees some of the patches, chosen at random; slice the map itself, m[...].")
-
-
-def unrolled(schedule: Sequence[Sequence[int]], size: Sequence[int]) -> Tokens:
-    """Patches in the order of `Unroll`: stride by stride, what is pooled into one stands far apart."""
-    if len(size) != 2:
-        raise TokenError(f"its patches are a grid of {' x '.join(map(str, size))}, which is no image; slice m[...].")
-    grid = whole(size)
-    places = grid.patches[0].reshape(1, *size)
-    for rows, columns in schedule:
-        places = rearrange(places, "b (y row) (x column) -> (b row column) y x", row=rows, column=columns)
-    return Tokens((), grid.grid_size, places.reshape(1, 1, -1))
-
-
-def in_mask_units(tokens: Tokens, windows: int) -> Tokens:
-    """Unrolled tokens in their mask units, which take turns."""
-    return Tokens((), tokens.grid_size, rearrange(tokens.patches, "1 1 (n w) -> 1 w n", w=windows))

@@ -1,4 +1,13 @@
-"""Heads that are mixed, doubled, or without keys: talking heads, two softmaxes a head, outlook attention."""
+"""Heads that are mixed, doubled, or without keys: talking heads, two softmaxes a head, outlook attention.
+
+Talking heads mix scores over heads before the softmax: Shazeer et al. 2020, arXiv 2003.02436. The mixing after the softmax is
+no part of the map: rows of the map sum to 1, rows of what comes after need not.
+
+Where a head has two softmaxes, the map has 2 * num_heads heads: the two of head h are 2h and 2h + 1. Ye et al. 2024,
+"Differential Transformer", arXiv 2410.05258; d'Ascoli et al. 2021, "ConViT", arXiv 2103.10697.
+
+In outlook attention a token predicts the weights of its neighbours, without keys: Yuan et al. 2021, "VOLO", arXiv 2106.13112.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +20,22 @@ from torch import Tensor, nn
 from ..attention.projection import is_plain_conv, is_plain_linear, project, scale_of
 from ..attention.sources import QK, Scores, Source, exact_dtype, without_autocast
 from ..image.geometry import Geometry
-from ..image.tokens import Tokens, neighbourhoods
-from .mechanisms import additive_or_bool, in_projection
+from ..image.sizes import size_after
+from ..image.tokens import Tokens
+from ..image.windows import slide_windows, whole_grid
+from .mechanisms import additive_or_bool, patch_tokens, prefix_and_patch_tokens, project_in_parallel
 from .registry import Shape, layout, recipe
+
+# Talking heads
 
 
 @recipe("timm.models.cait.TalkingHeadAttn")
 def talking_head_attention(self: Any, x: Tensor) -> Source:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    return mixed(self.proj_l, "b h q k -> b q k h", q, k, scale=self.scale)
+    return mix_heads(self.proj_l, "b h q k -> b q k h", q, k, scale=self.scale)
+
+
+layout("timm.models.cait.TalkingHeadAttn")(patch_tokens)
 
 
 @recipe("timm.models.efficientformer_v2.Attention2d")
@@ -30,20 +46,67 @@ def efficientformer_v2_attention(self: Any, x: Tensor) -> Source:
     k = rearrange(self.k(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
     if self.training:
         self.v_local(self.v(x))  # come before the heads are mixed, and draw their random numbers before
-    bias = self.get_attention_biases(x.device)
-    return mixed(self.talking_head1, "b h q k -> b h q k", q, k, scale=self.scale, bias=bias)
+    bias = self.get_attention_biases(x.device)  # (heads, queries, keys)
+    return mix_heads(self.talking_head1, "b h q k -> b h q k", q, k, scale=self.scale, bias=bias)
 
 
-@recipe("timm.models.vision_transformer.DiffParallelScalingBlock")
-def diff_parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
-    q, k = in_projection(self, x)
-    return differential(self, q, k, attn_mask, is_causal)
+@layout("timm.models.efficientformer_v2.Attention2d")
+def efficientformer_v2_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+    tokens = whole_grid(size_after(geometry.argument("x"), geometry.module.stride_conv))
+    return tokens, tokens
+
+
+def mix_heads(layer: nn.Module, pattern: str, q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Source:
+    """Scores and their bias, mixed over heads by a layer: L (S + B) + b = L S + (L B + b).
+
+    Args:
+        layer: a linear layer or a 1x1 convolution from heads to heads. What is neither (LoRA, hooks) need not be linear, and is
+            given all scores.
+        pattern: how the layer takes the scores (b h q k).
+        q, k: (batch, heads, queries or keys, d).
+        scale: of their product.
+        bias: (heads, queries, keys), what is added before the scores are mixed.
+    """
+    exact = exact_dtype(q.dtype)
+    with without_autocast(q.device):
+        # linear in the scores: mixing can be put off until rows and heads are picked
+        if is_plain_linear(layer) or is_plain_conv(layer):
+            mix = layer.weight.flatten(1).to(exact)
+            biases = [] if bias is None else [torch.einsum("g h, h q k -> g q k", mix, bias.to(exact))]
+            biases += [] if layer.bias is None else [rearrange(layer.bias, "h -> h 1 1")]
+            return QK(q, k, scale=scale, bias=tuple(biases), mix=mix)
+        scores = (q.to(exact) * scale) @ k.to(exact).transpose(-2, -1)
+        scores = (scores if bias is None else scores + bias.to(exact)).to(q.dtype)
+    there, back = pattern.split(" -> ")
+    return Scores(rearrange(layer(rearrange(scores, pattern)), f"{back} -> {there}"))
+
+
+# Two softmaxes a head
 
 
 @recipe("timm.layers.diff_attention.DiffAttention")
 def diff_attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
     q, k = project(self.qkv, x, "b n (parts c) -> parts b n c", parts=2, of=3)
-    return differential(self, q, k, attn_mask, is_causal)
+    return describe_differential(self, q, k, attn_mask, is_causal)
+
+
+@recipe("timm.models.vision_transformer.DiffParallelScalingBlock")
+def diff_parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
+    q, k = project_in_parallel(self, x)
+    return describe_differential(self, q, k, attn_mask, is_causal)
+
+
+layout("timm.layers.diff_attention.DiffAttention", "timm.models.vision_transformer.DiffParallelScalingBlock")(
+    prefix_and_patch_tokens
+)
+
+
+def describe_differential(self: Any, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> QK:
+    """Two softmaxes a head whose difference acts on the values (Ye et al. 2024, arXiv 2410.05258, equation 1)."""
+    q = rearrange(q, "b n (h d) -> b h n d", h=2 * self.num_heads)
+    k = rearrange(k, "b n (h d) -> b h n d", h=2 * self.num_heads)
+    q, k = self.q_norm(q), self.k_norm(k)
+    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
 @recipe("timm.models.convit.GPSA")
@@ -56,7 +119,7 @@ def gated_positional_self_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
     fits = self.rel_indices is not None and self.rel_indices.shape[1] == x.shape[1]
     rel_indices = self.rel_indices if fits else self.get_rel_indices(x.shape[1])
-    position = rearrange(self.pos_proj(rel_indices), "1 q k h -> 1 h q k")
+    position = rearrange(self.pos_proj(rel_indices), "1 q k h -> 1 h q k")  # the same for all images
     return QK(
         alternate_heads(q, torch.zeros_like(q)),
         alternate_heads(k, k),
@@ -65,7 +128,18 @@ def gated_positional_self_attention(self: Any, x: Tensor) -> QK:
     )
 
 
-@recipe("timm.models.volo.OutlookAttention", form="b h w q k")
+layout("timm.models.convit.GPSA")(patch_tokens)
+
+
+def alternate_heads(first: Tensor, second: Tensor) -> Tensor:
+    """Heads of the one and of the other, alternating."""
+    return torch.stack((first, second), dim=2).flatten(1, 2)
+
+
+# Outlook attention
+
+
+@recipe("timm.models.volo.OutlookAttention", axes="b h w q k")
 def outlook_attention(self: Any, x: Tensor) -> Scores:
     """Queries and keys are the kernel_size ** 2 places of the window around one token, and every token has its window."""
     if self.training:
@@ -84,42 +158,5 @@ def outlook_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
     """
     self = geometry.module
     _, rows, columns, _ = geometry.argument("x")
-    tokens = neighbourhoods((rows, columns), self.kernel_size, self.stride, self.padding)
+    tokens = slide_windows((rows, columns), self.kernel_size, self.stride, self.padding)
     return tokens, tokens
-
-
-def mixed(layer: nn.Module, pattern: str, q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Source:
-    """Scores and their bias, mixed over heads by a layer: L (S + B) + b = L S + (L B + b).
-
-    Args:
-        layer: a linear layer or a 1x1 convolution from heads to heads. What is neither (LoRA, hooks) need not be linear, and is
-            given all scores.
-        pattern: how the layer takes the scores (b h q k).
-        q, k: (batch, heads, queries or keys, d).
-        scale: of their product.
-        bias: (heads, queries, keys), what is added before the scores are mixed.
-    """
-    exact = exact_dtype(q.dtype)
-    with without_autocast(q.device):
-        if is_plain_linear(layer) or is_plain_conv(layer):
-            mix = layer.weight.flatten(1).to(exact)
-            biases = [] if bias is None else [torch.einsum("g h, h q k -> g q k", mix, bias.to(exact))]
-            biases += [] if layer.bias is None else [rearrange(layer.bias, "h -> h 1 1")]
-            return QK(q, k, scale=scale, bias=tuple(biases), mix=mix)
-        scores = (q.to(exact) * scale) @ k.to(exact).transpose(-2, -1)
-        scores = (scores if bias is None else scores + bias.to(exact)).to(q.dtype)
-    there, back = pattern.split(" -> ")
-    return Scores(rearrange(layer(rearrange(scores, pattern)), f"{back} -> {there}"))
-
-
-def differential(self: Any, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> QK:
-    """Two softmaxes a head whose difference acts on the values (Ye et al. 2024, arXiv 2410.05258, equation 1)."""
-    q = rearrange(q, "b n (h d) -> b h n d", h=2 * self.num_heads)
-    k = rearrange(k, "b n (h d) -> b h n d", h=2 * self.num_heads)
-    q, k = self.q_norm(q), self.k_norm(k)
-    return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
-
-
-def alternate_heads(first: Tensor, second: Tensor) -> Tensor:
-    """Heads of the one and of the other, alternating."""
-    return torch.stack((first, second), dim=2).flatten(1, 2)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from .registry import ByClass, is_known
+from .registry import Registry, is_known
 
-_REASONS: ByClass[str] = ByClass("reason")
+_REASONS: Registry[str] = Registry("reason")
 
 
-_REASONS.file(
+_REASONS.register(
     "its softmax runs over positions alone; no pair of a query and a key has a weight",
     "timm.models.coat.FactorAttnConvRelPosEnc",
     "timm.models.efficientvim.HSMSSD",
@@ -22,7 +22,7 @@ _REASONS.file(
 )
 
 
-_REASONS.file(
+_REASONS.register(
     "it is a gate: its weights choose channels, places or branches, not keys for a query",
     "timm.layers.split_attn.SplitAttn",
     "timm.layers.split_attn.RadixSoftmax",
@@ -36,7 +36,7 @@ _REASONS.file(
 )
 
 
-_REASONS.file(
+_REASONS.register(
     "it is linear attention: there is no softmax and no map",
     "timm.models.efficientvit_mit.LiteMLA",
     "timm.models.swiftformer.EfficientAdditiveAttention",
@@ -46,38 +46,39 @@ _REASONS.file(
 )
 
 
-_REASONS.file(
+_REASONS.register(
     "its softmax runs over the outputs of earlier layers",
     "vit_pytorch.attn_residual_with_dca_simple_vit.AttentionResidual",
 )
 
 
-_REASONS.file(
+_REASONS.register(
     "its softmax runs over the queries",
     "transformers.models.groupvit.modeling_groupvit.GroupViTAssignAttention",
     "vit_pytorch.wwt.MutualAttention",
 )
 
 
-_REASONS.file(
+_REASONS.register(
     "its rows are normalised sigmoids, not a softmax",
     "timm.layers.non_local_attn.BilinearAttnTransform",
 )
 
 
-_REASONS.file(
+_REASONS.register(
     "it is a convolution in heads: there is no softmax and no map",
     "timm.models.nextvit.ConvAttention",
 )
 
 
-_REASONS.file(
+_REASONS.register(
     "its softmax runs over the batch and is always 1 / batch",
     "timm.models.csatv2.SpatialTransformerBlock",
 )
 
 
-def unreadable(module: nn.Module) -> str | None:
+def why_no_map(module: nn.Module) -> str | None:
     """Why a module that is known to have no readable map has none; None for all others."""
-    reason = _REASONS.inherited(module)
+    # also where a derived class has a forward of its own: it is not known to be attention, and looks like it
+    reason = _REASONS.find_inherited(module)
     return None if reason is None or is_known(module) else f"{type(module).__name__}: {reason}"

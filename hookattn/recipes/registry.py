@@ -1,4 +1,7 @@
-"""What is filed of classes of attention under their qualified names: recipes, forms, layouts, partitions."""
+"""What is registered of classes, under their qualified names: recipes, axes, layouts and partitions.
+
+A name is enough, so nothing here imports timm or any other package whose classes it knows.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,41 @@ from ..attention.sources import Source
 from ..image.geometry import Geometry
 from ..image.tokens import Tokens
 
+Shape = tuple[int, int, int, int]
+"""Of a map: (batch, heads, queries, keys), windows counted as images."""
+
+Recipe = Callable[..., Source]
+Layout = Callable[[Geometry, Shape], tuple[Tokens, Tokens]]
+Partition = Callable[[Any, Geometry], Tokens]
 T = TypeVar("T")
+R = TypeVar("R", bound=Recipe)
+L = TypeVar("L", bound=Layout)
+P = TypeVar("P", bound=Partition)
 
 
 def qualified_name(cls: type) -> str:
-    """`package.module.Class`, the name a fact is filed under."""
+    """`package.module.Class`, the name a fact is registered under."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def names_of(module: nn.Module) -> list[str]:
+def qualified_names(module: nn.Module) -> list[str]:
     """Qualified names of a module's class and of all it is derived from, nearest first."""
     return [qualified_name(cls) for cls in type(module).__mro__]
 
 
-class ByClass(Generic[T]):
-    """What is known of classes of modules, each with one fact.
+class Registry(Generic[T]):
+    """One fact each about classes of modules.
 
     Args:
-        what: what one fact is called in an error.
+        what: what a fact is called in an error.
     """
 
     def __init__(self, what: str) -> None:
         self.what = what
         self._facts: dict[str, T] = {}
 
-    def file(self, fact: T, *classes: str | type) -> None:
-        """File one fact under several classes; a name that does not exist here costs nothing.
+    def register(self, fact: T, *classes: str | type) -> None:
+        """Register one fact for several classes; a name that does not exist here costs nothing.
 
         Raises:
             ValueError: one of the classes has such a fact already.
@@ -45,37 +57,42 @@ class ByClass(Generic[T]):
         for name in names:
             if name in self._facts:
                 taken = self._facts[name]
-                who = f"{taken.__module__}.{taken.__qualname__}" if hasattr(taken, "__qualname__") else repr(taken)
-                raise ValueError(f"{name} has a {self.what} already, {who}; derive a class to read it otherwise")
+                which = f"{taken.__module__}.{taken.__qualname__}" if hasattr(taken, "__qualname__") else repr(taken)
+                raise ValueError(f"{name} has a {self.what} already, {which}; derive a class to read it otherwise")
         self._facts.update(dict.fromkeys(names, fact))
 
-    def of(self, module: nn.Module) -> T | None:
+    def find(self, module: nn.Module) -> T | None:
         """The fact about the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
-        if "forward" in vars(module):
+        if "forward" in vars(module):  # replaced on the instance: what is known is of another forward
             return None
         for cls in type(module).__mro__:
+            # a class with a forward of its own is not what its base is known for
             if (found := self._facts.get(qualified_name(cls))) is not None or "forward" in vars(cls):
                 return found
         return None
 
-    def inherited(self, module: nn.Module) -> T | None:
+    def find_inherited(self, module: nn.Module) -> T | None:
         """The fact about a module's class, or the nearest it is derived from, be its forward another or not."""
-        return next((self._facts[name] for name in names_of(module) if name in self._facts), None)
+        return next((self._facts[name] for name in qualified_names(module) if name in self._facts), None)
 
-    def filed(self) -> dict[str, T]:
-        """A copy of what is filed: qualified name to fact."""
+    def as_dict(self) -> dict[str, T]:
+        """A copy of all facts by qualified name."""
         return dict(self._facts)
 
 
-Recipe = Callable[..., Source]
-R = TypeVar("R", bound=Recipe)
-_RECIPES: ByClass[Recipe] = ByClass("recipe")
-_FORMS: ByClass[str] = ByClass("form")
+_RECIPES: Registry[Recipe] = Registry("recipe")
+_AXES: Registry[str] = Registry("pattern of axes")
+_LAYOUTS: Registry[Layout] = Registry("layout")
+_PARTITIONS: Registry[Partition] = Registry("partition")
+_CHANNELS: Registry[bool] = Registry("note that it attends to channels")
 _WHERE: dict[Recipe, Callable[[nn.Module], bool]] = {}
 
 
-def recipe(*classes: str | type, form: str | None = None, where: Callable[[nn.Module], bool] | None = None) -> Callable[[R], R]:
-    """File the decorated function as the recipe of the classes, and of what is derived from them.
+# Recipes
+
+
+def recipe(*classes: str | type, axes: str | None = None, where: Callable[[nn.Module], bool] | None = None) -> Callable[[R], R]:
+    """Register the decorated function as the recipe of the classes, and of what is derived from them.
 
     A recipe has the signature of the `forward` it mirrors, with the module as `self`, and returns the `QK` of that call:
 
@@ -85,106 +102,151 @@ def recipe(*classes: str | type, form: str | None = None, where: Callable[[nn.Mo
             return QK(q, k, scale=self.scale, mask=attn_mask)
 
     For a call that it does not describe, such as one with a mask of a kind it does not know, it returns `NotImplemented`, and
-    the module's own forward is run in its stead.
+    the module's own forward is run in its stead. `hookattn.testing.check_recipe` proves a recipe.
 
     Args:
         classes: qualified names, or classes where they are at hand. A class of another version of a library that does not
             exist here costs nothing.
-        form: see `file_form`, for a class that folds its map.
+        axes: see `register_axes`, for a class that lays out its own map in another way.
         where: tells whether a module is described, for classes that other versions of a library have under the same name.
 
     Raises:
         ValueError: one of the classes has a recipe already.
     """
 
-    def file(function: R) -> R:
-        _RECIPES.file(function, *classes)
-        if form is not None:
-            file_form(form, *classes)
+    def register(function: R) -> R:
+        _RECIPES.register(function, *classes)
+        if axes is not None:
+            register_axes(axes, *classes)
         if where is not None:
             _WHERE[function] = where
         return function
 
-    return file
+    return register
 
 
-def file_form(form: str, *classes: str | type) -> None:
+def find_recipe(module: nn.Module) -> Recipe | None:
+    """The recipe of the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
+    return _if_described(module, _RECIPES.find(module))
+
+
+def list_recipes() -> dict[str, Recipe]:
+    """All recipes by qualified name."""
+    return _RECIPES.as_dict()
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module's class, or one it is derived from, has a recipe or axes, be its forward another or not."""
+    return _if_described(module, _RECIPES.find_inherited(module)) is not None or _AXES.find_inherited(module) is not None
+
+
+def _if_described(module: nn.Module, found: Recipe | None) -> Recipe | None:
+    """A recipe, if it describes the module."""
+    return None if found in _WHERE and not _WHERE[found](module) else found
+
+
+# Axes of the map that a class forms itself
+
+
+def register_axes(axes: str, *classes: str | type) -> None:
     """Tell how a class lays out the axes of the map it forms itself, where that is not (batch, head, query, key).
 
     Args:
-        form: the axes in the notation of einops: b for images, w for windows, h for heads, q and k for queries and keys;
+        axes: in the notation of einops: b for images, w for windows, h for heads, q and k for queries and keys;
             "b h w q k", "(b h) q k", "b q k" for a class that forms its map head by head. Windows count as images to whoever
             reads the map: (images * windows, heads, queries, keys).
         classes: qualified names, or classes.
 
     Raises:
-        ValueError: one of the classes has a form already.
+        ValueError: one of the classes has axes already.
     """
-    _FORMS.file(form, *classes)
+    _AXES.register(axes, *classes)
 
 
-def find_recipe(module: nn.Module) -> Recipe | None:
-    """The recipe of the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
-    return _where(module, _RECIPES.of(module))
+def find_axes(module: nn.Module) -> str | None:
+    """The axes of the map that a module forms itself; None where none are registered."""
+    return _AXES.find(module)
 
 
-def find_form(module: nn.Module) -> str | None:
-    """The form of the map that a module forms itself; None where none is filed."""
-    return _FORMS.of(module)
-
-
-def is_known(module: nn.Module) -> bool:
-    """Whether a module's class, or one it is derived from, has a recipe or a form, be its forward another or not."""
-    return _where(module, _RECIPES.inherited(module)) is not None or _FORMS.inherited(module) is not None
-
-
-def _where(module: nn.Module, found: Recipe | None) -> Recipe | None:
-    """A recipe, if it describes the module."""
-    return None if found in _WHERE and not _WHERE[found](module) else found
-
-
-def registered() -> dict[str, Any]:
-    """A copy of what is filed: qualified name to recipe."""
-    return _RECIPES.filed()
-
-
-Shape = tuple[int, int, int, int]
-Layout = Callable[[Geometry, Shape], tuple[Tokens, Tokens]]
-Partition = Callable[[Any, Geometry], Tokens]
-L = TypeVar("L", bound=Layout)
-P = TypeVar("P", bound=Partition)
-LAYOUTS: ByClass[Layout] = ByClass("layout")
-PARTITIONS: ByClass[Partition] = ByClass("partition")
-CHANNELS: ByClass[bool] = ByClass("mark")
+# Places of queries and keys on the image
 
 
 def layout(*classes: str | type) -> Callable[[L], L]:
-    """File the decorated function as the layout of the attention classes: it tells where queries and keys lie.
+    """Register the decorated function as the layout of attention classes: it tells where their queries and keys lie.
 
-    A layout takes the `Geometry` of a call and the shape of its map and returns the `Tokens` of its queries and of its keys.
+    For attention that is given the whole image, or a grid that it cuts or pools itself. A layout takes the `Geometry` of a call
+    and the shape (batch, heads, queries, keys) of its map, and returns the `Tokens` of the queries and of the keys:
+
+        @layout("my_package.pooled.Attention")
+        def my_tokens(geometry, shape):
+            _, rows, columns, _ = geometry.argument("x")  # what `forward` was called with, tensors by their shapes
+            queries = hookattn.image.whole_grid((rows, columns))
+            return queries, hookattn.image.whole_grid((rows // 2, columns // 2))
+
+    A grid is made by `whole_grid`, `cut_windows`, `cut_padded_windows`, `slide_windows` or `pool_windows` of `hookattn.image`;
+    `geometry.module` is the attention, `geometry.tokens(count)` are the model's prefix tokens and patches. Where the places are
+    not known, raise `hookattn.TokenError`. `hookattn.testing.check_recipe` proves a layout.
+
+    Args:
+        classes: qualified names, or classes where they are at hand.
+
+    Raises:
+        ValueError: one of the classes has a layout already.
+        TokenError: later, when a picture is asked for: what it returned is no pair of `Tokens`, or does not fit the map.
     """
 
-    def file(function: L) -> L:
-        LAYOUTS.file(function, *classes)
+    def register(function: L) -> L:
+        _LAYOUTS.register(function, *classes)
         return function
 
-    return file
+    return register
 
 
 def partition(*blocks: str | type) -> Callable[[P], P]:
-    """File the decorated function as the partition of the block classes: it tells how they cut their input into windows.
+    """Register the decorated function as the partition of block classes: it tells how they cut their input into windows.
 
-    A partition takes the block and the `Geometry` of a call inside it, whose `around` is what the block was called with, and
-    returns the `Tokens` that the attention inside receives.
+    For attention that is given windows by the block around it, and cannot know where they come from. A partition takes the
+    block and the `Geometry` of a call of the attention inside it, and returns the `Tokens` that the attention is given:
+
+        @partition("my_package.swin.Block")
+        def my_windows(self, geometry):
+            _, rows, columns, _ = geometry.block_argument(self, "x")  # what the block was called with
+            return hookattn.image.cut_windows((rows, columns), self.window_size, self.shift)
+
+    Numbers and tuples of the block, such as `self.window_size`, are those at the time of the call. The windows of an image come
+    one after the other in the batch of the attention. A layout of the attention's own class comes first; most need none.
+    `hookattn.testing.check_recipe`, called with the block, proves a partition.
+
+    Args:
+        blocks: qualified names, or classes where they are at hand.
+
+    Raises:
+        ValueError: one of the classes has a partition already.
+        TokenError: later, when a picture is asked for: what it returned is no `Tokens`, or does not fit the map.
     """
 
-    def file(function: P) -> P:
-        PARTITIONS.file(function, *blocks)
+    def register(function: P) -> P:
+        _PARTITIONS.register(function, *blocks)
         return function
 
-    return file
+    return register
 
 
-def channels(*classes: str) -> None:
-    """Note that attention of these classes goes from channels to channels."""
-    CHANNELS.file(True, *classes)
+def find_layout(module: nn.Module) -> Layout | None:
+    """The layout of the class whose `forward` a module runs; None where there is none."""
+    return _LAYOUTS.find(module)
+
+
+def find_partition(module: nn.Module) -> Partition | None:
+    """The partition of the class whose `forward` a module runs; None where there is none."""
+    return _PARTITIONS.find(module)
+
+
+def register_channel_attention(*classes: str) -> None:
+    """Note that attention of these classes goes from channels to channels, which lie nowhere on the image."""
+    _CHANNELS.register(True, *classes)
+
+
+def attends_to_channels(module: nn.Module) -> bool:
+    """Whether the queries and keys of a module are channels."""
+    return _CHANNELS.find(module) is not None

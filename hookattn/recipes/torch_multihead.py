@@ -26,24 +26,25 @@ def multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> QK:
-    batched = query.dim() == 3
+    batched = query.dim() == 3  # else (tokens, embed_dim)
     if not batched:
         query, key = query.unsqueeze(0), key.unsqueeze(0)
     elif not self.batch_first:
         query, key = query.transpose(0, 1), key.transpose(0, 1)
-    q_weight, k_weight = projection_weights(self)
+    q_weight, k_weight = find_projection_weights(self)
     q_bias, k_bias = (None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[:2]
     q = multiply(query, q_weight, q_bias, self.num_heads)
     k = multiply(key, k_weight, k_bias, self.num_heads)
+    # keys that the module appends itself: a learned one, and one of zeros
     if self.bias_k is not None:
         k = torch.cat((k, repeat(self.bias_k, "1 1 (h d) -> b h 1 d", b=len(k), h=self.num_heads)), dim=2)
     if self.add_zero_attn:
         k = torch.cat((k, torch.zeros_like(k[:, :, :1])), dim=2)
-    bias = closed_keys(self, q, k, key_padding_mask, attn_mask)
+    bias = add_masks(self, q, k, key_padding_mask, attn_mask)
     return QK(q, k, scale=self.head_dim**-0.5, bias=bias)
 
 
-def projection_weights(self: Any) -> tuple[Tensor, Tensor]:
+def find_projection_weights(self: Any) -> tuple[Tensor, Tensor]:
     """(embed_dim, in_features) weights of queries and keys, packed or not."""
     if self.in_proj_weight is None:
         return self.q_proj_weight, self.k_proj_weight
@@ -51,20 +52,20 @@ def projection_weights(self: Any) -> tuple[Tensor, Tensor]:
     return q_weight, k_weight
 
 
-def closed_keys(self: Any, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+def add_masks(self: Any, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
     """Both masks as one bias, (batch or 1, heads or 1, queries or 1, keys); the keys the module appends stay open."""
     biases = []
     if attn_mask is not None:
-        mask = minus_infinity_where(attn_mask, q.dtype)
+        mask = to_additive_mask(attn_mask, q.dtype)
         biases.append(mask if mask.dim() == 2 else rearrange(mask, "(b h) q k -> b h q k", h=self.num_heads))
     if key_padding_mask is not None:
-        mask = minus_infinity_where(key_padding_mask, q.dtype)
+        mask = to_additive_mask(key_padding_mask, q.dtype)
         biases.append(rearrange(mask.reshape(-1, mask.shape[-1]), "b k -> b 1 1 k"))
     appended = [F.pad(bias, (0, k.shape[2] - bias.shape[-1])) for bias in biases]
     return None if not appended else sum(appended[1:], start=appended[0])
 
 
-def minus_infinity_where(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def to_additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as PyTorch's module takes it: True closes, a float is added."""
     if mask.dtype != torch.bool:
         return mask

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..image.geometry import Geometry
-from ..image.tokens import Tokens, cut
-from .mechanisms import padded_and_cut
-from .registry import Shape, file_form, layout, partition
+from ..image.tokens import Tokens
+from ..image.windows import cut_padded_windows, cut_windows
+from .registry import Shape, layout, partition, register_axes
 
-file_form(
+register_axes(
     "b w h q k",
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention",
     "vit_pytorch.mobile_vit.Attention",
@@ -24,8 +24,9 @@ def shifted_window_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[T
     """The grid is padded, then rolled; along an axis that one window covers it is not rolled."""
     self: Any = geometry.module
     _, rows, columns, _ = geometry.argument("x")
+    # (rows, columns)
     shift = [0 if window >= n else step for n, window, step in zip((rows, columns), self.window_size, self.shift_size)]
-    tokens = padded_and_cut((rows, columns), self.window_size, shift)
+    tokens = cut_padded_windows((rows, columns), self.window_size, shift)
     return tokens, tokens
 
 
@@ -33,5 +34,5 @@ def shifted_window_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[T
 def torchvision_maxvit_block(self: Any, geometry: Geometry) -> Tokens:
     _, _, rows, columns = geometry.block_argument(self, "x")
     if self.partition_type == "window":
-        return cut((rows, columns), (self.p, self.p))
-    return cut((rows, columns), (rows // self.p, columns // self.p), strided=True)
+        return cut_windows((rows, columns), (self.p, self.p))
+    return cut_windows((rows, columns), (rows // self.p, columns // self.p), strided=True)

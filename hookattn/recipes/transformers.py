@@ -1,4 +1,8 @@
-"""Hugging Face transformers: encoders that are much used, windows, tokens that come in another order."""
+"""Hugging Face transformers: encoders that are much used, windows, tokens that come in another order.
+
+Most of its attention needs no recipe: it is found by the name of its class and read by replay. Encoders that are much used
+have one, so that rows and heads need not run them again.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,22 @@ from ..attention.sources import QK
 from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.tokens import Tokens
-from .mechanisms import followed_by, in_mask_units, in_windows, padded_and_cut, raise_shuffled, unrolled
-from .places import queries_of
-from .registry import Shape, file_form, layout, names_of, partition, recipe
+from ..image.windows import cut_padded_windows
+from .mechanisms import append_tokens, cut_square_windows, group_in_mask_units, raise_shuffled, unroll_tokens
+from .places import find_queries
+from .registry import Shape, layout, partition, qualified_names, recipe, register_axes
 
+# Encoders
+
+
+# implementations of attention whose plain calls mean the same
 _FUNCTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
 _MODELING = "transformers.models.{0}.modeling_{0}.{1}"
+
+
+# model: class of its attention, read where that has `q_proj` and `k_proj`
 _ENCODERS = {
     "aimv2": "Aimv2Attention",
     "altclip": "AltCLIPAttention",
@@ -47,6 +61,9 @@ _ENCODERS = {
     "vivit": "VivitAttention",
     "x_clip": "XCLIPAttention",
 }
+
+
+# the same in transformers 4, where another class makes queries and keys
 _OLDER_ENCODERS = {
     "audio_spectrogram_transformer": "ASTSelfAttention",
     "deit": "DeiTSelfAttention",
@@ -58,9 +75,6 @@ _OLDER_ENCODERS = {
     "vit_msn": "ViTMSNSelfAttention",
     "vivit": "VivitSelfAttention",
 }
-
-
-file_form("b h w q k", "transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention")
 
 
 @recipe(*(_MODELING.format(*names) for names in _ENCODERS.items()), where=lambda module: hasattr(module, "q_proj"))
@@ -81,6 +95,17 @@ def older_encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **opti
     return QK(q, k, scale=self.scaling)
 
 
+def is_plain_call(self: Any, hidden_states: Tensor, *more: Any, is_causal: bool | None = None, **options: Any) -> bool:
+    """Whether all tokens of images see all others. What a mask, a bias or a window means is the affair of the function that the
+    configuration names."""
+    bare = all(value is None or isinstance(value, bool) for value in (*more, *options.values()))
+    causal = getattr(self, "is_causal", True) if is_causal is None else is_causal
+    return bare and not causal and hidden_states.dim() == 3 and self.config._attn_implementation in _FUNCTIONS
+
+
+# Windows
+
+
 @partition(
     "transformers.models.donut.modeling_donut_swin.DonutSwinLayer",
     "transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer",
@@ -89,9 +114,9 @@ def older_encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **opti
 def transformers_swin_layer(self: Any, geometry: Geometry) -> Tokens:
     """A small image shrinks the layer's window for good and ends its shift; what attention was called with tells both."""
     size = geometry.block_argument(self, "input_dimensions")
-    window = math.isqrt(geometry.argument("hidden_states")[1])
+    window = math.isqrt(geometry.argument("hidden_states")[1])  # (batch * windows, tokens, channels)
     shift = 0 if geometry.argument("attention_mask") is None else window // 2
-    return padded_and_cut(size, (window, window), (shift, shift))
+    return cut_padded_windows(size, (window, window), (shift, shift))
 
 
 @partition(
@@ -100,7 +125,7 @@ def transformers_swin_layer(self: Any, geometry: Geometry) -> Tokens:
 )
 def transformers_swin_v2_layer(self: Any, geometry: Geometry) -> Tokens:
     size = geometry.block_argument(self, "input_dimensions")
-    return padded_and_cut(size, (self.window_size,) * 2, (self.shift_size,) * 2)
+    return cut_padded_windows(size, (self.window_size,) * 2, (self.shift_size,) * 2)
 
 
 @partition(
@@ -114,26 +139,33 @@ def transformers_swin_v2_layer(self: Any, geometry: Geometry) -> Tokens:
 )
 def transformers_sam_layer(self: Any, geometry: Geometry) -> Tokens:
     _, rows, columns, _ = geometry.block_argument(self, "hidden_states")
-    return in_windows((rows, columns), self.window_size)
+    return cut_square_windows((rows, columns), self.window_size)
 
 
 @partition("transformers.models.vitdet.modeling_vitdet.VitDetLayer")
 def transformers_vitdet_layer(self: Any, geometry: Geometry) -> Tokens:
     _, _, rows, columns = geometry.block_argument(self, "hidden_states")
-    return in_windows((rows, columns), self.window_size)
+    return cut_square_windows((rows, columns), self.window_size)
+
+
+register_axes("b h w q k", "transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention")
 
 
 @layout("transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention")
 def transformers_hiera_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    """Tokens come unrolled; a block that pools its queries gets its keys from the stage before."""
+    """Tokens come unroll_tokens; a block that pools its queries gets its keys from the stage before."""
     self: Any = geometry.module
-    encoder = geometry.holder("schedule")
+    encoder = geometry.find_holder("schedule")
     path = list(geometry.path())
     stage = next(i for i, stage in enumerate(encoder.stages) if stage in path)
-    queries = unrolled(*encoder.schedule[stage])
-    keys = unrolled(*encoder.schedule[stage - 1]) if self.query_stride > 1 else queries
+    # as in timm's Hiera, with one entry a stage
+    queries = unroll_tokens(*encoder.schedule[stage])
+    keys = unroll_tokens(*encoder.schedule[stage - 1]) if self.query_stride > 1 else queries
     windows = len(keys) // (self.query_stride * self.window_size) if self.use_mask_unit_attn else 1
-    return in_mask_units(queries, windows), in_mask_units(keys, windows)
+    return group_in_mask_units(queries, windows), group_in_mask_units(keys, windows)
+
+
+# Tokens in another order
 
 
 @layout(
@@ -141,34 +173,26 @@ def transformers_hiera_attention_tokens(geometry: Geometry, shape: Shape) -> tup
     "transformers.models.yolos.modeling_yolos.YolosSelfAttention",
 )
 def detections_at_the_end(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = followed_by(geometry, shape, geometry.holder("embeddings").embeddings.detection_tokens, ("cls",))
+    tokens = append_tokens(geometry, shape, geometry.find_holder("embeddings").embeddings.detection_tokens, ("cls",))
     return tokens, tokens
 
 
 @layout("transformers.models.groupvit.modeling_groupvit.GroupViTAttention")
 def group_tokens_at_the_end(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """The first stage sees patches and groups, or groups look at patches; later stages see groups."""
-    stage = geometry.holder("group_token")
-    if geometry.holder("stages").stages[0] is not stage:
+    stage = geometry.find_holder("group_token")
+    if geometry.find_holder("stages").stages[0] is not stage:
         raise TokenError(f"{geometry.name!r} sees groups of patches, which have no place of their own; slice m[...].")
     if shape[2] != shape[3]:
-        return queries_of(shape, keys := geometry.tokens(shape[3], prefix=False)), keys
-    tokens = followed_by(geometry, shape, stage.group_token)
+        return find_queries(shape, keys := geometry.tokens(shape[3], prefix=False)), keys
+    tokens = append_tokens(geometry, shape, stage.group_token)
     return tokens, tokens
 
 
 @layout("transformers.models.vit_mae.modeling_vit_mae.ViTMAEAttention")
 def masked_autoencoder_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """The encoder sees the patches that were kept in a random order, the decoder all of them."""
-    if not any(name.endswith(".ViTMAEDecoder") for module in geometry.path() for name in names_of(module)):
+    if not any(name.endswith(".ViTMAEDecoder") for module in geometry.path() for name in qualified_names(module)):
         raise_shuffled(geometry)
     tokens = Tokens(("cls",), geometry.tokens(shape[3] - 1, prefix=False).grid_size)
     return tokens, tokens
-
-
-def is_plain_call(self: Any, hidden_states: Tensor, *more: Any, is_causal: bool | None = None, **options: Any) -> bool:
-    """Whether all tokens of images see all others. What a mask, a bias or a window means is the affair of the function that the
-    configuration names."""
-    bare = all(value is None or isinstance(value, bool) for value in (*more, *options.values()))
-    causal = getattr(self, "is_causal", True) if is_causal is None else is_causal
-    return bare and not causal and hidden_states.dim() == 3 and self.config._attn_implementation in _FUNCTIONS

@@ -1,4 +1,8 @@
-"""vit-pytorch: how its classes fold their maps, recipes for those that call flex attention, where their tokens lie."""
+"""vit-pytorch: how its classes lay out their maps, recipes for those that call flex attention, where their tokens lie.
+
+`flex_attention` is one call that shows neither softmax nor `scaled_dot_product_attention`, so its callers have a recipe; all
+others are found by the name of their class and read by replay.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +19,23 @@ from ..attention.sources import QK
 from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.images import Patches
-from ..image.tokens import Tokens, cut, whole
+from ..image.tokens import Tokens
 from ..image.trunk import grid_size
-from .mechanisms import followed_by, in_windows, raise_shuffled
-from .places import queries_of
-from .registry import Shape, channels, file_form, layout, names_of, partition, recipe
+from ..image.windows import cut_windows, whole_grid
+from .mechanisms import append_tokens, cut_square_windows, raise_shuffled
+from .places import find_queries
+from .registry import Shape, layout, partition, qualified_names, recipe, register_axes, register_channel_attention
 
-PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
-"""Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
-
-
-file_form("b h q k", "vit_pytorch.vit_for_small_dataset.LSA")
+# Axes of the maps that classes form themselves
 
 
-file_form("b q k", "vit_pytorch.vit_with_patch_merger.PatchMerger")
+register_axes("b h q k", "vit_pytorch.vit_for_small_dataset.LSA")
 
 
-file_form(
+register_axes("b q k", "vit_pytorch.vit_with_patch_merger.PatchMerger")
+
+
+register_axes(
     "(b h) q k",
     "vit_pytorch.cvt.Attention",
     "vit_pytorch.rvt.Attention",
@@ -49,13 +53,20 @@ file_form(
 )
 
 
-channels("vit_pytorch.xcit.XCAttention")
+register_channel_attention("vit_pytorch.xcit.XCAttention")
+
+
+# Flex attention
+
+
+PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
+"""Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
 
 
 @recipe("vit_pytorch.vit_nd.Attention")
 def nd_attention(self: Any, x: Tensor, block_mask: Any = None, mask_fn: PairMask | None = None) -> QK:
     q, k = project(self.to_qkv, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.heads)
-    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+    return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
 @recipe("vit_pytorch.vit_nd_rotary.Attention")
@@ -65,7 +76,7 @@ def nd_rotary_attention(
     q, k = project(self.to_qk, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.heads)
     if self.rotary_emb is not None:
         q, k = self.rotary_emb(q, pos), self.rotary_emb(k, pos)
-    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+    return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
 @recipe("vit_pytorch.vit_nd_pope.Attention")
@@ -80,8 +91,8 @@ def nd_polar_attention(
     q, k = project(self.to_qk, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.heads)
     if polar_pos_emb is not None:
         angles, bias = polar_pos_emb
-        q, k = turned(q, angles), turned(k, angles + bias)
-    return QK(q, k, scale=self.scale, mask=open_pairs(mask_fn, x))
+        q, k = turn_by_angles(q, angles), turn_by_angles(k, angles + bias)
+    return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
 @recipe("vit_pytorch.levjepa_nd.Attention")
@@ -92,22 +103,46 @@ def levjepa_nd_attention(self: Any, x: Tensor, rotary_emb: Any, pos: Tensor, blo
         q, k = rotate_first_channels(q, sin, cos), rotate_first_channels(k, sin, cos)
     if block_mask is not None:
         numbers = torch.arange(len(x), device=x.device)[:, None, None, None]
-        mask = open_pairs(block_mask.mask_mod, x, numbers)
+        mask = find_open_pairs(block_mask.mask_mod, x, numbers)
     else:
         mask = None if dense_mask is None else rearrange(dense_mask, "b q k -> b 1 q k")
     return QK(q, k, scale=self.scale, mask=mask)
 
 
+def find_open_pairs(mask_fn: PairMask | None, x: Tensor, batch: Tensor | int = 0) -> Tensor | None:
+    """Where a query may attend, (queries, keys) or (batch, 1, queries, keys), told by a function of their numbers."""
+    if mask_fn is None:
+        return None
+    tokens = torch.arange(x.shape[1], device=x.device)
+    return mask_fn(batch, 0, tokens[:, None], tokens)
+
+
+def turn_by_angles(x: Tensor, angles: Tensor) -> Tensor:
+    """Real and imaginary parts of numbers of length softplus(x) at these angles, in float32."""
+    lengths = F.softplus(x.float())
+    return torch.cat((lengths * angles.cos(), lengths * angles.sin()), dim=-1).to(x.dtype)
+
+
+def rotate_first_channels(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """The first channels rotated, each odd one with the even one before it."""
+    turning, rest = x.tensor_split((sin.shape[-1],), dim=-1)
+    crossed = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((turning * cos + crossed * sin, rest), dim=-1)
+
+
+# Windows
+
+
 @layout("vit_pytorch.twins_svt.LocalAttention")
 def twins_local_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     self: Any = geometry.module
-    tokens = cut(geometry.argument("fmap")[-2:], (self.patch_size, self.patch_size))
+    tokens = cut_windows(geometry.argument("fmap")[-2:], (self.patch_size, self.patch_size))
     return tokens, tokens
 
 
 @layout("vit_pytorch.scalable_vit.InteractiveWindowedSelfAttention")
 def interactive_windowed_self_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = in_windows(geometry.argument("x")[-2:], geometry.module.window_size)
+    tokens = cut_square_windows(geometry.argument("x")[-2:], geometry.module.window_size)
     return tokens, tokens
 
 
@@ -116,7 +151,7 @@ def crossformer_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Toke
     """Short attention sees a window, long attention patches at equal distances."""
     self: Any = geometry.module
     window = (self.window_size, self.window_size)
-    tokens = cut(geometry.argument("x")[-2:], window, strided=self.attn_type == "long")
+    tokens = cut_windows(geometry.argument("x")[-2:], window, strided=self.attn_type == "long")
     return tokens, tokens
 
 
@@ -126,8 +161,9 @@ def nest_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tok
     pieces, _, height, width = geometry.argument("x")
     if geometry.images is None or isinstance(geometry.images, Patches) or pieces % geometry.images[0]:
         raise TokenError(f"it is not known how many blocks {geometry.name!r} cuts an image into; slice the map itself, m[...].")
+    # blocks come as images
     across = round((pieces // geometry.images[0]) ** 0.5)
-    tokens = cut((across * height, across * width), (height, width))
+    tokens = cut_windows((across * height, across * width), (height, width))
     return tokens, tokens
 
 
@@ -138,6 +174,7 @@ def max_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
     path = list(geometry.path())
     layers = next(list(m) for m in path if isinstance(m, nn.Sequential) and any(part in path for part in m))
     at = next(i for i, part in enumerate(layers) if part in path)
+    # the Rearrange that stands before the attention cut the windows; its pattern is an attribute
     before = [str(getattr(part, "pattern", "")) for part in layers[:at]]
     pattern = next((p for p in reversed(before) if p), "")
     strided = {"b d (x w1) (y w2) -> b x y w1 w2 d": False, "b d (w1 x) (w2 y) -> b x y w1 w2 d": True}.get(pattern)
@@ -145,7 +182,7 @@ def max_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
         raise TokenError(
             f"it is not known how {geometry.name!r} gets its windows, by {pattern!r}; slice the map itself, m[...]."
         )
-    tokens = cut((down * height, across * width), (height, width), strided=strided)
+    tokens = cut_windows((down * height, across * width), (height, width), strided=strided)
     return tokens, tokens
 
 
@@ -153,7 +190,10 @@ def max_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
 def mobile_vit_block(self: Any, geometry: Geometry) -> Tokens:
     """A window takes one pixel of each patch."""
     _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut((rows, columns), (rows // self.ph, columns // self.pw), strided=True)
+    return cut_windows((rows, columns), (rows // self.ph, columns // self.pw), strided=True)
+
+
+# All tokens, in another order or with others among them
 
 
 @layout(
@@ -162,7 +202,7 @@ def mobile_vit_block(self: Any, geometry: Geometry) -> Tokens:
     "vit_pytorch.simple_vit_with_register_tokens.Attention",
 )
 def registers_at_the_end(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = followed_by(geometry, shape, geometry.holder("register_tokens").register_tokens)
+    tokens = append_tokens(geometry, shape, geometry.find_holder("register_tokens").register_tokens)
     return tokens, tokens
 
 
@@ -175,13 +215,13 @@ def registers_before_the_class_token(geometry: Geometry, shape: Shape) -> tuple[
         raise TokenError(f"{geometry.name!r} is not inside of what cuts the image, and sees other tokens; slice m[...].")
     names = (*(f"reg{i}" for i in range(registers.shape[-2])), "cls")
     tokens = Tokens(names, geometry.tokens(shape[3] - len(names), prefix=False).grid_size)
-    return queries_of(shape, tokens), tokens
+    return find_queries(shape, tokens), tokens
 
 
 @layout("vit_pytorch.jumbo_vit.Attention")
 def jumbo_class_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """A class token that is as wide as several comes as several."""
-    patches = len(geometry.holder("pos_embedding").pos_embedding)
+    patches = len(geometry.find_holder("pos_embedding").pos_embedding)
     names = tuple(f"cls{i}" for i in range(shape[3] - patches))
     tokens = Tokens(names, geometry.tokens(patches, prefix=False).grid_size)
     return tokens, tokens
@@ -195,8 +235,11 @@ def cross_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens
         raise TokenError(
             f"the {shape[3]} tokens of {geometry.name!r} are no grid over its image; slice the map itself, m[...]."
         )
-    tokens = whole(patches, ("cls",))
-    return queries_of(shape, tokens), tokens
+    tokens = whole_grid(patches, ("cls",))
+    return find_queries(shape, tokens), tokens
+
+
+# Tokens that may have been dropped
 
 
 @layout("vit_pytorch.vit.Attention", "vit_pytorch.mp3.Attention")
@@ -204,42 +247,21 @@ def maybe_masked_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tok
     """Wrapped for pretraining, the encoder sees the patches that were kept in a random order."""
     path = list(geometry.path())
     for module in path:
-        wraps = [name for name in names_of(module) if name in ("vit_pytorch.mae.MAE", "vit_pytorch.mp3.MP3")]
+        wraps = [name for name in qualified_names(module) if name in ("vit_pytorch.mae.MAE", "vit_pytorch.mp3.MP3")]
         if wraps and any(part in path for name in ("encoder", "vit") if (part := getattr(module, name, None)) is not None):
             raise_shuffled(geometry)
     tokens = geometry.tokens(shape[3])
-    return queries_of(shape, tokens), tokens
+    return find_queries(shape, tokens), tokens
 
 
 @layout("vit_pytorch.vit_with_patch_dropout.Attention", "vit_pytorch.simple_vit_with_patch_dropout.Attention")
 def attention_after_patch_dropout_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     trunk: Any = geometry.trunk
-    sides = getattr(trunk.to_patch_embedding[0], "axes_lengths", {})
+    sides = getattr(trunk.to_patch_embedding[0], "axes_lengths", {})  # of the Rearrange that cuts patches
     if geometry.images is None or isinstance(geometry.images, Patches) or not {"p1", "p2"} <= set(sides):
         raise TokenError(f"it is not known whether {geometry.name!r} sees all patches; slice the map itself, m[...].")
     size = geometry.images[1] // sides["p1"], geometry.images[2] // sides["p2"]
-    tokens = whole(size, ("cls",) * isinstance(getattr(trunk, "cls_token", None), Tensor))
-    if len(tokens) != shape[3]:
+    tokens = whole_grid(size, ("cls",) * isinstance(getattr(trunk, "cls_token", None), Tensor))
+    if len(tokens) != shape[3]:  # some were dropped
         raise_shuffled(geometry)
     return tokens, tokens
-
-
-def open_pairs(mask_fn: PairMask | None, x: Tensor, batch: Tensor | int = 0) -> Tensor | None:
-    """Where a query may attend, (queries, keys) or (batch, 1, queries, keys), told by a function of their numbers."""
-    if mask_fn is None:
-        return None
-    tokens = torch.arange(x.shape[1], device=x.device)
-    return mask_fn(batch, 0, tokens[:, None], tokens)
-
-
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Real and imaginary parts of numbers of length softplus(x) at these angles, in float32."""
-    lengths = F.softplus(x.float())
-    return torch.cat((lengths * angles.cos(), lengths * angles.sin()), dim=-1).to(x.dtype)
-
-
-def rotate_first_channels(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """The first channels rotated, each odd one with the even one before it."""
-    turning, rest = x.tensor_split((sin.shape[-1],), dim=-1)
-    crossed = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
-    return torch.cat((turning * cos + crossed * sin, rest), dim=-1)

@@ -1,7 +1,13 @@
 """Attention inside windows of the image, with or without a learned bias for the offset between query and key.
 
-Liu et al. 2021, "Swin Transformer", arXiv 2103.14030, equation 4; Tu et al. 2022, "MaxViT", arXiv 2204.01697. Windows count as
-images to whoever reads the map: (images * windows, heads, queries, keys), the windows of an image one after the other.
+Liu et al. 2021, "Swin Transformer", arXiv 2103.14030, equation 4; Liu et al. 2022, "Swin V2", arXiv 2111.09883, equation 2 for
+normalised queries and keys with a learned scale, equation 3 for the bias; Tu et al. 2022, "MaxViT", arXiv 2204.01697.
+
+Windows count as images to whoever reads the map: (images * windows, heads, queries, keys), the windows of an image one after
+the other. Where a class pads the image to whole windows, keys that are only padding are attended to and lie nowhere.
+
+`timm.models.gcvit.WindowAttentionGlobal` has no recipe: which window takes the global query of which image is not the same in
+all versions of timm, and nothing but the version tells. Its windows are small, and it is replayed.
 """
 
 from __future__ import annotations
@@ -17,18 +23,114 @@ from torch import Tensor
 from ..attention.projection import project, scale_of
 from ..attention.sources import QK
 from ..image.geometry import Geometry
-from ..image.sizes import pair, size_after
-from ..image.tokens import Tokens, cut, neighbourhoods, whole
-from .mechanisms import offsets, per_window, project_with_biases, read_off_query, resized, rotate
-from .registry import Shape, file_form, layout, partition, recipe
+from ..image.sizes import size_after
+from ..image.tokens import Tokens
+from ..image.windows import cut_windows, slide_windows, whole_grid
+from .mechanisms import (
+    channels_first_tokens,
+    channels_last_tokens,
+    number_offsets,
+    per_window,
+    project_with_biases,
+    read_off_query,
+    resize_table,
+    rotate,
+)
+from .registry import Shape, layout, partition, recipe, register_axes
 
-file_form("b q k", "timm.models.efficientvit_msra.CascadedGroupAttention")
+# Swin
 
 
 @recipe("timm.models.swin_transformer.WindowAttention")
 def swin_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    return QK(q, k, scale=scale_of(self), bias=(self._get_rel_pos_bias(), *per_window(mask, len(x))))
+    bias = self._get_rel_pos_bias()  # (1, heads, queries, keys)
+    return QK(q, k, scale=scale_of(self), bias=(bias, *per_window(mask, len(x))))
+
+
+@recipe("timm.models.swin_transformer_v2.WindowAttention")
+def swin_v2_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
+    q, k = project_with_biases(self, x)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    return QK(q, k, scale=clamp_scale(self.logit_scale), bias=(compute_continuous_bias(self), *per_window(mask, len(x))))
+
+
+@recipe("timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention")
+def swin_v2_cr_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    scale = clamp_scale(rearrange(self.logit_scale, "h -> h 1 1"))  # (heads, 1, 1), as v2 has it
+    return QK(q, k, scale=scale, bias=(self._relative_positional_encodings(), *per_window(mask, len(x))))
+
+
+def clamp_scale(logit_scale: Tensor) -> Tensor:
+    """The inverse temperature of each head, at most 100."""
+    return torch.clamp(logit_scale, max=math.log(1.0 / 0.01)).exp()
+
+
+def compute_continuous_bias(self: Any) -> Tensor:
+    """(heads, queries, keys): a small network of the log-spaced offset between query and key, equation 3 there."""
+    table = rearrange(self.cpb_mlp(self.relative_coords_table), "1 y x h -> (y x) h")  # (offsets, heads)
+    return 16 * torch.sigmoid(rearrange(table[self.relative_position_index], "q k h -> h q k"))
+
+
+@partition(
+    "timm.models.swin_transformer.SwinTransformerBlock",
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block",
+    "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock",
+)
+def swin_block(self: Any, geometry: Geometry) -> Tokens:
+    # all three roll first, and pad what has been rolled
+    _, rows, columns, _ = geometry.block_argument(self, "x")
+    return cut_windows((rows, columns), self.window_size, self.shift_size)
+
+
+# MaxViT and CoAtNet
+
+
+@recipe("timm.models.maxxvit.AttentionCl")
+def maxxvit_attention_cl(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
+    # each head's q, k and v stand together, or all heads' q, then k, then v
+    packed = "(h parts d)" if self.head_first else "(parts h d)"
+    q, k = project(self.qkv, x, f"b ... {packed} -> parts b h (...) d", parts=2, of=3, h=self.num_heads)
+    bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+    return QK(q, k, scale=scale_of(self), bias=bias)
+
+
+layout("timm.models.maxxvit.AttentionCl")(channels_last_tokens)
+
+
+@recipe("timm.models.maxxvit.Attention2d")
+def maxxvit_attention_2d(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
+    packed = "(h parts d)" if self.head_first else "(parts h d)"
+    q, k = project(self.qkv, x, f"b {packed} y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
+    bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+    return QK(q, k, scale=scale_of(self), bias=bias)
+
+
+layout("timm.models.maxxvit.Attention2d")(channels_first_tokens)
+
+
+@partition("timm.models.maxxvit.PartitionAttentionCl")
+def partition_attention_cl(self: Any, geometry: Geometry) -> Tokens:
+    _, rows, columns, _ = geometry.block_argument(self, "x")
+    return cut_windows((rows, columns), self.partition_size, strided=not self.partition_block)
+
+
+@partition("timm.models.maxxvit.PartitionAttention2d")
+def partition_attention_2d(self: Any, geometry: Geometry) -> Tokens:
+    _, _, rows, columns = geometry.block_argument(self, "x")
+    return cut_windows((rows, columns), self.partition_size, strided=not self.partition_block)
+
+
+@partition("timm.models.maxxvit.ParallelPartitionAttention")
+def parallel_partition_attention(self: Any, geometry: Geometry) -> Tokens:
+    _, rows, columns, _ = geometry.block_argument(self, "x")
+    # two attentions in one block: one sees neighbours, the other a grid over the image
+    return cut_windows((rows, columns), self.partition_size, strided=geometry.module is self.attn_grid)
+
+
+# DaViT, GCViT, NesT, TinyViT, EfficientViT, MobileViT
 
 
 @recipe("timm.models.davit.WindowAttention")
@@ -37,13 +139,98 @@ def davit_window_attention(self: Any, x: Tensor) -> QK:
     return QK(q, k, scale=scale_of(self))
 
 
-@recipe("timm.models.nest.Attention", form="b h w q k")
+@partition("timm.models.davit.SpatialBlock")
+def davit_spatial_block(self: Any, geometry: Geometry) -> Tokens:
+    _, _, rows, columns = geometry.block_argument(self, "x")
+    return cut_windows((rows, columns), self.window_size)
+
+
+@partition("timm.models.gcvit.GlobalContextVitBlock")
+def gcvit_block(self: Any, geometry: Geometry) -> Tokens:
+    """A global query has the place of the token that its row makes, though it was pooled from the whole image."""
+    _, rows, columns, _ = geometry.block_argument(self, "x")
+    return cut_windows((rows, columns), self.window_size)
+
+
+@recipe("timm.models.nest.Attention", axes="b h w q k")
 def nest_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b w n (parts h d) -> parts (b w) h n d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
-@recipe("timm.models.twins.LocallyGroupedAttn", form="b w h q k")
+@partition("timm.models.nest.NestLevel")
+def nest_level(self: Any, geometry: Geometry) -> Tokens:
+    grid_size = size_after(geometry.block_argument(self, "x"), self.pool)
+    return cut_windows(grid_size, self.block_size)
+
+
+@recipe("timm.models.tiny_vit.Attention")
+def tiny_vit_attention(self: Any, x: Tensor) -> QK:
+    qkv = rearrange(self.qkv(self.norm(x)), "b n (h d) -> b h n d", h=self.num_heads)
+    q, k, _ = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
+    return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))  # (heads, queries, keys)
+
+
+@partition("timm.models.tiny_vit.TinyVitBlock")
+def tiny_vit_block(self: Any, geometry: Geometry) -> Tokens:
+    """An image as large as the window is one window."""
+    _, rows, columns, _ = geometry.block_argument(self, "x")
+    return cut_windows((rows, columns), self.window_size)
+
+
+# No recipe: queries and keys of a head are made of what the head before it gave out, values and all, so a recipe would have to
+# run the attention itself. Its windows are small.
+register_axes("b q k", "timm.models.efficientvit_msra.CascadedGroupAttention")
+
+
+@partition("timm.models.efficientvit_msra.LocalWindowAttention")
+def efficientvit_msra_local_window_attention(self: Any, geometry: Geometry) -> Tokens:
+    """The window is that of the attention inside, which is made smaller where the image is."""
+    _, _, rows, columns = geometry.block_argument(self, "x")
+    return cut_windows((rows, columns), self.attn.resolution)
+
+
+@partition("timm.models.mobilevit.MobileVitBlock")
+def mobilevit_block(self: Any, geometry: Geometry) -> Tokens:
+    """A window takes one pixel of each patch; the grid is resized to whole patches before, and it is that grid that is cut."""
+    grid_size = size_after(geometry.block_argument(self, "x"), self.conv_kxk)
+    rows, columns = (-(-n // patch) for n, patch in zip(grid_size, self.patch_size))
+    return cut_windows((rows * self.patch_size[0], columns * self.patch_size[1]), (rows, columns), strided=True)
+
+
+# SAM
+
+
+@recipe("timm.models.vision_transformer_sam.Attention", axes="(b h) q k")
+def sam_attention(self: Any, x: Tensor) -> QK:
+    _, height, width, _ = x.shape
+    x = rearrange(x, "b y x c -> b (y x) c")
+    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    dtype = k.dtype  # what is rotated comes out in the dtype of the embedding
+    q, k = self.q_norm(q), self.k_norm(k)
+    if self.use_rel_pos:
+        rel_h = resize_table(self.rel_pos_h, 2 * height - 1)[number_offsets(height, height, x.device)]
+        rel_w = resize_table(self.rel_pos_w, 2 * width - 1)[number_offsets(width, width, x.device)]
+        return read_off_query(q, k, rel_h, rel_w, scale=self.scale)
+    if self.rope is not None:
+        rope = self.rope.get_embed()
+        q, k = (rotate(t, rope).to(dtype) for t in (q, k))
+    return QK(q, k, scale=self.scale)
+
+
+layout("timm.models.vision_transformer_sam.Attention")(channels_last_tokens)
+
+
+@partition("timm.models.vision_transformer_sam.Block")
+def sam_block(self: Any, geometry: Geometry) -> Tokens:
+    _, rows, columns, _ = geometry.block_argument(self, "x")
+    return cut_windows((rows, columns), self.window_size) if self.window_size > 0 else whole_grid((rows, columns))
+
+
+# Attention that cuts its own windows
+
+
+@recipe("timm.models.twins.LocallyGroupedAttn", axes="b w h q k")
 def locally_grouped_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK:
     """Keys that only pad the image to whole windows are attended to, as in the module."""
     height, width = size
@@ -57,70 +244,23 @@ def locally_grouped_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK
 
 @layout("timm.models.twins.LocallyGroupedAttn")
 def locally_grouped_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
-    tokens = cut(geometry.argument("size"), pair(geometry.module.ws))
+    tokens = cut_windows(geometry.argument("size"), geometry.module.ws)
     return tokens, tokens
 
 
-@recipe("timm.models.maxxvit.AttentionCl")
-def maxxvit_attention_cl(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
-    packed = "(h parts d)" if self.head_first else "(parts h d)"
-    q, k = project(self.qkv, x, f"b ... {packed} -> parts b h (...) d", parts=2, of=3, h=self.num_heads)
-    bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-    return QK(q, k, scale=scale_of(self), bias=bias)
-
-
-@recipe("timm.models.maxxvit.Attention2d")
-def maxxvit_attention_2d(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
-    packed = "(h parts d)" if self.head_first else "(parts h d)"
-    q, k = project(self.qkv, x, f"b {packed} y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
-    bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-    return QK(q, k, scale=scale_of(self), bias=bias)
-
-
-@recipe("timm.models.swin_transformer_v2.WindowAttention")
-def swin_v2_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
-    q, k = project_with_biases(self, x)
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    return QK(q, k, scale=clamped(self.logit_scale), bias=(continuous_bias(self), *per_window(mask, len(x))))
-
-
-@recipe("timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention")
-def swin_v2_cr_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
-    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    scale = clamped(rearrange(self.logit_scale, "h -> h 1 1"))
-    return QK(q, k, scale=scale, bias=(self._relative_positional_encodings(), *per_window(mask, len(x))))
-
-
-@recipe("timm.models.vision_transformer_sam.Attention", form="(b h) q k")
-def sam_attention(self: Any, x: Tensor) -> QK:
-    _, height, width, _ = x.shape
-    x = rearrange(x, "b y x c -> b (y x) c")
-    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-    dtype = k.dtype
-    q, k = self.q_norm(q), self.k_norm(k)
-    if self.use_rel_pos:
-        rel_h = resized(self.rel_pos_h, 2 * height - 1)[offsets(height, height, x.device)]
-        rel_w = resized(self.rel_pos_w, 2 * width - 1)[offsets(width, width, x.device)]
-        return read_off_query(q, k, rel_h, rel_w, scale=self.scale)
-    if self.rope is not None:
-        rope = self.rope.get_embed()
-        q, k = (rotate(t, rope).to(dtype) for t in (q, k))
-    return QK(q, k, scale=self.scale)
-
-
-@recipe("timm.layers.halo_attn.HaloAttn", form="(b h) w q k")
+@recipe("timm.layers.halo_attn.HaloAttn", axes="(b h) w q k")
 def halo_attention(self: Any, x: Tensor) -> QK:
     """Each block looks at itself and a halo around it (Vaswani et al. 2021, arXiv 2103.12731); zero padding is attended to."""
     block, window = self.block_size_ds, self.win_size
     pattern = "b (h d) (row y) (col x) -> (b row col) h (y x) d"
     q = rearrange(self.q(x), pattern, h=self.num_heads, y=block, x=block)
     k = rearrange(self.kv(x), "b (h d) y x -> b h d y x", h=self.num_heads)[:, :, : self.dim_head_qk]
+    # (batch, heads, d, rows of blocks, columns of blocks, window, window)
     k = F.pad(k, [self.halo_size] * 4).unfold(3, window, self.block_size).unfold(4, window, self.block_size)
     k = rearrange(k, "b h d row col y x -> (b row col) h (y x) d")
     key, query = torch.arange(window, device=x.device), torch.arange(block, device=x.device)
-    distance = key - query[:, None] + window - 1
-    rel_h, rel_w = self.pos_embed.height_rel[distance], self.pos_embed.width_rel[distance]
+    distance = key - query[:, None] + window - 1  # (rows of queries, rows of keys): where the tables have that offset
+    rel_h, rel_w = self.pos_embed.height_rel[distance], self.pos_embed.width_rel[distance]  # (queries, keys, d)
     position_scale = self.scale if self.scale_pos_embed else 1.0
     return read_off_query(q, k, rel_h, rel_w, scale=self.scale, position_scale=position_scale)
 
@@ -133,83 +273,5 @@ def halo_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tok
     """
     self = geometry.module
     _, _, rows, columns = geometry.argument("x")
-    queries = cut((rows // self.block_stride, columns // self.block_stride), pair(self.block_size_ds))
-    return queries, neighbourhoods((rows, columns), self.win_size, self.block_size, self.halo_size)
-
-
-@partition(
-    "timm.models.swin_transformer.SwinTransformerBlock",
-    "timm.models.swin_transformer_v2.SwinTransformerV2Block",
-    "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock",
-)
-def swin_block(self: Any, geometry: Geometry) -> Tokens:
-    _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.window_size, self.shift_size)
-
-
-@partition("timm.models.maxxvit.PartitionAttentionCl")
-def partition_attention_cl(self: Any, geometry: Geometry) -> Tokens:
-    _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.partition_size, strided=not self.partition_block)
-
-
-@partition("timm.models.maxxvit.PartitionAttention2d")
-def partition_attention_2d(self: Any, geometry: Geometry) -> Tokens:
-    _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.partition_size, strided=not self.partition_block)
-
-
-@partition("timm.models.maxxvit.ParallelPartitionAttention")
-def parallel_partition_attention(self: Any, geometry: Geometry) -> Tokens:
-    _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.partition_size, strided=geometry.module is self.attn_grid)
-
-
-@partition("timm.models.davit.SpatialBlock")
-def davit_spatial_block(self: Any, geometry: Geometry) -> Tokens:
-    _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.window_size)
-
-
-@partition("timm.models.gcvit.GlobalContextVitBlock")
-def gcvit_block(self: Any, geometry: Geometry) -> Tokens:
-    """A global query has the place of the token that its row makes, though it was pooled from the whole image."""
-    _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), self.window_size)
-
-
-@partition("timm.models.tiny_vit.TinyVitBlock")
-def tiny_vit_block(self: Any, geometry: Geometry) -> Tokens:
-    """An image as large as the window is one window."""
-    _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), pair(self.window_size))
-
-
-@partition("timm.models.efficientvit_msra.LocalWindowAttention")
-def efficientvit_msra_local_window_attention(self: Any, geometry: Geometry) -> Tokens:
-    """The window is that of the attention inside, which is made smaller where the image is."""
-    _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut((rows, columns), pair(self.attn.resolution))
-
-
-@partition("timm.models.vision_transformer_sam.Block")
-def sam_block(self: Any, geometry: Geometry) -> Tokens:
-    _, rows, columns, _ = geometry.block_argument(self, "x")
-    return cut((rows, columns), pair(self.window_size)) if self.window_size > 0 else whole((rows, columns))
-
-
-@partition("timm.models.nest.NestLevel")
-def nest_level(self: Any, geometry: Geometry) -> Tokens:
-    grid_size = size_after(geometry.block_argument(self, "x"), self.pool)
-    return cut(grid_size, pair(self.block_size))
-
-
-def clamped(logit_scale: Tensor) -> Tensor:
-    """The inverse temperature of each head, at most 100."""
-    return torch.clamp(logit_scale, max=math.log(1.0 / 0.01)).exp()
-
-
-def continuous_bias(self: Any) -> Tensor:
-    """(heads, queries, keys): a small network of the log-spaced offset between query and key, equation 3 there."""
-    table = rearrange(self.cpb_mlp(self.relative_coords_table), "1 y x h -> (y x) h")
-    return 16 * torch.sigmoid(rearrange(table[self.relative_position_index], "q k h -> h q k"))
+    queries = cut_windows((rows // self.block_stride, columns // self.block_stride), self.block_size_ds)
+    return queries, slide_windows((rows, columns), self.win_size, self.block_size, self.halo_size)

@@ -13,7 +13,7 @@ from ..calls.hooks import Around
 from ..conditions.checkpoints import in_backward
 from ..conditions.frames import Running, caller_of_hook, code_of_methods
 from ..conditions.threads import Here
-from ..image.geometry import Given
+from ..image.geometry import ArgumentSizes
 from ..image.images import Images, images_in
 from ..maps.attention_map import AttentionMap
 from ..maps.gradient import Backwards, Gradient
@@ -74,7 +74,7 @@ class ForwardPasses(Around):
         self._ended = ended
         self.all: list[ForwardPass] = []
         self.here, self.elsewhere = here, dict[str, None]()
-        self.blocks: dict[nn.Module, Given] = {}
+        self.blocks: dict[nn.Module, ArgumentSizes] = {}
         self._keep_all = keep_all
         self._methods = code_of_methods(model)
         self._call: Running | None = None

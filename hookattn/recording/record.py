@@ -15,7 +15,7 @@ from ..calls.callsite import CallSite, Origins, call_site
 from ..calls.hooks import Args, Around, Kwargs
 from ..calls.layer import Layer
 from ..conditions.checkpoints import in_backward
-from ..image.geometry import Geometry, plain_facts, sizes_of
+from ..image.geometry import Geometry, measure_arguments, read_settings
 from ..image.images import images_in
 from ..image.trunk import stems_of
 from ..maps.attention_map import AttentionMap
@@ -93,8 +93,8 @@ class Recording:
         layer = call.layer
         images = forward.images.get(layer.trunk, forward.images.get(None))
         around = None if layer.block is None else self.passes.blocks.get(layer.block)
-        facts = {} if layer.block is None else plain_facts(layer.block)
-        geometry = Geometry(self.model, layer.name, images, sizes_of(call.args, call.kwargs), around, facts)
+        facts = {} if layer.block is None else read_settings(layer.block)
+        geometry = Geometry(self.model, layer.name, images, measure_arguments(call.args, call.kwargs), around, facts)
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
     def gradient_of(self, name: str, forward: ForwardPass) -> Gradient | None:
@@ -138,7 +138,7 @@ class _RecordedLayer(Around):
         forward = self._recording.passes.current(self._layer.name)
         if forward is not None:
             return self._record(forward, args, kwargs)
-        return self._follow_recomputed(args, kwargs) if in_backward() else None
+        return self._follow_recomputed(args, kwargs)
 
     def end(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
         """Take what the module really received, if that is something else, and follow what backward will bring."""
@@ -178,13 +178,13 @@ class _RecordedLayer(Around):
     def _follow_recomputed(self, args: Args, kwargs: Kwargs) -> _Begun | None:
         """A checkpoint makes a call again: save for backward what was saved in the forward, and follow its gradient."""
         recording, wanted = self._recording, self._recording.wanted
-        saves = wanted.maps and not wanted.detach
-        if not saves and not wanted.gradients:
+        saves, follows = wanted.maps and not wanted.detach, wanted.gradients and in_backward()
+        if not saves and not follows:
             return None
         call = capture(self._layer, args, kwargs, detach=wanted.detach)
         if saves:
             recording.map_of(call, self._layer.name, ForwardPass(), None, None).computed()
-        if not wanted.gradients:
+        if not follows:
             return None
         gradient = match_recomputed(recording.passes.gradients_of(self._layer.name), call)
         return None if gradient is None else _Begun(call, gradient)
@@ -213,4 +213,4 @@ class _Block(Around):
     def begin(self, args: Args, kwargs: Kwargs) -> None:
         """Note the size of what it cuts."""
         if self._passes.is_recorded_here():
-            self._passes.blocks[self.module] = sizes_of(args, kwargs)
+            self._passes.blocks[self.module] = measure_arguments(args, kwargs)

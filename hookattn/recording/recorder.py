@@ -25,7 +25,7 @@ from ..image.trunk import stems_of, trunk_of
 from ..maps.attention_map import AttentionMap, Maps
 from ..maps.lazy import Delivery
 from ..maps.reading import Lost
-from ..recipes.places import block_of
+from ..recipes.places import find_block
 from .detect import Detection
 from .edits import Edit, Edits
 from .keep_maps import KeepMaps
@@ -209,7 +209,7 @@ class AttentionRecorder:
                 stack.enter_context(module.register_forward_hook(Hook(partial(_note, origins, self._passes))))
 
     def _look_up(self, name: str) -> Layer:
-        return look_up(name, self._modules[name], trunk_of(self.model, name), block_of(self.model, name))
+        return look_up(name, self._modules[name], trunk_of(self.model, name), find_block(self.model, name))
 
     def _detect(self, recording: Recording, stack: ExitStack) -> None:
         """Nothing is named like attention: watch the first forward for modules that form maps, and hook those."""
@@ -225,7 +225,7 @@ class AttentionRecorder:
         def leave(module: nn.Module, noted: tuple[Call, CallSite | None], output: Any) -> None:
             self._modules[names[module]] = module
             call, site = noted
-            layer = call.layer._replace(trunk=trunk_of(self.model, names[module]), block=block_of(self.model, names[module]))
+            layer = call.layer._replace(trunk=trunk_of(self.model, names[module]), block=find_block(self.model, names[module]))
             recording.record_ended(call._replace(layer=layer), site, output)
 
         def end(returned: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import LayerNotFoundError, ModelError, UnreadableError, did_you_mean, listed
-from ..recipes.no_map import unreadable
+from ..recipes.no_map import why_no_map
 from ..recipes.registry import is_known
 
 Layer = Union[str, int]
@@ -36,7 +36,7 @@ class Found(NamedTuple):
 def find_attention(model: nn.Module) -> Found:
     """All attention of a model: what has a recipe, and the innermost modules whose class is named like attention."""
     named = {name or type(module).__name__: module for name, module in model.named_modules()}
-    skipped = {name: reason for name, module in named.items() if (reason := unreadable(module))}
+    skipped = {name: reason for name, module in named.items() if (reason := why_no_map(module))}
     likely = {name: m for name, m in named.items() if name not in skipped and _is_attention(m)}
     inner = [*likely.values(), *(named[name] for name in skipped)]
     readable = {name: m for name, m in likely.items() if is_known(m) or not _holds_another(m, inner)}

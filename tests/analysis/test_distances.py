@@ -10,13 +10,14 @@ import pytest
 import torch
 from support import reference
 from support.image import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, made_of, naflex, swin_places
-from support.inside import Geometry, kept, read_in_chunks, show_image
+from support.inside import kept, read_in_chunks, show_image
 from support.models import tiny
 from support.reading import record_one
 from torch import Tensor, nn
 
 from hookattn import AttentionMap, TokenError
 from hookattn.analysis import mean_attention_distance
+from hookattn.image import Geometry
 
 
 def distances(m: AttentionMap, queries: list[Any], keys: list[Any]) -> Tensor:

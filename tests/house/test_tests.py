@@ -11,7 +11,8 @@ import pytest
 TESTS = Path(__file__).parents[1]
 PACKAGE = TESTS.parent / "hookattn"
 FILES = sorted(TESTS.rglob("*.py"))
-FACES = {"hookattn", "hookattn.analysis", "hookattn.cli", "hookattn.cli.app", "hookattn.figures.plot", "hookattn.testing"}
+FACES = {"hookattn", "hookattn.analysis", "hookattn.cli", "hookattn.cli.app", "hookattn.figures.plot", "hookattn.image"}
+FACES |= {"hookattn.testing"}
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -52,4 +53,4 @@ def test_every_file_of_tests_stands_in_a_room_and_is_collected() -> None:
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"house"}
     for path in FILES:
         room = path.relative_to(TESTS).parts[0]
-        assert room in {"conftest.py", "support"} or (room in rooms and path.name.startswith("test_")), path
+        assert room in {"conftest.py", "support"} or (room in rooms and path.name.startswith(("test_", "conftest"))), path

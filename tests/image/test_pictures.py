@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from support.image import MAXVIT, MVIT, SAM, SHRUNK, SWIN, Place, Size, build, marked, some_places, swin_places, the_class
-from support.inside import cut
 from support.reading import record
 from torch import Tensor
 
 from hookattn import AttentionMap
+from hookattn.image import cut_windows
 
 
 def naive(m: AttentionMap, places: Tensor, query: Place, area: int) -> Tensor:
@@ -142,10 +142,10 @@ def test_the_oracle_sees_a_mutation(mutation: str) -> None:
         grid = F.pad(torch.arange(180).reshape(10, 18), (0, 2, 0, 2), value=-1).roll((-2, -2), (0, 1))
         places = rearrange(grid, "(h p) (w q) -> (h w) (p q)", p=4, q=4)
     elif mutation == "rows for columns":
-        places = cut((18, 10), (4, 4), shift).places[0]  # type: ignore[index]
+        places = cut_windows((18, 10), (4, 4), shift).places[0]  # type: ignore[index]
     else:
         moved = (0, 0) if mutation == "no shift" else shift
-        places = cut((10, 18), (4, 4), moved, strided=mutation == "strided").places[0]  # type: ignore[index]
+        places = cut_windows((10, 18), (4, 4), moved, strided=mutation == "strided").places[0]  # type: ignore[index]
     assert torch.equal(places, true) == (mutation == "none")
 
 

@@ -16,12 +16,13 @@ from support.image import (
     build,
     some_places,
 )
-from support.inside import Tokens, form_of
+from support.inside import form_of
 from support.places import CASES, HIERA, Case, patches
 from support.reading import record
 from torch import Tensor, nn
 
 from hookattn import QK, AttentionMap, TokenError
+from hookattn.image import Tokens
 
 # The oracle
 
@@ -53,7 +54,7 @@ def what_moved(m: AttentionMap, images: int) -> Iterator[tuple[Tensor, Tensor]]:
         parts = [part.unflatten(0, (images, -1)) for part in (source.q, source.k)]
         yield from zip(*(differ(part[1:], part[0]).any(2).any(-1) for part in parts))
         return
-    scores = source.scores[:, :1].unflatten(0, (images, -1))  # of one head: the next may be made of what this one gives
+    scores = source.tensor[:, :1].unflatten(0, (images, -1))  # of one head: the next may be made of what this one gives
     for moved in differ(scores[1:], scores[0])[:, :, 0]:
         queries = moved.double().mean(-1) > 0.5
         yield queries, (moved & ~queries[..., None]).any(1)

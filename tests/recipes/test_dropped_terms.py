@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.inside import call_of, find_recipe, formed_by, ignore_shift_masks, refile, registered, replay, replay_of
+from support.inside import call_of, find_recipe, formed_by, ignore_shift_masks, list_recipes, refile, replay, replay_of
 from support.mechanisms import MODELS, maps_by_class
 from support.models import TINY, tiny
 from support.oracle import agree
@@ -85,8 +85,8 @@ def test_a_recipe_that_drops_a_term_is_caught(mutation: str, monkeypatch: pytest
     m = record(model, x).maps[0]
     expected = formed_by(m)
     module, *_ = call_of(m)
-    for class_name in (c for c in registered() if c == f"{type(module).__module__}.{type(module).__qualname__}"):
-        whole = registered()[class_name]
+    for class_name in (c for c in list_recipes() if c == f"{type(module).__module__}.{type(module).__qualname__}"):
+        whole = list_recipes()[class_name]
 
         def without(self: Any, *args: Any, **kwargs: Any) -> Any:
             with pytest.MonkeyPatch.context() as patch:

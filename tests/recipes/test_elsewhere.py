@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 from support.elsewhere import CASES, alike, made, tensors, without_flex
-from support.inside import find_recipe, registered
+from support.inside import find_recipe, list_recipes
 from support.oracle import formed
 
 from hookattn import AttentionRecorder, UnreadableError
@@ -101,7 +101,7 @@ def test_autocast_changes_neither_output_nor_precision(name: str) -> None:
 # Encoders of transformers that have a recipe
 
 
-@pytest.mark.parametrize("name", [name for name in registered() if name.startswith("transformers.")])
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("transformers.")])
 def test_encoders_of_transformers_are_read_by_recipe(name: str) -> None:
     """In float64; their own softmax would be in float32."""
     pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from packaging.version import Version
-from support.inside import call_of, find_recipe, formed_by, registered, replay_of
+from support.inside import call_of, find_recipe, formed_by, list_recipes, replay_of
 from support.mechanisms import MODELS, lively, maps_by_class
 from support.models import ANY_DTYPE, TINY, randomise, tiny, tiny_double
 from support.oracle import agree, exists, own_softmax, short_name
@@ -57,7 +57,7 @@ def test_every_recipe_is_compared() -> None:
         short_name(module) for module, _ in variants().values()
     }
     elsewhere = {short_name(module) for name in TINY for module in tiny(name)[0].modules()}
-    known = [name for name in registered() if name.startswith("timm") and exists(name)]
+    known = [name for name in list_recipes() if name.startswith("timm") and exists(name)]
     assert len(known) > 30
     assert {".".join(name.split(".")[-2:]) for name in known} <= compared | elsewhere
 

@@ -25,7 +25,7 @@ class Case(NamedTuple):
         maps: how many maps there are.
         grid: of the keys of the first map; None where it is known that they are not known to be a grid.
         prefix: names of the tokens before them.
-        axes: how the model lays out a map, in the letters of `hookattn.recipes.file_form`, if not by plain reshaping.
+        axes: how the model lays out a map, in the letters of `hookattn.recipes.register_axes`, if not by plain reshaping.
         slack: by how many patches a stem of overlapping convolutions may blur a point.
     """
 

@@ -14,26 +14,22 @@ from hookattn.attention.projection import Projected, project_heads
 from hookattn.calls.restore import is_reading, restoring
 from hookattn.conditions import changes
 from hookattn.figures.plot import _rollout_image as rollout_image
-from hookattn.image.geometry import Geometry
 from hookattn.image.sizes import size_after
-from hookattn.image.tokens import Tokens, cut
 from hookattn.maps import lazy, reading
 from hookattn.maps.reading import source_of
 from hookattn.maps.replay import replayed
 from hookattn.recipes import global_attention, registry, window_attention
-from hookattn.recipes.registry import find_recipe, registered
+from hookattn.recipes.registry import find_recipe, list_recipes
 from support.oracle import own_softmax
 
 __all__ = [
-    "Geometry",
     "Projected",
     "Sum",
-    "Tokens",
-    "cut",
     "find_recipe",
     "is_reading",
+    "list_recipes",
     "project_heads",
-    "registered",
+    "registry",
     "restoring",
     "rollout_image",
     "size_after",
@@ -97,7 +93,8 @@ def forget_steps(patch: pytest.MonkeyPatch) -> None:
 
 def own_registers(patch: pytest.MonkeyPatch) -> None:
     """What is filed of classes while a test runs is gone after it."""
-    patch.setattr(registry._RECIPES, "_facts", registered())
+    for table in (registry._RECIPES, registry._LAYOUTS, registry._PARTITIONS):
+        patch.setattr(table, "_facts", table.as_dict())
     patch.setattr(registry, "_WHERE", dict(registry._WHERE))
 
 
