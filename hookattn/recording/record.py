@@ -184,8 +184,8 @@ class _RecordedLayer(Around):
             return None
         call = capture(self._layer, args, kwargs, detach=wanted.detach)
         # A checkpoint holds what is saved now against what was, by number and shape. With keep="maps", detach=False the map was
-        # computed in the forward as well, so it is computed again, and thrown away. So it is in forwards of other threads, which
-        # are not recorded: when backward runs their checkpoints again, in any thread, it cannot be told whose they are.
+        # computed in the forward as well, so it is computed again, and thrown away. So it is in those of other threads, which
+        # are not recorded: when backward runs their checkpoints again, nobody can tell whose they are.
         if saves:
             recording.map_of(call, self._layer.name, ForwardPass(), None, None).computed()
         if not follows:
