@@ -13,7 +13,7 @@ from torch.utils._device import DeviceContext
 
 SDPA = F.scaled_dot_product_attention
 
-# PyTorch has no public door to the stack of modes of a thread; these are what `with mode:` calls, in torch 2.6 to 2.14
+# Undocumented, torch 2.6 to 2.14: the stack of modes of a thread. `with mode` puts one on top only, to be taken off in turn.
 _push: Callable[[TorchFunctionMode], None] = overrides._push_mode
 _pop: Callable[[], TorchFunctionMode] = overrides._pop_mode
 _top: Callable[[], TorchFunctionMode | None] = overrides._get_current_function_mode
@@ -48,14 +48,16 @@ def modes_resumed(modes: tuple[TorchFunctionMode, ...]) -> Iterator[None]:
 
 
 def put_below_others(mode: TorchFunctionMode) -> None:
-    """Put a mode on this thread below all others, which may go before it; but a device, which insists on that place, stays."""
+    """Put a mode on this thread below all others, which may be taken off before it; above a device alone."""
+    # Undocumented, torch 2.6 to 2.14: `with torch.device(...)` and set_default_device are a mode that puts itself lowest, and
+    # fails on leaving if it is not.
     stack = _take_all_off()
     devices = [each for each in stack if isinstance(each, DeviceContext)]
     _put_all_on([*devices, mode, *[each for each in stack if each not in devices]])
 
 
 def take_off(mode: TorchFunctionMode) -> None:
-    """Take a mode off this thread, wherever it stands among others."""
+    """Take a mode off this thread, wherever it stands among others; a device may have been put below it since."""
     _put_all_on([each for each in _take_all_off() if each is not mode])
 
 
