@@ -132,7 +132,7 @@ def test_any_part_of_any_map_is_that_part_of_the_definition_or_both_raise(case: 
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    registry._RECIPES.file(lambda self, x: qk, Given)
+    registry._RECIPES.register(lambda self, x: qk, Given)
     try:
         module = Given()
         with AttentionRecorder(module, lambda _, m: True) as rec:
