@@ -10,11 +10,10 @@ predicted class.
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+from command import plain_parser
 
 from hookattn import AttentionRecorder
 from hookattn.analysis import grad_rollout, relevance, rollout
@@ -30,7 +29,7 @@ def share_on(row: torch.Tensor, scene: demo.Scene, grid: tuple[int, int]) -> flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=500)
     scenes = [demo.draw(seed) for seed in range(parser.parse_args().scenes)]
 

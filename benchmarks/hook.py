@@ -10,46 +10,43 @@ costs more, and from what is left what a forward costs once: the hooks of the mo
 A part of a recorded call is what a forward takes less when the part is left out, a known result in its place. Parts are not
 timed alone: what is called again and again lies in the nearest cache, and costs a half or a third of what it does in its turn.
 Since they push each other out of it, parts add up to somewhat more than the whole. Operators of torch are counted, too.
+Parts are named by where they stand in hookattn; one that stands there no more is said to be gone, and the rest is measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
 import timm
 import torch
-from throughput import machine, spread, versions
+from command import RESULTS, plain_parser, write_results
+from machine import describe_machine, in_words, installed_versions
+from measure import in_turns, spread, timed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookattn import AttentionRecorder
-from hookattn.calls import call, hooks, layer
-from hookattn.conditions.changes import Samples
-from hookattn.recording.passes import ForwardPasses
-from hookattn.recording.record import Recording
 
-RESULTS = Path(__file__).parent / "results" / "hook-cpu.json"
 FORWARDS = 20  # in one measurement
 GIVEN: dict[str, Any] = {"attn_mask": None, "is_causal": False}  # what a block of timm calls its attention with, besides x
-PARTS: dict[str, list[tuple[Any, str]]] = {
-    "is it compiled or traced?": [(hooks, "is_traced")],
-    "is it a forward that is recorded, and which?": [(ForwardPasses, "is_recorded_here"), (ForwardPasses, "current")],
-    "arguments": [(call, "keep_arguments")],
-    "is the module as it was looked up?": [(layer.Layer, "refreshed")],
-    "autocast": [(call, "autocast_now")],
-    "caches and moving buffers": [(layer.Layer, "state_now"), (layer.Layer, "mutable_now")],
-    "stamps of x and of parameters": [(layer, "stamps_of_arguments"), (layer, "stamps")],
-    "some values of parameters": [(Samples, "take")],
-    "hooks of others": [(layer, "_hooks_of_others"), (hooks.Around, "is_followed")],
-    "the map and its geometry": [(Recording, "map_of")],
+CURRENT = "recording.passes:ForwardPasses.current"
+PARTS: dict[str, tuple[str, ...]] = {
+    "is it compiled or traced?": ("calls.hooks:is_traced",),
+    "is it a forward that is recorded, and which?": ("recording.passes:ForwardPasses.is_recorded_here", CURRENT),
+    "arguments": ("calls.call:keep_arguments",),
+    "is the module as it was looked up?": ("calls.layer:Layer.refreshed",),
+    "autocast": ("calls.call:autocast_now",),
+    "caches and moving buffers": ("calls.layer:Layer.state_now", "calls.layer:Layer.mutable_now"),
+    "stamps of x and of parameters": ("calls.layer:stamps_of_arguments", "calls.layer:stamps"),
+    "some values of parameters": ("conditions.changes:Samples.take",),
+    "hooks of others": ("calls.layer:_hooks_of_others", "calls.hooks:Around.is_followed"),
+    "the map and its geometry": ("recording.record:Recording.map_of",),
 }
 
 
@@ -88,10 +85,20 @@ CASES: dict[str, Callable[[Hollow], AbstractContextManager[Any]]] = {
 }
 
 
-def known(model: Hollow, owner: Any, name: str) -> Callable[..., Any]:
-    """A function that returns what another one returned last, in a forward that is recorded."""
-    if name == "current":
+def owner_of(place: str) -> tuple[Any, str]:
+    """What is patched to leave out the function at some place."""
+    module, _, name = place.partition(":")
+    *path, last = name.split(".")
+    owner = resolve_name(f"hookattn.{module}:{'.'.join(path)}")
+    getattr(owner, last)
+    return owner, last
+
+
+def known(model: Hollow, place: str) -> Callable[..., Any]:
+    """A function that returns what the one at some place returned last, in a forward that is recorded."""
+    if place == CURRENT:
         return lambda forwards, _: forwards.all[-1]  # the map must go into the one that runs
+    owner, name = owner_of(place)
     function, seen = getattr(owner, name), []
 
     def note(*args: Any, **kwargs: Any) -> Any:
@@ -104,35 +111,31 @@ def known(model: Hollow, owner: Any, name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def without(model: Hollow, part: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+def without(model: Hollow, part: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """All recorded, but for a part."""
     with ExitStack() as stack:
-        for owner, name, result in part:
-            stack.enter_context(mock.patch.object(owner, name, result))
+        for place, result in part.items():
+            stack.enter_context(mock.patch.object(*owner_of(place), result))
         stack.enter_context(AttentionRecorder(model))
         yield
 
 
-def timed(model: Hollow) -> float:
-    """Microseconds of one of several forwards."""
-    model(model.images)
-    began = time.perf_counter()
-    for _ in range(FORWARDS):
+def parts_of(model: Hollow) -> tuple[dict[str, dict[str, Callable[..., Any]]], dict[str, str]]:
+    """What stands in for the functions of each part; and for each part that is gone, why."""
+    found, gone = {}, {}
+    for title, places in PARTS.items():
+        try:
+            found[title] = {place: known(model, place) for place in places}
+        except (ImportError, AttributeError, IndexError) as error:  # moved, renamed, or not called any more
+            gone[title] = f"{type(error).__name__}: {error}"
+    return found, gone
+
+
+def time_of(model: Hollow, case: Callable[[Hollow], AbstractContextManager[Any]], _: int) -> float:
+    """Microseconds of one of several forwards, after one that warms up."""
+    with case(model):
         model(model.images)
-    return (time.perf_counter() - began) / FORWARDS * 1e6
-
-
-@torch.no_grad()
-def measured(model: Hollow, rounds: int) -> dict[str, Any]:
-    """Microseconds of forwards: by case, and with one part left out."""
-    parts = {title: [(owner, name, known(model, owner, name)) for owner, name in part] for title, part in PARTS.items()}
-    cases = CASES | {title: partial(without, part=part) for title, part in parts.items()}
-    times: dict[str, list[float]] = {title: [] for title in cases}
-    for _ in range(rounds):
-        for title, case in cases.items():
-            with case(model):
-                times[title].append(timed(model))
-    return {title: spread(each) for title, each in times.items()}
+        return timed(model, [model.images], FORWARDS) * 1e6
 
 
 def summed_up(forwards: dict[str, Any], how: str, layers: int) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def summed_up(forwards: dict[str, Any], how: str, layers: int) -> dict[str, Any]
     bare, hooked, one, every = (forwards[title][how] for title in CASES)
     call = (every - one) / (layers - 1)
     parts = {"PyTorch, for any hook": (hooked - bare) / layers}
-    parts |= {title: (every - forwards[title][how]) / layers for title in PARTS}
+    parts |= {title: (every - forwards[title][how]) / layers for title in PARTS if title in forwards}
     return {"call": call, "once_per_forward": one - bare - call, "parts": parts}
 
 
@@ -168,31 +171,43 @@ def table(results: dict[str, Any]) -> str:
     rows = [(title, each, middle["parts"][title]) for title, each in best["parts"].items()]
     return "\n".join(
         [
-            f"{results['model']}, batch {results['batch']}, {results['layers']} layers, {results['machine']['cpu']}",
-            f"a recorded call, nothing read: {best['call']:.1f} µs at best, {middle['call']:.1f} in the median",
-            f"once per forward: {best['once_per_forward']:.1f} µs at best, {middle['once_per_forward']:.1f} in the median",
-            f"operators called in a forward: {counts['no grad']}; where x is cut off from a graph: {counts['grad']}",
+            f"* {results['model']}, batch {results['batch']}, {results['layers']} layers; {in_words(results)}",
+            f"* A recorded call, nothing read: {best['call']:.1f} µs at best, {middle['call']:.1f} in the median.",
+            f"* Once per forward: {best['once_per_forward']:.1f} µs at best, {middle['once_per_forward']:.1f} in the median.",
+            f"* Operators called in a forward: {counts['no grad']}; where x is cut off from a graph: {counts['grad']}.",
             "\n| part of a recorded call | best, µs | median, µs | share |\n|---|---|---|---|",
             *(f"| {title} | {a:.1f} | {b:.1f} | {a / best['call']:.0%} |" for title, a, b in rows),
+            *(f"| {title} | gone: {why} | | |" for title, why in results.get("gone", {}).items()),
         ]
     )
 
 
+@torch.no_grad()
+def measured(model: Hollow, rounds: int) -> dict[str, Any]:
+    """What a recorded call costs, in all and by part."""
+    parts, gone = parts_of(model)
+    cases = CASES | {title: partial(without, part=part) for title, part in parts.items()}
+    runs = {title: partial(time_of, model, case) for title, case in cases.items()}
+    forwards = {title: spread(list(times.values())) for title, times in in_turns(runs, rounds).items()}
+    layers = len(model.attentions)
+    found: dict[str, Any] = {"layers": layers, "rounds": rounds, "forwards_per_measurement": FORWARDS}
+    found |= {"microseconds_of_a_forward": forwards, "gone": gone}
+    return found | {"best": summed_up(forwards, "min", layers), "median": summed_up(forwards, "median", layers)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--model", default="vit_small_patch16_224", help="a ViT of timm")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "hook-cpu.json")
     o = parser.parse_args()
     torch.set_num_threads(1)
     model = Hollow(timm.create_model(o.model), o.batch).eval()
-    results: dict[str, Any] = {"machine": machine("cpu"), "versions": versions(), "model": o.model, "batch": o.batch}
-    results |= {"layers": (layers := len(model.attentions)), "rounds": o.rounds, "forwards_per_measurement": FORWARDS}
-    results["microseconds_of_a_forward"] = forwards = measured(model, o.rounds)
-    results |= {"best": summed_up(forwards, "min", layers), "median": summed_up(forwards, "median", layers)}
+    results: dict[str, Any] = {"machine": describe_machine("cpu"), "versions": installed_versions()}
+    results |= {"model": o.model, "batch": o.batch, **measured(model, o.rounds)}
     results["operators"] = {"no grad": operators(model, grad=False), "grad": operators(model, grad=True)}
-    o.out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(results, o.out)
     print(table(results))
 
 

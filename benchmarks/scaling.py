@@ -5,10 +5,10 @@ usage: python benchmarks/scaling.py [--device cpu|cuda] [--quick] [--sweeps "tok
            [--append] [--out benchmarks/results/scaling-cpu.json]
 
 Measured is one attention module of timm (for layers, a plain ViT at 224), captured once by a recorder, with random x and random
-parameters. A reading is timed on its own, without the forward that was captured. All readings of one point run in turns, in
-another order each round, and each is divided by the forward of the same round. Before that its row of the first token is
-compared with the softmax written out in float64. Rounds end after --seconds, but not before the third; a reading that takes
-many seconds is measured in fewer.
+parameters. A reading is timed on its own, without the forward that was captured. All readings of one point run in turns
+(measure.py), and each is divided by the forward of the same round. Before that its row of the first token is compared with the
+softmax written out in float64. Rounds end after --seconds, but not before the third; a reading that takes many seconds is
+measured in fewer.
 
 Work is counted from the shapes alone, as the least that any way needs (counted.py). With two peaks that are measured in the
 same run and on the same device (`peaks`), before and after all points, the best of all, the limit is
@@ -25,19 +25,18 @@ A map that takes more than --memory (GB; a quarter of what is free) is not forme
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import timm
 import torch
+from cases import Case, Setup, attentions_of, clear, memory_of, time_of
+from command import DTYPES, begin_results, matching, measuring_parser, parsed, say, write_results
 from counted import (
     IMAGE,
     PATCH,
@@ -49,30 +48,12 @@ from counted import (
     operations_reading,
     with_limit,
 )
-from throughput import (
-    AT_LEAST,
-    DTYPES,
-    RESULTS,
-    TOLERANCE,
-    Case,
-    NotHereError,
-    Run,
-    Setup,
-    alive,
-    attentions_of,
-    begun,
-    collect,
-    globbed,
-    judged,
-    peak_of,
-    say,
-    spread,
-    timed,
-    visit,
-)
+from measure import AT_LEAST, Run, in_turns, peaks, spread
+from oracle import judge, randomise
 from torch import Tensor
 
 from hookattn import AttentionMap, AttentionRecorder
+from hookattn.analysis import entropy, received
 
 INDICES: dict[str, Any] = {"rows": (slice(None), slice(None), 0), "head": (slice(None), 0), "maps": ...}
 BEGINS: dict[str, Callable[[Tensor], Tensor]] = {  # what is read begins with this, of the first token's rows in float64
@@ -81,10 +62,6 @@ BEGINS: dict[str, Callable[[Tensor], Tensor]] = {  # what is read begins with th
     "maps": lambda rows: rows[:, :, None],
     "entropy": lambda rows: torch.special.entr(rows).sum(-1, keepdim=True),
 }
-LONG = 4  # a reading that has taken so many times --seconds gets no more rounds
-MATRICES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # whose products are the peak of operations
-TIMES = {"cpu": 1, "cuda": 10}  # calls of one such measurement
-MEMORY = 2**29  # bytes of the tensor that is copied and summed for the peak of memory
 
 
 def forward(s: Setup) -> Iterator[Run]:
@@ -106,25 +83,12 @@ def reading(of: Callable[[AttentionMap], Tensor]) -> Callable[[Setup], Iterator[
     return read
 
 
-def statistic(name: str) -> Callable[[Setup], Iterator[Run]]:
-    """One of hookattn.statistics, which are computed without forming maps."""
-
-    def read(s: Setup) -> Iterator[Run]:
-        try:
-            function = getattr(importlib.import_module("hookattn.statistics"), name)
-        except (ImportError, AttributeError) as error:
-            raise NotHereError(f"there is no hookattn.statistics.{name}") from error
-        yield from reading(function)(s)
-
-    return read
-
-
 def captured(s: Setup) -> list[AttentionMap]:
     """The maps of one forward, nothing computed yet."""
 
     def record() -> list[AttentionMap]:
         with AttentionRecorder(s.models["timm"]) as rec, torch.no_grad():
-            s.models["timm"](s.images[0])
+            s.models["timm"](s.inputs[0])
         return list(rec.maps.values())
 
     maps: list[AttentionMap] = s.once("captured", record)
@@ -149,7 +113,7 @@ class Reading:
 
 def titled(key: str, title: str, run: Callable[[Setup], Iterator[Run]] | None = None, reads: str = "") -> Case:
     run = run or reading(lambda m: m[INDICES[reads]])
-    return Case(key, title, "forward", reads, "timm", False, False, contextmanager(run))
+    return Case(key, title, contextmanager(run), base="forward", reads=reads)
 
 
 READINGS = (
@@ -173,12 +137,12 @@ READINGS = (
         lambda s: bytes_of_maps(s, s.heads),
     ),
     Reading(
-        titled("entropy", "entropy(m), without maps", statistic("entropy"), reads="entropy"),
+        titled("entropy", "entropy(m), without maps", reading(entropy), reads="entropy"),
         lambda s: operations_reading(s, s.heads, s.tokens, after=2),  # the sum of p log p
         lambda s, size: bytes_reading(s, s.heads, s.heads * s.tokens, size),
     ),
     Reading(
-        titled("received", "received(m), without maps", statistic("received")),
+        titled("received", "received(m), without maps", reading(received)),
         lambda s: operations_reading(s, s.heads, s.tokens, after=1),  # the sum of columns
         lambda s, size: bytes_reading(s, s.heads, s.heads * s.tokens, size),
     ),
@@ -215,13 +179,11 @@ def tried(s: Setup, r: Reading, sizes: Sizes, memory: int) -> dict[str, Any]:
     verdict, error = "ran", None
     try:
         if r.case.reads:
-            with r.case.open(s) as run, torch.no_grad():
+            with r.case.running(s) as run:
                 right = [BEGINS[r.case.reads](rows) for rows in first_rows(s)]
-                got = [t[tuple(map(slice, begin.shape))].clone() for t, begin in zip(run(s.images[0])[1], right)]
-            verdict, error = judged(r.case.reads, got, right, TOLERANCE[s.images[0].dtype])
-        return {"verdict": verdict, "error": error, "peak_bytes": peak_of(s, r.case)}
-    except NotHereError as reason:
-        return {"verdict": f"not here: {reason}"}
+                got = [t[tuple(map(slice, begin.shape))].clone() for t, begin in zip(run(s.inputs[0])[1], right)]
+            verdict, error = judge(r.case.reads, got, right, s.inputs[0].dtype)
+        return {"verdict": verdict, "error": error, "peak_bytes": memory_of(s, r.case)}
     except Exception as reason:  # whatever a user would see
         return {"verdict": f"raises {type(reason).__name__}: {str(reason)[:160]}"}
 
@@ -233,62 +195,32 @@ def measured(sizes: Sizes, dtype: torch.dtype, options: argparse.Namespace) -> l
     for r in READINGS:
         found = {"reading": r.case.key, "title": r.case.title, **asdict(sizes), **tried(s, r, sizes, options.memory)}
         rows[r.case.key] = {**found, "operations": r.operations(sizes), "bytes": r.moved(sizes, dtype.itemsize)}
-        collect(s)
+        clear(s)
     timing = [r.case for r in READINGS if rows[r.case.key]["verdict"] in ("ran", "right")]
-    seconds = in_turns(s, timing, options)
+    least = AT_LEAST[options.device]
+    times = {c.key: max(1, round(least / time_of(s, c))) if least else 1 for c in timing}
+    runs = {c.key: partial(time_of, s, c, times=times[c.key]) for c in timing}
+    seconds = in_turns(runs, options.rounds, seconds=options.seconds)
     for key, values in seconds.items():
-        rows[key] |= {"seconds": spread(values), "times": [float(f"{t:.6g}") for t in values]}
+        rows[key] |= {"seconds": spread(list(values.values())), "times": [float(f"{t:.6g}") for t in values.values()]}
         if "forward" in seconds:
-            rows[key]["over_forward"] = spread([t / base for t, base in zip(values, seconds["forward"])])
+            rows[key]["over_forward"] = spread(
+                [t / seconds["forward"][i] for i, t in values.items() if i in seconds["forward"]]
+            )
     return list(rows.values())
-
-
-def in_turns(s: Setup, timing: Sequence[Case], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each case, by round; each round in another order, so that none always follows the same."""
-    at_least = AT_LEAST[options.device]
-    times = {c.key: max(1, round(at_least / visit(s, c))) if at_least else 1 for c in timing}
-    seconds: dict[str, list[float]] = {c.key: [] for c in timing}
-    began, turn = time.perf_counter(), 0
-    while turn < 3 or (turn < options.rounds and time.perf_counter() - began < options.seconds):
-        for c in random.Random(turn).sample(timing, len(timing)):
-            if not turn or sum(seconds[c.key]) < LONG * options.seconds:
-                seconds[c.key].append(visit(s, c, turn, times[c.key]))
-        turn += 1
-    return seconds
 
 
 def prepared(sizes: Sizes, dtype: torch.dtype, device: str) -> Setup:
     """A module, or for layers a ViT, with random parameters, and what goes into it."""
     shape = {"embed_dim": sizes.width, "num_heads": sizes.heads}
+    torch.manual_seed(0)
     if sizes.layers:
         model = timm.create_model("vit_small_patch16_224", depth=sizes.layers, **shape)
     else:
         model = timm.layers.Attention(sizes.width, num_heads=sizes.heads, qkv_bias=True)
-    model = alive(model).to(device, dtype)
+    model = randomise(model).to(device, dtype)
     given = (3, IMAGE, IMAGE) if sizes.layers else (sizes.tokens, sizes.width)
-    return Setup("", {"timm": model}, [torch.randn(sizes.batch, *given).to(device, dtype)], False)
-
-
-def peaks(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """The best that is seen in a second each, all into memory that is there already: operations per second of square matrix
-    products x x^T, 2 n^3, in the dtype or in float32 (what has no units for a dtype is faster without it), and bytes per second
-    of a copy (read and written) or a sum (read)."""
-
-    def fastest(run: Run, x: Tensor) -> float:
-        best, began = timed(run, [x], 1), time.perf_counter()
-        while time.perf_counter() - began < 1:
-            best = min(best, timed(run, [x], TIMES[device]))
-        return best
-
-    def product(n: int, dtype: torch.dtype) -> float:
-        x, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        return 2 * n**3 / fastest(lambda x: (torch.mm(x, x.T, out=out), []), x)
-
-    x, out = (torch.ones(MEMORY // 4, device=device) for _ in range(2))
-    copied = 2 * MEMORY / fastest(lambda x: (out.copy_(x), []), x)
-    summed = MEMORY / fastest(lambda x: (x.sum(), []), x)
-    products = [product(n, kind) for n in MATRICES[device] for kind in {dtype, torch.float32}]
-    return {"operations_per_second": max(products), "bytes_per_second": max(copied, summed)}
+    return Setup({"timm": model}, [torch.randn(sizes.batch, *given).to(device, dtype)])
 
 
 def stated(points: Sequence[dict[str, Any]], memory: int) -> str:
@@ -340,39 +272,27 @@ def free(device: str) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def parsed() -> argparse.Namespace:
+def options_of_command() -> argparse.Namespace:
     """The command line, with defaults that fit the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="the first two points of each sweep, few rounds: does it run?")
+    parser = measuring_parser(__doc__)
     parser.add_argument("--sweeps", default="*", help="globs of tokens, layers, heads, batch")
-    parser.add_argument("--dtypes", default="", help="float32, bfloat16, float16")
     parser.add_argument("--width", type=int, default=384, help="of x")
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--memory", type=float, default=0.0, help="GB that the maps of one reading may take")
-    parser.add_argument("--rounds", type=int, default=0, help="at most")
     parser.add_argument("--seconds", type=float, default=3.0, help="after which a point gets no more rounds")
-    parser.add_argument("--threads", type=int, default=0, help="of torch, on the CPU")
-    parser.add_argument("--append", action="store_true", help="keep other dtypes of the file, if machine and versions agree")
-    parser.add_argument("--out", type=Path)
-    o = parser.parse_args()
-    if o.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; nothing is measured or estimated without one.")
-    o.sweeps = globbed(o.sweeps, sweeps(o.width, o.heads, o.quick))
-    o.dtypes = (o.dtypes or ("float32" if o.quick or o.device == "cpu" else "float32,bfloat16")).split(",")
-    o.rounds = o.rounds or (3 if o.quick else 30)
+    o = parsed(parser, "scaling")
+    o.sweeps = matching(o.sweeps, sweeps(o.width, o.heads, o.quick))
     o.memory = int(1e9 * o.memory) or free(o.device) // 4
-    o.out = o.out or RESULTS / f"scaling-{o.device}.json"
     return o
 
 
 def main() -> None:
-    options = parsed()
-    results = begun(options)
+    options = options_of_command()
+    results = begin_results(options)
     for dtype in options.dtypes:
         for run in run_so_far(dtype, options):
             results["runs"] = [r for r in results["runs"] if r["dtype"] != dtype] + [run]
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            write_results(results, options.out)
         say(run["stated"])
     say(f"wrote {options.out}")
 

@@ -7,13 +7,12 @@ Without a file, those of both devices are looked for; what has no results "was n
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-DEVICES = {"CUDA": RESULTS / "scaling-cuda.json", "the CPU": RESULTS / "scaling-cpu.json"}
+from command import read_results, save_figure, table_parser
+from machine import in_words
+
 INK, FAINT = "#1d1d1f", "#6e6e73"
 DRAWN = {  # reading: colour, marker, and what is written beside its line
     "forward": (INK, "o", "fused forward"),
@@ -31,10 +30,7 @@ HEAD = ["time over the forward", "ms", "peak memory, MB", "operations, 10⁹", "
 
 def tables(results: dict[str, Any], wanted: list[str]) -> str:
     """For each run what it ran on, what it found at most tokens, and a table for each sweep that is wanted."""
-    machine, versions = results["machine"], results["versions"]
-    installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "hookattn") if versions.get(name))
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads"
-    lines = [f"{where}; {installed}."]
+    lines = [in_words(results)]
     for run in results["runs"]:
         load, peaks = run["load_average"], run["peaks"]
         lines += ["", f"**{run['dtype']}, width {run['width']}, {run['heads']} heads**", "", run["stated"], ""]
@@ -118,9 +114,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.draw_without_rendering()  # places the panels
     for axes, names in ends:
         name_lines(axes, names)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    print(f"\nwrote {path}")
+    save_figure(figure, path)
 
 
 def drawn(axes: Any, points: list[dict[str, Any]], measured: Any, least: Any = None) -> list[End]:
@@ -163,17 +157,15 @@ def name_lines(axes: Any, ends: list[End]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="*")
+    parser = table_parser(__doc__)
     parser.add_argument("--sweeps", default="tokens,layers,heads,batch", help="which tables")
-    parser.add_argument("--plot", type=Path, help="where to draw the last of them; needs matplotlib")
     options = parser.parse_args()
-    wanted = {str(path): path for path in options.results} or DEVICES
-    found = {name: json.loads(path.read_text()) for name, path in wanted.items() if path.exists()}
-    for name in wanted:
-        print(f"\n{tables(found[name], options.sweeps.split(','))}" if name in found else f"\nOn {name}: not measured.")
-    if options.plot and found:
-        plot(list(found.values())[-1], options.plot)
+    found = read_results("scaling", options.results)
+    for name, results in found.items():
+        print(f"\n{tables(results, options.sweeps.split(','))}" if results else f"\nOn {name}: not measured.")
+    measured = [results for results in found.values() if results]
+    if options.plot and measured:
+        plot(measured[-1], options.plot)
 
 
 if __name__ == "__main__":

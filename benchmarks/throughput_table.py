@@ -7,23 +7,19 @@ Without a file, those of both devices are looked for; what has no results "was n
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-DEVICES = {"CUDA": RESULTS / "throughput-cuda.json", "the CPU": RESULTS / "throughput-cpu.json"}
+from command import read_results, save_figure, table_parser
+from machine import in_words
+
 OURS, THEIRS, BASE = "#0a7d5a", "#6e6e73", "#1d1d1f"
 BAR, WIDTH = 0.19, 7.2  # inches
 
 
 def tables(results: dict[str, Any]) -> str:
     """One table for each run, after what it ran on."""
-    machine, versions = results["machine"], results["versions"]
-    installed = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads"
-    lines = [f"{where}; {installed}."]
+    lines = [in_words(results)]
     for run in results["runs"]:
         lines += ["", f"**{heading(run)}**", "", noise_of(run), ""]
         lines += ["| | throughput over the base | ms | images/s | peak memory | error of maps |", "|---|---|---|---|---|---|"]
@@ -79,24 +75,26 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(WIDTH, sum(heights)), dpi=150, layout="constrained", facecolor="white")
     panels = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, run, cases in zip(panels, runs, shown):
-        for place, case in enumerate(cases):
-            spread, colour = case["throughput_over_base"], colour_of(case)
-            axes.plot(
-                [spread["q1"], spread["q3"]], [place, place], color=colour, linewidth=3, alpha=0.35, solid_capstyle="round"
-            )
-            axes.plot(spread["median"], place, "o", color=colour, markersize=4)
-        axes.set_yticks(range(len(cases)), [c["title"] for c in cases], fontsize=6)
-        axes.axvline(1.0, color=BASE, linewidth=0.6)
+        draw_cases(axes, cases)
         axes.set_xlim(0.0, widest)
-        axes.set_ylim(len(cases) - 0.4, -0.6)
-        axes.tick_params(axis="x", labelsize=6)
         axes.set_title(heading(run), fontsize=7, loc="left")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
     panels[-1].set_xlabel("throughput over the base of the same round: median and quartiles", fontsize=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    print(f"\nwrote {path}")
+    save_figure(figure, path)
+
+
+def draw_cases(axes: Any, cases: list[dict[str, Any]]) -> None:
+    """A line for each case, from one quartile to the other, and a dot at the median."""
+    for place, case in enumerate(cases):
+        spread, colour = case["throughput_over_base"], colour_of(case)
+        quartiles = [spread["q1"], spread["q3"]]
+        axes.plot(quartiles, [place, place], color=colour, linewidth=3, alpha=0.35, solid_capstyle="round")
+        axes.plot(spread["median"], place, "o", color=colour, markersize=4)
+    axes.set_yticks(range(len(cases)), [c["title"] for c in cases], fontsize=6)
+    axes.axvline(1.0, color=BASE, linewidth=0.6)
+    axes.set_ylim(len(cases) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def colour_of(case: dict[str, Any]) -> str:
@@ -104,16 +102,12 @@ def colour_of(case: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="*")
-    parser.add_argument("--plot", type=Path, help="where to draw it; needs matplotlib")
-    options = parser.parse_args()
-    wanted = {str(path): path for path in options.results} or DEVICES
-    found = {name: json.loads(path.read_text()) for name, path in wanted.items() if path.exists()}
-    for name in wanted:
-        print(f"\n{tables(found[name])}" if name in found else f"\nOn {name}: not measured.")
-    if options.plot and found:
-        plot(list(found.values()), options.plot)
+    options = table_parser(__doc__).parse_args()
+    found = read_results("throughput", options.results)
+    for name, results in found.items():
+        print(f"\n{tables(results)}" if results else f"\nOn {name}: not measured.")
+    if options.plot and any(found.values()):
+        plot([results for results in found.values() if results], options.plot)
 
 
 if __name__ == "__main__":

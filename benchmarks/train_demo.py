@@ -1,6 +1,6 @@
 """Train the demo's Vision Transformer on generated scenes and write its weights into the package.
 
-usage: python benchmarks/train_demo.py [--steps 3200] [--scenes 40000] [--out hookattn/demo/weights.safetensors]
+usage: python benchmarks/train_demo.py [--steps 3200] [--scenes 40000] [--out hookattn/cli/demo/weights.safetensors]
 
 An hour on 2 busy CPU cores. Held-out scenes (seeds below `FIRST_SEED`) are never trained on; what the weights reach on
 them is printed by `benchmarks/demo_quality.py`. A class loss on every patch, faded out over the first 70 % of the steps,
@@ -9,7 +9,6 @@ teaches the patch tokens what the class token then has to look for: without it t
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from command import plain_parser
 from safetensors.torch import save_file
 from torch import nn
 
@@ -55,7 +55,7 @@ def patch_targets(masks: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--out", type=Path, default=WEIGHTS)

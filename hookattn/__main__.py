@@ -7,6 +7,7 @@ import sys
 
 def main() -> None:
     """Run the command line, or say which packages it needs."""
+    # imported here, since the package itself needs neither typer nor rich, and this message has to reach who lacks them
     from .errors import MissingExtraError
 
     try:

@@ -22,8 +22,9 @@ import difflib
 from collections.abc import Iterable
 
 
+# Most are also the built-in error that fits (a missing key, a wrong value), for callers that know nothing of hookattn.
 class HookattnError(Exception):
-    """Base of everything raised on purpose."""
+    """Base of everything that hookattn raises on purpose."""
 
 
 class ModelError(HookattnError, TypeError):
@@ -73,12 +74,13 @@ class MissingExtraError(HookattnError, ImportError):
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A sentence that names what somebody who typed `name` may have meant."""
+    """A sentence for errors that says what somebody who typed `name` may have meant, or what there is."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
     return f"Did you mean {', '.join(map(repr, close))}?" if close else f"There is: {listed(names)}."
 
 
 def listed(names: Iterable[str]) -> str:
+    """Names for an error, separated by commas; of more than eight the first four and the last two."""
     names = list(names)
     return ", ".join(names if len(names) <= 8 else [*names[:4], "...", *names[-2:]]) or "nothing"

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
+torch.set_num_threads(1)  # there are as many workers as cores
+
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _a_seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)

@@ -90,7 +90,7 @@ def relevance(maps: LayerMaps) -> Tensor:
 
 
 def _product(maps: LayerMaps, name: str, residual: float, layer: Callable[[AttentionMap], Tensor]) -> Tensor:
-    """(batch, tokens, tokens): the product over layers, each mixed with the identity."""
+    """The product over layers, each mixed with the identity: (batch, tokens, tokens)."""
     layers = _layers(maps, name)
     if not 0 <= residual <= 1:
         raise ValueError(f"residual={residual} is no share: choose it between 0 and 1.")
@@ -98,11 +98,13 @@ def _product(maps: LayerMaps, name: str, residual: float, layer: Callable[[Atten
     def mixed(m: AttentionMap) -> Tensor:
         return (1 - residual) * layer(m) + residual * _identity(m)
 
+    # later layers from the left: row i of the product is then where token i comes from
     return reduce(lambda before, m: mixed(m) @ before, layers[1:], mixed(layers[0]))
 
 
 def _layers(maps: LayerMaps, name: str) -> list[AttentionMap]:
-    """LayerMaps of one forward that have the same tokens as queries and as keys, or a ValueError."""
+    """The maps as a list, first layer first, if all have the same tokens as queries and as keys; else a ValueError."""
+    # by axes as well as by sizes: windows are square and of one size too, and their product would mean nothing
     maps = maps.maps if isinstance(maps, AttentionRecorder) else maps
     layers = list(maps.values() if isinstance(maps, Mapping) else maps)
     pieces = next((m for m in layers if m.axes != ("batch", "head", "query", "key")), None)
@@ -121,16 +123,19 @@ def _layers(maps: LayerMaps, name: str) -> list[AttentionMap]:
 
 
 def _relevant(m: AttentionMap) -> Tensor:
-    """(batch, tokens, tokens): E_h[(dL/dA * A)^+]."""
+    """What a map moved in favour of what backward was called on: (batch, tokens, tokens), E_h[(dL/dA * A)^+]."""
+    # clamped before the mean, as in the paper: heads that speak against the class must not cancel those that speak for it
     return (m.gradient[...] * m[...]).clamp(min=0).mean(1)
 
 
 def _rows_to_one(relevant: Tensor) -> Tensor:
     """Rows divided by their sums; a row of zeros becomes that of the identity."""
     sums = relevant.sum(-1, keepdim=True)
+    # no epsilon in the divisor: a row would lose more of its sum the smaller its gradient is
     identity = torch.eye(relevant.shape[-1], dtype=relevant.dtype, device=relevant.device)
     return torch.where(sums == 0, identity, relevant / sums)
 
 
 def _identity(m: AttentionMap) -> Tensor:
+    """The residual connection of a layer: (batch, tokens, tokens), of the dtype and on the device of its map."""
     return torch.eye(m.shape[-1], dtype=m.dtype, device=m.device).expand(m.shape[0], -1, -1)

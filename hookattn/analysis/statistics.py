@@ -30,7 +30,7 @@ __all__ = ["Statistic", "Sum", "compute_statistics", "entropy", "head_mean", "me
 
 
 class Sum(NamedTuple):
-    """What a statistic is of one map: something that is added up.
+    """How a statistic of one map is added up over chunks.
 
     Attributes:
         shape: of what is added up, zero before the first chunk.
@@ -45,7 +45,7 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistic:
-    """A function of a map that is added up over chunks of its rows.
+    """A figure of a map that is added up over chunks of its rows; called with a map, it computes it.
 
     Attributes:
         of: what is added up for one map.
@@ -64,7 +64,7 @@ class Statistic:
 
 
 def compute_statistics(m: AttentionMap, *wanted: Statistic) -> tuple[Tensor, ...]:
-    """Several statistics of one map, which is computed once.
+    """Compute several statistics of one map, which is itself computed only once, chunk by chunk.
 
     Args:
         m: the map.
@@ -83,6 +83,7 @@ def compute_statistics(m: AttentionMap, *wanted: Statistic) -> tuple[Tensor, ...
     def visit(items: slice, rows: slice, chunk: Tensor) -> None:
         with without_autocast(chunk.device):
             chunk = chunk.to(exact_dtype(chunk.dtype))
+            # made of the first chunk, whose dtype and device they take, and inside a transform of torch.func its level
             totals.extend(chunk.new_zeros(each.shape) for each in sums[len(totals) :])
             for each, total in zip(sums, totals):
                 each.add(total, items, rows, chunk)
@@ -105,6 +106,7 @@ def entropy(m: AttentionMap) -> Sum:
     """
 
     def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
+        # the smallest normal number, whose logarithm times 0 is 0, also in the gradient, where log 0 would make NaN of it
         logarithms = chunk.clamp_min(torch.finfo(chunk.dtype).tiny).log_()
         total[items, :, rows] -= logarithms.mul_(chunk).sum(-1)
 
@@ -168,8 +170,10 @@ def mean_attention_distance(m: AttentionMap) -> Sum:
     def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
         numbers = torch.arange(batch)[items]
         start, end = (_of_items(centres, numbers).to(chunk) for centres in (starts[:, :, rows], ends))
+        # shares are 0 for prefix tokens and padding, 1 for patches, and between for pooled keys that reach over the border
         weight = (chunk * _share(end)[:, None, None]).sum(-1)
         counts = (weight != 0) & _share(start)[:, None].bool()
+        # `where` on both sides of the division: an x / 0 that is only left out afterwards has a gradient of NaN
         reached = (chunk * _distances(start, end)[:, None]).sum(-1) / weight.where(counts, 1.0)
         total[items] += torch.stack((reached.where(counts, 0.0).sum(-1), counts.sum(-1).to(reached)), dim=-1)
 
@@ -181,7 +185,7 @@ def mean_attention_distance(m: AttentionMap) -> Sum:
 
 
 def _centres(m: AttentionMap) -> Iterator[Tensor]:
-    """Where queries and keys lie, see `Tokens.centres`.
+    """Centres of the patches that queries, and then keys, stand for, see `Tokens.centres`.
 
     Raises:
         TokenError: it is not known, or there are no patches among them.
@@ -209,5 +213,7 @@ def _share(centres: Tensor) -> Tensor:
 def _distances(starts: Tensor, ends: Tensor) -> Tensor:
     """(items, queries, keys): distance from the middle of a query to the places of a key, their mean; 0 to where nothing is."""
     middles = starts.nanmean(-2)
+    # Not by a product of matrices, which cdist takes from 25 rows on: it loses digits for places near each other. The places of
+    # a key that is spread over several go one after the other, to hold no more than a chunk at a time.
     apart = (torch.cdist(middles, end, compute_mode="donot_use_mm_for_euclid_dist") for end in ends.unbind(-2))
     return reduce(torch.add, (distance.nan_to_num_(0.0) for distance in apart)) / ends.shape[-2]

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 
 class AwaitedError(Exception):
-    """A projection is to be formed that a module is about to make itself.
+    """Raised in a recipe where it needs a projection that the module, which is about to run, will make itself.
+
+    The recipe is run again once the layer has been called.
 
     Attributes:
-        layer: the layer that it will call.
+        layer: the layer that the module will call.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -23,25 +25,21 @@ class AwaitedError(Exception):
 
 
 class Heard:
-    """What the layers of a module have put out since it was called.
-
-    Args:
-        given: the tensors it was called with.
-    """
+    """Outputs of the layers of a module since it was called, from which projections are taken instead of computed again."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self._given = given
         self._outputs: dict[nn.Module, Tensor] = {}
 
     def note(self, layer: nn.Module, x: Any, output: Any) -> bool:
-        """Note what a layer makes of x, if that is what the module was called with."""
+        """Note what a layer has put out, if it was called with what the module was; whether it was."""
         if not self._is_given(x) or not isinstance(output, Tensor):
             return False
-        self._outputs[layer] = output.detach()
+        self._outputs[layer] = output.detach()  # a map that is kept must not keep the graph
         return True
 
     def output(self, own: Own) -> Tensor | None:
-        """What a projection is taken from; None where the module makes it of something else than what it was called with.
+        """The output that a projection is part of; None if it is not of what the module was called with, and is computed.
 
         Raises:
             AwaitedError: the layer has not been called yet.
@@ -56,6 +54,7 @@ class Heard:
         return isinstance(x, Tensor) and any(x is t or _is_same(x, t) for t in self._given)
 
 
+# Set around a recipe, which knows nothing of it: `Projected.compute` looks here when something is computed with it.
 heard_now: ContextVar[Heard | None] = ContextVar("heard", default=None)
 
 
@@ -70,7 +69,7 @@ def hearing(heard: Heard) -> Iterator[None]:
 
 
 class Own(NamedTuple):
-    """Where a module has made a projection itself.
+    """The way a module makes a projection itself, by which it can be taken from what its layer puts out.
 
     Attributes:
         layer: the layer that it calls.
@@ -85,9 +84,10 @@ class Own(NamedTuple):
 
 def _is_same(x: Tensor, other: Tensor) -> bool:
     """Whether two tensors show the same memory in the same way, as a tensor and itself detached do."""
+    # Undocumented, torch 2.6 to 2.14: `data_ptr` is 0 or raises where there is no memory, which two tensors cannot share.
     if x.shape != other.shape or x.stride() != other.stride() or x.dtype != other.dtype:
         return False
     try:
         return x.data_ptr() == other.data_ptr() != 0
-    except RuntimeError:  # a tensor without storage
+    except RuntimeError:
         return False

@@ -25,9 +25,10 @@ ALL = slice(None)
 
 
 class Projected(Tensor):
-    """(batch, heads, tokens, head_dim), a linear projection of x that is formed once something is computed with it.
+    """Queries or keys that are computed when they are needed: (batch, heads, tokens, head_dim), a linear projection of x.
 
-    To whoever computes with it, it is a tensor like any other. Its shape, dtype and device are known without forming it.
+    To whoever computes with it, such as a recipe, it is a tensor like any other. Until then it can be cut to some images, heads
+    and tokens, and its shape, dtype and device are known.
 
     Attributes:
         x: (batch, tokens, features).
@@ -53,26 +54,29 @@ class Projected(Tensor):
     ) -> Projected:
         shape = (len(x), len(weight), x.shape[1], weight.shape[1])
         device = x.device.type
+        # autocast leaves float64 alone, and asked to cast to it would raise
         cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
+        # Undocumented, torch 2.6 to 2.14: makes a tensor that has a shape and no memory.
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device)
         self._cast, self.x, self.weight, self.bias, self.own, self._computed = cast, x, weight, bias, own, None
         return self
 
     def narrowed(self, batch: Pick = ALL, heads: Pick = ALL, tokens: Pick = ALL) -> Tensor:
-        """The same for some images, heads and tokens."""
+        """This projection for some images, heads and tokens; computed only if it was before."""
         if batch is ALL and heads is ALL and tokens is ALL:
             return self
         if self._computed is not None:
             return self._computed[batch][:, heads][:, :, tokens]
         bias = None if self.bias is None else self.bias[heads]
+        # without `own`: what the module's layer puts out is all of it, and a part is cheaper computed
         return Projected(self.x[batch][:, tokens], self.weight[heads], bias)
 
     def compute(self) -> Tensor:
-        """The tensor itself; formed once.
+        """Compute the projection, once, or take it from what the module's own layer has put out.
 
         Raises:
-            AwaitedError: the module is about to form it.
+            AwaitedError: the layer is about to be called.
         """
         heard = heard_now.get()
         if self._computed is None and heard is not None and self.own is not None:
@@ -86,7 +90,7 @@ class Projected(Tensor):
         return self._computed
 
     def _modes(self) -> AbstractContextManager[None]:
-        """Autocast as it was when this was made."""
+        """Autocast as it was when this was made, for the product: it may be off by now, as for the softmax."""
         device = self.x.device.type
         if not torch.amp.is_autocast_available(device) or self._cast == torch.is_autocast_enabled(device):
             return nullcontext()
@@ -97,16 +101,20 @@ class Projected(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _ABOUT:
+            # Undocumented, torch 2.6 to 2.14 (the base class does the same): or the answer would come here again.
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args)
+        # everything else is done with the computed tensor, and gives plain tensors
         args, kwargs = pytree.tree_map_only(Projected, Projected.compute, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        # reached where something of C++ goes around `__torch_function__`; there is no memory it could read
         raise TypeError(f"{func} was called with a projection that is not formed; give it q * 1 instead of q.")
 
 
+# What can be told of a projection without computing it.
 _ABOUT = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "layout", "is_meta")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "__len__")),
@@ -114,12 +122,12 @@ _ABOUT = {
 
 
 def compute(value: T) -> T:
-    """A tensor itself, formed if it was not."""
+    """The tensor that a `Projected` stands for, computed if it was not yet; anything else as it is."""
     return value.compute() if isinstance(value, Projected) else value  # type: ignore[return-value]
 
 
 def is_bare(*tensors: Tensor | None) -> bool:
-    """Whether tensors are PyTorch's own, so that a projection of them is nothing but arithmetic."""
+    """Whether tensors are of PyTorch's own classes, so that a projection of them is nothing but arithmetic."""
     return all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
@@ -164,7 +172,7 @@ def project_heads(layer: nn.Module, x: Tensor, heads: int) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """The same by parameters that are in no layer: weight (heads * head_dim, features), bias (heads * head_dim)."""
+    """Project x by parameters that are in no layer: weight (heads * head_dim, features), bias (heads * head_dim)."""
     if not is_bare(x, weight, bias):
         return rearrange(F.linear(x, weight, bias), "b n (h d) -> b h n d", h=heads)
     by_head = None if bias is None else rearrange(bias, "(h d) -> h d", h=heads)
@@ -172,7 +180,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tens
 
 
 class _Plan(NamedTuple):
-    """How a pattern of `project` takes x and a weight apart, if what comes out is (parts, batch, heads, tokens, head_dim)."""
+    """Patterns of einops for x, weight and bias, made of one for `project`, to cut them by before they are multiplied."""
 
     x: str
     weight: str
@@ -182,6 +190,7 @@ class _Plan(NamedTuple):
 
 @lru_cache
 def _plan(pattern: str) -> _Plan | None:
+    """The plan of a pattern whose outcome is (parts, batch, heads, tokens, head_dim); None of others, which are not cut."""
     left, _, right = pattern.partition("->")
     out, packed = re.findall(_AXES, right), re.search(_PACKED, left)
     if packed is None or len(out) != 5 or (out[0], out[2], out[4]) != ("parts", "h", "d"):
@@ -196,7 +205,7 @@ def _plan(pattern: str) -> _Plan | None:
 def _lazily(
     layer: nn.Linear | nn.Conv2d, x: Tensor, pattern: str, plan: _Plan, parts: int, axes: dict[str, int]
 ) -> tuple[Tensor, ...]:
-    """The first parts, not computed yet."""
+    """The first parts of a projection as `Projected`, which are not computed yet."""
     packed = {name: size for name, size in axes.items() if name in plan.packed}
     weight = rearrange(layer.weight.flatten(1), plan.weight, **packed)
     bias = None if layer.bias is None else rearrange(layer.bias, plan.bias, **packed)
@@ -211,7 +220,8 @@ def _lazily(
 
 
 def scale_of(module: nn.Module) -> float | Tensor | None:
-    """What a module scales its scores by: `scale`, which the fused path of timm's classes does not look at."""
+    """Look up what a module of timm's scales its scores by; None for head_dim ** -0.5, as on its fused path always."""
+    # timm's fused path does not hand `scale` to the kernel, so one that was set by hand counts on the unfused path alone
     fused = getattr(module, "fused_attn", False)
     scale: float | Tensor = module.scale  # type: ignore[assignment]
     return None if fused else scale
@@ -219,6 +229,8 @@ def scale_of(module: nn.Module) -> float | Tensor | None:
 
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer computes x W^T + b and nothing else, so that rows of W may be left out."""
+    # `type(...) is`: a class that is derived may do anything in its forward. Parametrised layers are told by this too: PyTorch
+    # makes a class for each (undocumented, torch 2.6 to 2.14).
     return type(layer) is nn.Linear and _is_untouched(layer)
 
 
@@ -234,6 +246,7 @@ def _is_pointwise(layer: nn.Conv2d) -> bool:
 
 def _is_untouched(layer: nn.Module) -> bool:
     """Whether nobody but a recorder has put a hook on a layer, or replaced its forward."""
+    # Undocumented, torch 2.6 to 2.14: the dicts of hooks of a module, and those of hooks on all modules in `nn.modules.module`.
     return (
         "forward" not in vars(layer)
         and all(is_ours(hook) for hooks in (layer._forward_hooks, layer._forward_pre_hooks) for hook in hooks.values())
@@ -242,7 +255,7 @@ def _is_untouched(layer: nn.Module) -> bool:
 
 
 def _rows(weight: Tensor, pattern: str, parts: int, of: int, axes: dict[str, int]) -> Union[slice, Tensor]:
-    """Which rows of a weight make the first parts."""
+    """Rows of a weight that make the first parts of a projection: a slice where they come first, else their numbers."""
     packed = re.search(_PACKED, pattern.split("->")[0])
     names = packed.group(1).split() if packed else ["parts"]
     if names[0] == "parts":

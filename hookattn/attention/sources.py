@@ -22,7 +22,7 @@ S = TypeVar("S", bound="_Whole")
 
 
 class _Product:
-    """What is computed from two factors, (batch, heads, queries, d) and (batch, heads, keys, d)."""
+    """Base of what is computed from two factors, (batch, heads, queries, d) and (batch, heads, keys, d)."""
 
     @property
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -36,18 +36,18 @@ class _Product:
 
     @property
     def device(self) -> torch.device:
-        """What it is computed on."""
+        """The device it is computed on."""
         return self._factors[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is computed in: float64 for float64 factors, float32 for everything else."""
+        """The dtype it is computed in: float64 for float64 factors, float32 for everything else."""
         return exact_dtype(self._factors[0].dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class _Whole:
-    """What is there already for all pairs of a query and a key.
+    """Base of what is there already for all pairs of a query and a key.
 
     Attributes:
         tensor: (batch, heads, queries, keys).
@@ -63,15 +63,15 @@ class _Whole:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device it lies on."""
         return self.tensor.device
 
     def narrow(self: S, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> S:
-        """The same for some images, heads and queries."""
+        """Cut it to some images, heads and queries."""
         return replace(self, tensor=_pick(self.tensor, batch, heads, rows))
 
     def prepare(self: S) -> S:
-        """The same."""
+        """Return itself: there is nothing to be computed beforehand, see `QK.prepare`."""
         return self
 
 
@@ -109,20 +109,22 @@ class QK(_Product):
 
     @property
     def biases(self) -> tuple[Tensor, ...]:
-        """All that is added to the scores."""
+        """All that is added to the scores, none, one or several."""
         return () if self.bias is None else (self.bias,) if isinstance(self.bias, Tensor) else self.bias
 
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> QK:
-        """The same for some images, heads and queries; each axis is picked on its own."""
+        """Cut queries and keys to some images, heads and rows, each axis on its own; biases and masks are expanded to them."""
 
         def narrowed(value: Tensor, like: Pick = heads, count: int = self.shape[1]) -> Tensor:
             shape = (self.shape[0], count, self.shape[2], value.shape[-1] if value.dim() else 1)
             return _pick(value.expand(shape), batch, like, rows)
 
+        # where scores are mixed over heads, each head needs all heads of q and k
         mixed = heads if self.mix is None else ALL
         q, k = _pick(self.q, batch, mixed, rows), _pick(self.k, batch, mixed, ALL)
         mask = None if self.mask is None else narrowed(self.mask)
         if self.is_causal:
+            # row numbers, since rows that were picked no longer tell which keys came before them
             place = torch.arange(max(self.shape[2:]), device=q.device)
             causal = (place[: self.shape[3]] <= place[: self.shape[2]][rows, None]).expand(len(q), self.shape[1], -1, -1)[
                 :, heads
@@ -140,7 +142,7 @@ class QK(_Product):
         )
 
     def prepare(self) -> QK:
-        """The same with queries and keys computed, for a map that is made in several steps."""
+        """Compute queries and keys now, so that a map that is made a chunk of rows at a time projects them once."""
         return replace(self, q=compute(self.q), k=compute(self.k))
 
     def values(self) -> Tensor:
@@ -155,11 +157,13 @@ class QK(_Product):
         q, k = compute(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else compute(self.k)
         with without_autocast(q.device):
             scores = self._products(q.to(self.dtype), k)
+            # in place, since one tensor of queries x keys is what there is memory for; scores are new, so nobody else sees it
             writable = _is_ours_alone(scores, *self.biases)
             for bias in self.biases:
                 scores = scores.add_(bias.to(self.dtype)) if writable else scores + bias.to(self.dtype)
             if self.mask is not None:
                 scores = (scores.masked_fill_ if writable else scores.masked_fill)(~self.mask, float("-inf"))
+            # looked for before the softmax makes NaN of such rows, and only where something can close one
             closed = None if not self.biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
             attention = torch.softmax(scores, -1, out=scores) if writable else scores.softmax(-1)
             if closed is None:
@@ -167,7 +171,7 @@ class QK(_Product):
             return (attention.masked_fill_ if writable else attention.masked_fill)(closed, 0.0)
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
-        """Scaled, mixed q k^T: (batch, heads, queries, keys); but for a constant in each row if k is absorbed."""
+        """Scaled, mixed q k^T: (batch, heads, queries, keys), up to a constant in each row, which the softmax takes away."""
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         if isinstance(scale, Tensor):
             q, scale = q * scale, 1.0
@@ -175,6 +179,7 @@ class QK(_Product):
             absorbed = torch.einsum("b h q d, h d c -> b h q c", q * scale, k.weight.to(q.dtype))
             scores = absorbed.flatten(1, 2) @ k.x.to(q.dtype).mT
         else:
+            # scaled within the product, which saves a pass over the scores; with beta=0 what is added to is not even read
             k = k.to(q.dtype).expand(*q.shape[:2], -1, -1)
             scores = torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale)
         scores = scores.view(*q.shape[:3], k.shape[2])
@@ -183,11 +188,11 @@ class QK(_Product):
 
 @dataclass(frozen=True, eq=False)
 class Scores(_Whole):
-    """Scores a module has formed itself, right before its softmax over the last axis."""
+    """Scores that a module without a recipe has formed itself, right before its softmax over the last axis."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the map is computed in: float64 for float64 scores, float32 for everything else."""
+        """The dtype the map is computed in: float64 for float64 scores, float32 for everything else."""
         return exact_dtype(self.tensor.dtype)
 
     def values(self) -> Tensor:
@@ -198,15 +203,15 @@ class Scores(_Whole):
 
 @dataclass(frozen=True, eq=False)
 class Dense(_Whole):
-    """A map or a gradient that is there already."""
+    """A map or a gradient that was computed before and is kept."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is kept in."""
+        """The dtype it is kept in."""
         return self.tensor.dtype
 
     def values(self) -> Tensor:
-        """(batch, heads, queries, keys), as it is kept."""
+        """The map or the gradient: (batch, heads, queries, keys), as it is kept."""
         return self.tensor
 
 
@@ -227,15 +232,15 @@ class Outer(_Product):
         return self.grad, self.value
 
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Outer:
-        """The same for some images, heads and queries."""
+        """Cut both factors to some images, heads and queries."""
         return Outer(_pick(self.grad, batch, heads, rows), _pick(self.value, batch, heads, ALL))
 
     def prepare(self) -> Outer:
-        """The same."""
+        """Return itself: both factors are there, see `QK.prepare`."""
         return self
 
     def values(self) -> Tensor:
-        """(batch, heads, queries, keys), in `dtype`."""
+        """The gradient: (batch, heads, queries, keys), in `dtype`."""
         with without_autocast(self.device):
             return self.grad.to(self.dtype) @ self.value.to(self.dtype).transpose(-2, -1)
 
@@ -245,14 +250,14 @@ Source = Union[QK, Scores, Outer, Dense]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which autocast does not touch what is computed on the device."""
+    """A block in which autocast does not touch what is computed on a device, for scores and softmax in full precision."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, every other dtype becomes float32."""
+    """The dtype that maps of a model are computed in: float64 for float64, float32 for every other."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -277,6 +282,8 @@ def _is_cheaper_absorbed(q: Tensor, k: Tensor) -> bool:
 
 def _is_ours_alone(*scores: Tensor) -> bool:
     """Whether scores may be added up and written to in place: neither autograd nor `torch.func` follows what is done."""
+    # Undocumented, torch 2.6 to 2.14: the level of the innermost transform of torch.func that runs, None without one; and that
+    # of forward-mode differentiation, -1 without. Neither can follow what is written in place with `out=`.
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in scores))

@@ -26,7 +26,7 @@ _TRAINING = attrgetter("training")
 
 
 class Modes(NamedTuple):
-    """What the outcome of a call depends on besides its arguments."""
+    """Settings that a call was made under, on which its outcome depends besides its arguments."""
 
     grad: bool
     autocast: Autocast | None
@@ -35,7 +35,7 @@ class Modes(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of one attention module.
+    """One call of one attention module, as it is kept until its map is read.
 
     Attributes:
         layer: the module and where it stands.
@@ -59,10 +59,10 @@ class Call(NamedTuple):
 
     @property
     def x(self) -> Tensor:
-        """The first argument of the module's `forward`.
+        """The first argument of the module's `forward`, or the first tensor among the arguments where that is none.
 
         Raises:
-            UnreadableError: it is no tensor.
+            UnreadableError: there is no tensor among them.
         """
         first = next(iter(inspect.signature(self.layer.module.forward).parameters), "")
         x = self.args[0] if self.args else self.kwargs.get(first)
@@ -74,7 +74,7 @@ class Call(NamedTuple):
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
-        """The modes of the call, for as long as the block lasts.
+        """Set everything as it was in the call, to read its map, and set it back when the block ends.
 
         Raises:
             StaleMapError: an argument or a parameter has changed since the call.
@@ -85,49 +85,54 @@ class Call(NamedTuple):
 
     @contextmanager
     def in_its_modes(self) -> Iterator[None]:
-        """The modes of the call and what its module held, whatever has become of its arguments."""
+        """As `resumed`, without a look at what has changed since: for a call that is about to run or has just run."""
         with ExitStack() as stack:
-            stack.callback(reading.reset, reading.set(True))
+            stack.callback(reading.reset, reading.set(True))  # first on, last off: hooks of ours see no forward in between
             stack.enter_context(torch.set_grad_enabled(self.modes.grad))
             if self.modes.autocast is not None:
                 device, enabled, dtype, cached = self.modes.autocast
-                cached = cached and self.modes.grad  # a parameter that is cast without grad must not be met by a forward with
+                # Autocast keeps the parameters it has cast for whoever comes next, in or out of this block: one that was cast
+                # without grad has no graph, and the forward that is going on outside would train nothing through it.
+                cached = cached and self.modes.grad
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
             stack.enter_context(training_flags(self.layer.inner, self.modes.training))
             stack.enter_context(in_place(self.layer.slots))
+            # copies of copies: what runs may fill a cache, and a map may be read more than once
             stack.enter_context(in_place([(holder, key, copied(value)) for holder, key, value in self.held]))
             yield
 
     def restore_random_streams(self) -> None:
-        """Set the random streams to where they were when the call began, if it was in train mode."""
+        """Set the random streams to where they were when the call began, if it was in train mode; dropout is then the same."""
         if self.modes.random is not None:
             self.modes.random.restore()
 
     def check_fresh(self) -> None:
-        """Raise StaleMapError if the map of this call can no longer be computed, UnreadableError if not here."""
-        self.check_at_hand()
+        """Raise StaleMapError if what the map would be computed from has changed, UnreadableError if it is not to be had."""
+        self.check_at_hand()  # before stamps, which look at values: those of a freed parameter must not be looked at
         now = stamps_of(self.layer, self.tensors, self.state, self.held)
         if now != self.stamps:
             names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
             names += [*(repr(name) for name, _ in self.state), "a cache inside the module", "values of parameters"]
             names += ["hooks inside the module"]
             changed = [name for name, a, b in zip(names, self.stamps, now) if a != b]
+            # that values differ is told only where nothing else is: whoever stepped or wrote has changed them as well
             changed = [name for name in changed if name != "values of parameters"] or changed
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
         if structure_of(self.layer.inner) != self.layer.structure:
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
     def restamped(self) -> Call:
-        """The same right after its forward or during its backward: but for its arguments, it is not compared with before.
+        """The call with parameters and structure as they are now, for reading it right after its forward or in backward.
 
-        By then FSDP has written the parameters anew, and the forward may have counted its calls; the user has had no say.
+        By then FSDP has written the parameters anew, and the forward may have counted its calls, neither of which makes the
+        map another one; the user has had no say in between. Arguments are still compared with what they were.
         """
         read, first = stamps([tensor for _, tensor in self.state], self.layer.steps), len(self.tensors)
         fresh = (*self.stamps[:first], *read, *self.stamps[first + len(read) :])
         return self._replace(stamps=fresh, layer=self.layer._replace(structure=structure_of(self.layer.inner)))
 
     def check_at_hand(self) -> None:
-        """Raise StaleMapError or UnreadableError if the values of what the call reads are elsewhere; nothing looks at them."""
+        """Raise StaleMapError or UnreadableError if values that the call reads are gone or elsewhere; looks at none of them."""
         read = (*self.tensors, *(tensor for _, tensor in self.state), *tensors_in(self.held))
         who = f"{self.layer.name!r} ({type(self.layer.module).__name__})"
         if any(map(is_left_behind, read)):
@@ -135,6 +140,7 @@ class Call(NamedTuple):
                 f"{who} ran under torch.vmap, and what it was called with is gone with it. Open the recorder inside "
                 "what is mapped, and return from there what is read: m[...]."
             )
+        # [1:], since the attention module itself may gather: we read from inside its call, or find its parameters freed
         if is_spread(self.layer.inner[1:], read):
             raise UnreadableError(
                 f"what {who} reads is spread over several processes while it runs, and reading would wait for the others. Give "
@@ -151,7 +157,8 @@ class Call(NamedTuple):
 
 
 def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
-    """Keep a call: the arguments themselves (no copy), and what it takes to resume it later."""
+    """Keep a call that is about to be made: its arguments, without a copy, and what it takes to resume it later."""
+    # The path of every recorded call: no operator of torch is called and no tensor made, but to detach or in train mode.
     (args, kwargs), tensors = keep_arguments(args, kwargs, detach=detach)
     layer = layer.refreshed()
     state, held = layer.state_now(), layer.mutable_now()
@@ -159,6 +166,7 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     stamped = stamps_of(layer, tensors, state, held)
     autocast = random = None
     if tensors:
+        # `is_cpu`, since `device.type` makes an object and a string each time
         autocast = autocast_now("cpu" if (x := tensors[0]).is_cpu else x.device.type)
         random = random_streams(x.device) if True in training else None
     modes = Modes(torch.is_grad_enabled() and not detach, autocast, training, random)
@@ -166,5 +174,6 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
 
 
 def recaptured(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
-    """A call with the arguments that hooks which came after ours have made of it."""
+    """A call kept anew with the arguments that hooks after ours have made of them, in the modes that it began in."""
+    # by now the module has run: random streams have moved on, and are to be those from before
     return capture(call.layer, args, kwargs, detach=detach)._replace(modes=call.modes)

@@ -15,6 +15,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# Undocumented, torch 2.6 to 2.14: between a hook and the code that called the module lie frames of these two files alone.
 _PASSED_THROUGH = {nn_module.__file__, container.__file__}
 Origin = tuple[str, Union[str, None]]
 """Name of the module that made a tensor, and of the one that made what it was given."""
@@ -22,7 +23,7 @@ Origin = tuple[str, Union[str, None]]
 
 @dataclass(frozen=True)
 class CallSite:
-    """The place in the code that called an attention module.
+    """The place in the code that called an attention module, and which module made what it was called with.
 
     Attributes:
         file, line: where.
@@ -42,7 +43,8 @@ class CallSite:
 
 
 def call_site(x: Tensor, origins: Origins) -> CallSite:
-    """Walk the stack up from a hook to the first caller that is not PyTorch's module machinery."""
+    """Find who calls the module whose hook we are in: the first frame above the hook that is not PyTorch's own."""
+    # not inspect.stack(), which reads the source of every frame
     frame: FrameType | None = sys._getframe(1)
     inside = False
     while frame is not None:
@@ -54,7 +56,7 @@ def call_site(x: Tensor, origins: Origins) -> CallSite:
     assert frame is not None  # a hook is always called by a module, and a module by somebody
     code = frame.f_code
     line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-    function = getattr(code, "co_qualname", code.co_name)
+    function = getattr(code, "co_qualname", code.co_name)  # from Python 3.11 on
     return CallSite(code.co_filename, frame.f_lineno, function, line, origins.describe(x))
 
 
@@ -63,10 +65,11 @@ class Origins:
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules() if name}
+        # Undocumented, torch 2.6 to 2.14. A WeakKeyDictionary would compare tensors by `==`, which compares their values.
         self._made_by: MutableMapping[Tensor, Origin] = WeakTensorKeyDictionary()
 
     def note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook: the innermost module that made a tensor keeps it; one that hands its input on makes nothing."""
+        """Note which module put out a tensor: the innermost one, whose hook is called first, and none that hands it on."""
         given = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
         for tensor in pytree.tree_leaves(output):
             if isinstance(tensor, Tensor) and not any(tensor is t for t in given):
@@ -75,7 +78,7 @@ class Origins:
                 self._made_by.setdefault(tensor, (name, before and before[0]))
 
     def describe(self, x: Tensor) -> str:
-        """What made a tensor, in words."""
+        """Say in words which module made a tensor, for `CallSite.x`."""
         origin = self._made_by.get(x)
         if origin is None:
             return "made between modules, in the code of the one that calls"

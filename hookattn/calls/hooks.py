@@ -19,15 +19,7 @@ Kwargs = dict[str, Any]
 
 
 class Hook:
-    """A hook on a module that is not there for a compiler, an export or a trace.
-
-    Copied or pickled with its module it becomes a function of the standard library that does nothing.
-
-    Args:
-        run: what PyTorch is to call.
-        takes: with how many arguments. It gives a hook fewer, without the keyword arguments, while another thread or another
-            hook puts it on or takes it off.
-    """
+    """A hook that recorders put on modules: calls `run`, but not while the module is compiled, exported or traced."""
 
     __slots__ = ("__weakref__", "run", "takes")
 
@@ -35,41 +27,42 @@ class Hook:
         self.run, self.takes = run, takes
 
     def __call__(self, *given: Any) -> Any:
+        # Undocumented, torch 2.6 to 2.14: which hooks take keyword arguments stands in a dict beside that of the hooks, and the
+        # two are filled and emptied one after the other. Called in between, while another thread or a hook puts ours on or
+        # takes it off, it is given fewer arguments.
         return None if is_traced() or len(given) != self.takes else self.run(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # takes whatever it is given and returns None
+        # PyTorch copies and pickles hooks with their module. A model that is copied or saved inside the block is to hold
+        # nothing of the recorder and to load without hookattn: this takes whatever it is given and returns None.
+        return getattr, (nullcontext(), "__exit__")
 
 
 def is_ours(hook: Any) -> bool:
-    """Whether a hook is a recorder's."""
+    """Whether a hook was put on by a recorder, this one or another."""
     return isinstance(hook, Hook)
 
 
 class Around:
-    """A pair of hooks on one module, and what the first hands to the second for the time of a call.
+    """A pair of hooks on one module, one before and one after its forward, with a state that the first hands to the second.
 
-    What makes such a pair hard is handled here, once. Neither hook does anything in a copy of the module that shares its hooks,
-    nor when the module runs again to be read. What is handed over stays in its thread, and belongs to the innermost call where
-    a module calls itself. A call that was interrupted never ends: what it left is dropped when the next one begins. And the
-    second hook gets the arguments that the module really received, with whether hooks that came after ours have changed them.
-
-    Args:
-        module: what the hooks are put on.
+    What makes such a pair hard is handled here, once: copies of the module that share its hooks, readings that run it again,
+    threads, modules that call themselves, calls that never end, and hooks of others that change the arguments after ours.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._hooks = ExitStack()
         self._begins, self._ends = -1, False
+        # by thread, calls that run, the innermost last, each with its arguments by identity
         self._running: dict[int, list[tuple[Any, list[Any]]]] = {}
 
     def begin(self, args: Args, kwargs: Kwargs) -> Any:
-        """A call begins. What is returned is kept until it ends; None for a call that is to end unnoticed."""
+        """Called before the forward. What is returned is handed to `end`; None for a call that is to end unnoticed."""
         raise NotImplementedError
 
     def end(self, state: Any, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> Any:
-        """A call has ended. What is returned takes the place of the output, unless it is None.
+        """Called when the forward has returned or raised. What is returned takes the place of the output, unless it is None.
 
         Args:
             state: what `begin` returned.
@@ -80,7 +73,7 @@ class Around:
         raise NotImplementedError
 
     def hook(self, *, outermost: bool = False, ends: bool = True) -> None:
-        """Put the hooks on, or on again.
+        """Put the hooks on; again, to come last among hooks that others have put on since.
 
         Args:
             outermost: whether they come before and after all that are on already, and not between them and the module.
@@ -88,21 +81,23 @@ class Around:
         """
         self._hooks.close()
         handle = self.module.register_forward_pre_hook(Hook(self._begin), prepend=outermost, with_kwargs=True)
+        # Undocumented, torch 2.6 to 2.14: the handle's `id` is the hook's key in `_forward_pre_hooks`, see `is_followed`.
         self._begins, self._ends = handle.id, False
         self._hooks.enter_context(handle)
         if ends:
             self._hook_end(prepend=not outermost)
 
     def close(self) -> None:
-        """Take the hooks off, and drop what calls that never ended have left."""
+        """Take the hooks off, and drop what calls that were interrupted have left."""
         self._hooks.close()
         self._ends = False
         self._running.clear()
 
     def is_followed(self) -> bool:
         """Whether somebody put a forward-pre-hook on after ours, which may change the arguments once we have seen them."""
+        # Undocumented, torch 2.6 to 2.14: an ordered dict by key of the hook, in the order in which hooks are called.
         hooks = self.module._forward_pre_hooks
-        for key in reversed(list(hooks)):
+        for key in reversed(list(hooks)):  # a copy: another thread may put hooks on meanwhile
             if key == self._begins:
                 return False
             if not is_ours(hooks.get(key)):
@@ -110,27 +105,34 @@ class Around:
         return False
 
     def _hook_end(self, *, prepend: bool) -> None:
+        # Undocumented, torch 2.6 to 2.14: "always" is where an `Exception` ends the forward. Where a KeyboardInterrupt does, no
+        # hook is called, and the next `_begin` has to clear up.
         end = Hook(self._end, takes=4)
         self._hooks.enter_context(self.module.register_forward_hook(end, prepend=prepend, with_kwargs=True, always_call=True))
         self._ends = True
 
     def _begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        # Copies by copy.copy, and the replicas of DataParallel, share the module's dicts of hooks: ours are called with them.
         if module is not self.module or reading.get():
             return
         state = self.begin(args, kwargs)
         if state is None and not self._ends:
             return
+        # Undocumented, torch 2.6 to 2.14: which forward hooks to call is looked up after the forward, so one that is put on
+        # now is called at the end of this very call.
         if not self._ends:
             self._hook_end(prepend=True)
         calls = self._running.setdefault(get_ident(), [])
-        if calls:  # of a call around this one, or of one that was interrupted
+        if calls:  # of calls around this one, or of some that were interrupted, which only the stack can tell apart
             del calls[_depth(module) - 1 :]
         calls.append((state, [*args, *kwargs.values()]))
 
     def _end(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if module is not self.module or reading.get() or not (calls := self._running.get(get_ident())):
             return None
-        if output is None and len(calls) < _depth(module):  # a hook before ours raised, and this call never began
+        # Undocumented, torch 2.6 to 2.14: `always_call` includes calls in which a pre-hook of somebody else raised before ours
+        # came. They never began here, and the last state is that of a call around them.
+        if output is None and len(calls) < _depth(module):
             return None
         state, given = calls.pop()
         if state is None:
@@ -141,11 +143,11 @@ class Around:
 
 
 def _depth(module: nn.Module) -> int:
-    """How many calls of a module run in this thread, one inside the other."""
+    """Count the calls of a module that run in this thread, one inside the other, by the frames on the stack."""
     frame: FrameType | None = sys._getframe(1)
     depth = 0
     while frame is not None:
-        # not documented: PyTorch calls hooks, and the forward, inside of this method, in all versions so far
+        # Undocumented, torch 2.6 to 2.14: PyTorch calls hooks, and the forward, inside of this method.
         depth += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
         frame = frame.f_back
     return max(1, depth)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2.14: what batch and instance norms derive from
 
 from ..conditions.changes import SAMPLES, Samples, Steps, counted_steps, stamps, stamps_of_arguments
 from .arguments import tensors_in
@@ -16,7 +16,11 @@ from .staleness import is_number, structure_of
 
 
 class Layer(NamedTuple):
-    """An attention module chosen for recording, and what has to be looked at each time it is called.
+    """An attention module that is recorded, and what has to be looked at each time it is called.
+
+    Looked up once, since to walk a module costs many times what a recorded call does. The dicts it refers to (`_parameters`,
+    `_buffers`, `_modules`, `_forward_hooks`, `_forward_pre_hooks` of each module, undocumented, torch 2.6 to 2.14) are those of
+    the modules themselves, and so show what has become of them.
 
     Attributes:
         name: its name in the model.
@@ -59,7 +63,9 @@ class Layer(NamedTuple):
     steps: Steps
 
     def state_now(self) -> tuple[tuple[str, Tensor], ...]:
-        """What a call reads of the state, the statistics and the moving buffers, where no copies of them are held."""
+        """Parameters and buffers that a call made now reads as they are, by name; to be compared when its map is read."""
+        # A norm in train mode moves its statistics, and reads those of its batch: they must not make its map stale. Buffers
+        # that a forward in train mode may move are held as copies, see `mutable_now`.
         if not self.statistics and not self.moving:
             return self.state
         still = [(name, tensor) for name, tensor, norm in self.statistics if not norm.training]
@@ -67,7 +73,9 @@ class Layer(NamedTuple):
         return (*self.state, *still)
 
     def mutable_now(self) -> tuple[tuple[dict[str, Any], str, Any], ...]:
-        """What a call may change as it runs: caches and moving buffers as they are before, each with where it hangs."""
+        """Caches and moving buffers as they are before a call, which may change them: a dict, the key, a copy of the value."""
+        # Copies of dicts and lists are shallow: a forward puts tensors in and takes some out, and a tensor that is written
+        # into is told by its version.
         held: list[tuple[dict[str, Any], str, Any]] = []
         for empty in self.caches:
             holder, name, _ = empty
@@ -76,10 +84,11 @@ class Layer(NamedTuple):
         return (*held, *[(holder, name, buffer.clone()) for holder, name, buffer in moved if buffer is not None])
 
     def refreshed(self) -> Layer:
-        """The same, looked up again if the module is another one than it was: tensors swapped, layers wrapped, numbers set."""
+        """This layer, or one looked up anew if somebody has swapped tensors, wrapped layers or set numbers of the module."""
         return self if self._is_as_it_was() else look_up(*self[:4])
 
     def _is_as_it_was(self) -> bool:
+        # by the dicts that things hang in: `getattr` of a parameter goes through Module.__getattr__, in Python
         for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
             if "forward" in attributes:
                 return False
@@ -93,7 +102,7 @@ class Layer(NamedTuple):
 
 
 def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block: nn.Module | None = None) -> Layer:
-    """Look up once what every call of the module will need."""
+    """Look up what every call of a module will need, when it is hooked and whenever it has become another one."""
     inner = tuple(module.modules())
     norms = [(f"{prefix}.", m) if prefix else ("", m) for prefix, m in module.named_modules() if isinstance(m, _NormBase)]
     statistics = tuple((prefix + name, b, norm) for prefix, norm in norms for name, b in norm.named_buffers(recurse=False))
@@ -108,8 +117,10 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
     parts += [(vars(m), name, value) for m in inner for name, value in vars(m).items() if is_number(name, value)]
     parts += [(m._modules, name, child) for m in inner for name, child in m._modules.items()]
     parts += [(vars(m), "forward", vars(m)["forward"]) for m in inner if "forward" in vars(m)]
+    # "forward" of an instance: accelerate, for one, patches it there, and the recipe of the class no longer holds
     bare = tuple(vars(m) for m in inner if "forward" not in vars(m))
     caches = tuple((vars(m), name, None) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
+    # [1:], since hooks on the module itself run outside of what is read
     hooks = tuple(hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks))
     return Layer(
         name=name,
@@ -132,6 +143,8 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
 
 
 def _moving_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    # What moves cannot be told from outside. Large buffers (tables of positions, masks) are taken for constants, whose version
+    # tells if they are none; copies of them at every call in train mode would be too dear.
     for prefix, m in module.named_modules():
         if not isinstance(m, _NormBase):
             for name, buffer in m.named_buffers(recurse=False):
@@ -142,7 +155,10 @@ def _moving_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def stamps_of(
     layer: Layer, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...], held: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """One stamp for each argument and each tensor of the state, one for caches, one for some values, one for hooks."""
+    """Stamps of a call: one for each argument and each tensor of the state, then of caches, of some values and of hooks.
+
+    `Call.check_fresh` names what has changed by their order.
+    """
     hooks, steps = _hooks_of_others(layer), layer.steps
     filled = [value for _, _, value in held if value is not None]
     cached = list(tensors_in(filled)) if filled else filled
@@ -151,7 +167,7 @@ def stamps_of(
 
 
 def _hooks_of_others(layer: Layer) -> list[int]:
-    """Hooks below the module, which change what is read; those of a recorder do not."""
+    """Ids of the hooks below a module that others have put on, which may change what is read; a recorder's do not."""
     if not any(layer.hooks):
         return []
     return [id(hook) for hooks in layer.hooks if hooks for hook in list(hooks.values()) if not is_ours(hook)]

@@ -7,11 +7,15 @@ from typing import Any
 from torch import nn
 
 _PLAIN = (int, float, bool, str)
+# What may be set between a call and its reading without the map being another one: training flags, which are set back when it
+# is read; the choice of a kernel; and marks of PyTorch's own. Undocumented: `_is_full_backward_hook` is set by backward hooks
+# (torch 2.6 to 2.14); `_is_torch_compile` by torch.compile on its wrapper, which hands it on to the module (2.14, not in 2.6).
 _HARMLESS = ("training", "fused_attn", "call_super_init", "_is_full_backward_hook", "_is_torch_compile")
 
 
 def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
-    """What changes when a part of a module is replaced or wrapped, or an attribute is set to another number."""
+    """A list that differs later if a part of a module was replaced or wrapped, or an attribute set to another number."""
+    # ids, not the things themselves: a kept call must not keep alive what was taken out of the model
     found: list[Any] = []
     for module in modules:
         attributes = vars(module)
@@ -23,4 +27,6 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
 
 
 def is_number(name: str, value: Any) -> bool:
+    """Whether an attribute is a plain number or word, such as a scale or a window size, that a forward may depend on."""
+    # `type(...) in`, not isinstance: what a subclass of float or str makes of `==` is not known
     return type(value) in _PLAIN and name not in _HARMLESS

@@ -37,6 +37,7 @@ DEFAULT_MODEL = "vit_small_patch14_reg4_dinov2.lvd142m"
 app = typer.Typer(
     help="Read the attention of Vision Transformers.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
+# Into a file or a pipe tables get a fixed width: rich would take 80 columns, and break names of layers.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
@@ -46,7 +47,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which scene is drawn; any number.", min=0)] = 7,
 ) -> None:
     """Record a small trained ViT on a scene drawn for the occasion. Needs no network."""
-    from . import demo as small
+    from . import demo as small  # here, since the other commands need not wait for it
 
     with _answered():
         model, scene = small.load(), small.draw(seed)
@@ -97,7 +98,7 @@ def record(
             moved = rec.verify()
         console.print(f"{photo.name} at {x.shape[-2]} x {x.shape[-1]}: {len(rec.maps)} maps of {model}, {_shapes(rec)}")
         console.print(f"put back into their modules, they move the output by {moved:.1e} at most")
-        from ..figures.plot import shown_image
+        from ..figures.plot import shown_image  # matplotlib is an extra of its own, and takes long to import
 
         with console.status("drawing"):
             _save(shown_image(x[0], config["mean"], config["std"]), rec, asked, out, f"{photo.name}, {model}")
@@ -146,7 +147,7 @@ def _print_inspection(model: str, batch: int, inspection: Inspection) -> None:
 
 
 def _inspect(name: str, batch: int, img_size: int | None) -> Inspection:
-    """Run a model on the meta device, where nothing is computed; on the CPU where that fails."""
+    """Inspect a model on the meta device, where nothing is computed; on the CPU where that fails."""
     failed: Exception | None = None
     for device in ("meta", "cpu"):
         try:
@@ -156,7 +157,7 @@ def _inspect(name: str, batch: int, img_size: int | None) -> Inspection:
                 return inspect(model, torch.zeros(batch, *size))
         except HookattnError:
             raise
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError) as error:  # it looks at values, or an operator has no kernel for meta
             failed = error
     raise HookattnError(f"{name} does not run: {failed}")
 
@@ -167,6 +168,7 @@ def _sized(img_size: int | None) -> dict[str, int]:
 
 def _load(name: str, checkpoint: Path | None, img_size: int | None) -> nn.Module:
     if checkpoint is not None:
+        # pretrained, with the file in place of the hub's: timm then converts names and sizes as it does for those
         return _create(name, img_size, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(checkpoint)})
     if not _hub_answers():
         hub.HF_HUB_OFFLINE = True  # weights that were fetched before still load, and nobody waits for the others
@@ -182,7 +184,7 @@ def _load(name: str, checkpoint: Path | None, img_size: int | None) -> nn.Module
 
 
 def _hub_answers() -> bool:
-    """Whether the hub's name resolves; behind a proxy it need not."""
+    """Whether the hub's name resolves, asked first, since its client waits and tries again; behind a proxy it need not."""
     if any(name.lower().endswith("_proxy") for name in os.environ):
         return True
     try:
@@ -232,6 +234,7 @@ def _layers(text: str | None) -> list[str | int] | None:
 def _save(image: np.typing.ArrayLike, rec: AttentionRecorder, query: Query | None, out: Path, title: str) -> None:
     from ..figures.plot import overview
 
+    # with no map to draw, the last one is tried all the same: its error says why
     drawn = [m for m in rec.maps.values() if _has_a_grid(m)] or rec.maps[-1:]
     left_out = [m.name for m in rec.maps.values() if m not in drawn]
     if left_out:
@@ -249,6 +252,7 @@ def _save(image: np.typing.ArrayLike, rec: AttentionRecorder, query: Query | Non
 
 
 def _has(m: AttentionMap, query: Query) -> bool:
+    """Whether a query is among those of a map."""
     try:
         m.query_tokens.select(query)
     except TokenError:
@@ -257,6 +261,7 @@ def _has(m: AttentionMap, query: Query) -> bool:
 
 
 def _has_a_grid(m: AttentionMap) -> bool:
+    """Whether it is known where the keys of a map lie on the image."""
     try:
         return bool(m.tokens)
     except TokenError:
@@ -296,6 +301,6 @@ def _answered() -> Iterator[None]:
     """Turn an error that was raised on purpose into a message and an exit status."""
     try:
         yield
-    except HookattnError as error:
+    except HookattnError as error:  # any other is a fault of ours, and keeps its traceback
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"hookattn: {error}", markup=False)
         raise typer.Exit(1) from None

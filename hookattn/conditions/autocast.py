@@ -9,7 +9,7 @@ import torch
 
 
 class Autocast(NamedTuple):
-    """Autocast of one kind of device."""
+    """Settings of autocast for one kind of device, which a call keeps so as to be read under the same."""
 
     device: str
     enabled: bool
@@ -18,8 +18,10 @@ class Autocast(NamedTuple):
 
 
 def autocast_now(device: str) -> Autocast | None:
-    """Autocast as it is now; None where a kind of device has none."""
+    """Read what autocast is set to now, for a call that is recorded; None for a kind of device that has none (meta)."""
     off = _off(device)
+    # Undocumented, torch 2.6 to 2.14: one call of C++ that says whether autocast is on for any device. It is asked at every
+    # recorded call, where the three documented questions about one device would cost more.
     if off is None or not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
         return off
     return Autocast(device, True, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled())
@@ -27,5 +29,5 @@ def autocast_now(device: str) -> Autocast | None:
 
 @lru_cache
 def _off(device: str) -> Autocast | None:
-    """Autocast that is off: the dtype is that of no operation then."""
+    """Settings of autocast that is off: made once for a kind of device, since nothing is cast to their dtype."""
     return Autocast(device, False, torch.get_autocast_dtype(device), False) if torch.amp.is_autocast_available(device) else None

@@ -13,13 +13,14 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 SAMPLES = 4096
 _FEW = 16
 _AT_HAND = ("cpu",)  # where values are read without waiting for anything
+# Integers of the same width: compared bit by bit a NaN equals itself. Other dtypes (8 bits, complex) are not sampled.
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 class Steps:
     """How often optimizers have stepped on each tensor, counted for as long as somebody holds this object.
 
-    A fused optimizer writes into parameters without counting a version.
+    Needed beside versions, since fused optimizers and compiled steps write into parameters without counting one.
 
     Attributes:
         taken: steps by the address of a parameter. An address that is used again for another tensor starts with the count
@@ -28,23 +29,25 @@ class Steps:
 
     def __init__(self) -> None:
         self.taken: dict[int, int] = {}
-        taken = self.taken
+        taken = self.taken  # the hook, which lives as long as the process unless it is removed, must not hold `self`
 
         def count(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
+                        # by address: a parameter that is an argument is kept detached, as another object
                         at = _address(parameter) or id(parameter)
                         taken[at] = taken.get(at, 0) + 1
 
         weakref.finalize(self, register_optimizer_step_post_hook(count).remove)
 
 
+# One count for all recorders: each would register a hook that runs in every step of every optimizer of the process.
 _current: weakref.ref[Steps] | None = None
 
 
 def counted_steps() -> Steps:
-    """The count that is kept now; it begins with the first who asks and ends with the last who holds it."""
+    """The count of optimizer steps that all layers share; it begins with the first who asks and ends with its last holder."""
     global _current
     found = None if _current is None else _current()
     if found is None:
@@ -54,7 +57,7 @@ def counted_steps() -> Steps:
 
 
 def stamps(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[int, int, int]]:
-    """What changes when a tensor is written to, moved or stepped on."""
+    """(version, address, optimizer steps) of each tensor: differs later if it was written to, moved or stepped on."""
     try:
         return _quick_stamps(tensors, steps.taken)
     except RuntimeError:
@@ -62,7 +65,7 @@ def stamps(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[int, int, int]
 
 
 def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[Any, ...]]:
-    """The same of arguments; inference tensors count no versions, so up to 4096 of their values are kept and compared."""
+    """Stamps of what a module was called with: as `stamps`, and up to 4096 values of tensors that count no versions."""
     try:
         return [*_quick_stamps(tensors, steps.taken)]
     except RuntimeError:
@@ -70,13 +73,22 @@ def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[A
 
 
 def _quick_stamps(tensors: Sequence[Tensor], taken: dict[int, int]) -> list[tuple[int, int, int]]:
-    """An inference tensor raises, since it counts no versions, and a fake or wrapped one, since it has no address."""
+    """Stamps without a look at what kind of tensors they are of, for the path of every call.
+
+    Raises:
+        RuntimeError: a tensor counts no versions (made in inference mode) or has no address (batched, functional, sparse).
+    """
+    # Undocumented, torch 2.6 to 2.14: `_version`, the counter by which autograd finds saved tensors that were written to. All
+    # views of a tensor share it; a write through `.data`, by a fused optimizer or by a CUDA graph does not count.
+    # Undocumented, torch 2.6 to 2.14: `data_ptr` raises a RuntimeError where there is no storage. In 2.14 fake and meta tensors
+    # and wrappers give 0 instead, so steps on them are told by id.
     if not taken:
         return [(t._version, t.data_ptr(), 0) for t in tensors]
     return [(t._version, (at := t.data_ptr()), taken.get(at or id(t), 0)) for t in tensors]
 
 
 def _many_values(tensor: Tensor) -> Values | None:
+    # only of inference tensors, which nothing else tells apart; a copy of values costs an operator, which others are spared
     if not tensor.is_inference() or tensor.device.type == "meta" or tensor.is_nested:
         return None
     values = tensor.reshape(-1)
@@ -84,7 +96,7 @@ def _many_values(tensor: Tensor) -> Values | None:
 
 
 def _stamp(tensor: Tensor, steps: Steps) -> tuple[int, int, int]:
-    """The stamp of one tensor of any kind; an inference tensor tells of moves alone."""
+    """(version, address, optimizer steps) of one tensor of any kind; an inference tensor, without versions, has -1."""
     at = _address(tensor)
     return -1 if tensor.is_inference() else tensor._version, at, steps.taken.get(at or id(tensor), 0)
 
@@ -92,12 +104,15 @@ def _stamp(tensor: Tensor, steps: Steps) -> tuple[int, int, int]:
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # a tensor without storage: fake, functional or a wrapper
+    except RuntimeError:  # a tensor without storage: batched, functional or sparse
         return 0
 
 
 class Values:
-    """Values of tensors that compare equal when all are, NaN with NaN."""
+    """Values of tensors to be compared later with others; equal when all are, NaN with NaN.
+
+    Nobody waits for a device when they are taken, only when they are compared.
+    """
 
     def __init__(self, *values: Tensor) -> None:
         self.values = values
@@ -107,22 +122,23 @@ class Values:
             torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(self.values, other.values)
         )
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # which Python takes from a class that defines `__eq__`
 
 
 class Samples:
-    """Some values of each parameter, which tell of writes that count no version: through `.data`, or by a CUDA graph.
+    """About 16 values of each parameter, which tell of writes that count no version: by `.data`, or a CUDA graph.
 
-    They are bits of the parameters themselves, so that NaN equals NaN. On the CPU they are read without an operator and kept as
-    numbers; on other devices one kernel for all values of a size puts them side by side, and nobody waits for it.
+    On the CPU they are read without an operator and kept as numbers; on other devices one kernel for all values of a dtype
+    puts them side by side, and nobody waits for it.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        # no subclasses: quantised or distributed ones need not hold in their memory what they show
         self._of = [p for p in parameters if type(p) is nn.Parameter]
         self._look_up()
 
     def _look_up(self) -> None:
-        """Find where the values lie."""
+        """Make views of the values to be read; anew whenever a parameter has got other memory, which views do not follow."""
         self._parameters = [p for p in self._of if p.dtype in _BITS and p.device.type != "meta" and p.is_contiguous()]
         self._addresses = [p.data_ptr() for p in self._parameters]
         few = [_few_bits(p) for p in self._parameters]
@@ -134,17 +150,20 @@ class Samples:
         self._elsewhere = list(elsewhere.values())
 
     def take(self) -> tuple[list[list[int]], Values | None]:
-        """The values as they are now."""
+        """Read the values as they are now; called at every recorded call, and again when its map is read."""
         if [*map(Tensor.data_ptr, self._parameters)] != self._addresses:  # the model was moved, or has got another dtype
             self._look_up()
         try:
             numbers: list[list[int]] = [*map(Tensor.tolist, self._at_hand)]
-        except RuntimeError:  # older versions of PyTorch, inside a transform of torch.func
+        except RuntimeError:
+            # torch 2.6 refuses `tolist` inside a transform of torch.func, also of a tensor the transform has nothing to do
+            # with; 2.14 does not. Undocumented, torch 2.6 to 2.14: `_DisableFuncTorch` takes the transforms off meanwhile.
             with torch._C._DisableFuncTorch():
                 numbers = [*map(Tensor.tolist, self._at_hand)]
         return numbers, Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
 
 
 def _few_bits(parameter: Tensor) -> Tensor:
-    """A view of some values as integers; the step is odd, to meet many columns."""
+    """A view of some values of a parameter as integers, spread over all of it."""
+    # an odd step: widths are even, so an even one would meet a few columns of a matrix alone, and miss a write to others
     return parameter.detach().view(-1)[:: max(1, parameter.numel() // _FEW - 1 | 1)].view(_BITS[parameter.dtype])

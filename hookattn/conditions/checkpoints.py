@@ -12,14 +12,17 @@ from torch import Tensor
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
+# Undocumented, torch 2.6 to 2.14: a reentrant checkpoint is this function of autograd, and both of its methods call what is
+# checkpointed from their own frame, with the same object as `ctx`.
 _REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 
 
 def checkpoint_around() -> int | None:
-    """A number of the outermost checkpoint that runs, or is run again, further up the stack; None if there is none.
+    """A number for the activation checkpoint that the caller runs in, the same when backward runs it again; None outside.
 
-    Numbers are used again when the graph of a forward is gone. Checkpoints inside others have one where they are reentrant.
+    Of checkpoints one inside the other it is that of the outermost. Numbers are used again when the graph of a forward is gone.
     """
+    # The stack is walked since PyTorch tells nobody which checkpoint runs: there is no hook, and nothing to ask.
     frame: FrameType | None = sys._getframe(1)
     found = None
     while frame is not None:
@@ -30,22 +33,28 @@ def checkpoint_around() -> int | None:
 
 
 def _of(frame: FrameType) -> Any:
-    """What a frame of PyTorch's has of the checkpoint it belongs to: the same object in forward and in backward."""
+    """Take from a frame of `torch.utils.checkpoint` an object that is one in forward and in backward; None if it has none."""
     if frame.f_code in _REENTRANT:
         return frame.f_locals["ctx"]
+    # Undocumented, torch 2.6 to 2.14: without reentrance, a `_CheckpointFrame` stands for a checkpoint. In the forward it is
+    # `new_frame` of the generator that `checkpoint` calls `gen`; in backward it is `frame` of the hook that unpacks what was
+    # saved, from which the checkpoint is run again. Where these names have changed, no checkpoint is found.
     if frame.f_code.co_name == "unpack_hook":
         return frame.f_locals.get("frame")
-    around = getattr(frame.f_locals.get("gen"), "gi_frame", None)  # the generator that surrounds the forward
+    around = getattr(frame.f_locals.get("gen"), "gi_frame", None)
     return None if around is None else around.f_locals.get("new_frame")
 
 
 def in_backward() -> bool:
-    """Whether autograd runs, in this thread."""
+    """Whether a backward runs in this thread: modules that run now are made again by a checkpoint, and are no forward."""
+    # Undocumented, torch 2.6 to 2.14 (checkpoints and FSDP ask it too): the number of the backward that runs, or -1.
     return torch._C._current_graph_task_id() != -1
 
 
 def fingerprint(tensors: Sequence[Tensor], checkpoint: int) -> bytes:
-    """A checkpoint and some values of what a call in it was made with, by which it is known when it is made again."""
+    """Bytes by which a call in a checkpoint is known when backward makes it again: its checkpoint, and values of its input."""
+    # Values, since nothing else stays the same: the module may be called several times in a checkpoint, and the tensors it is
+    # called with are others the second time. The step is odd, so that the values are not all of a few channels.
     values = tensors[0].detach().reshape(-1) if tensors else torch.empty(0)
     few = values[:: max(1, values.numel() // _FEW - 1 | 1)].contiguous()
     return str((checkpoint, *values.shape)).encode() + bytes(few.view(torch.uint8).tolist())

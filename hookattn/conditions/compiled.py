@@ -19,16 +19,24 @@ INSIDE = (
 
 
 class _Eager:
-    """Entered by each recorder; the stance that was there before comes back when the last one leaves, whatever the order."""
+    """Makes compiled code run eagerly while a recorder is open: compiled before the hooks were put on, it would run past them.
+
+    The stance that was there before comes back when the last recorder leaves, in whatever order they do.
+    """
+
+    # One for the process, since a stance is for all threads. Each recorder puts its own on the one stack, which is closed from
+    # the top down when the last one leaves, and so comes back to what the first had found.
 
     def __init__(self) -> None:
         self.lock, self.open, self.stance = threading.Lock(), 0, ExitStack()
 
     def __enter__(self) -> None:
         with self.lock:
-            try:  # imports torch._dynamo, as the first torch.compile would
+            # Set anew by each recorder: the user may have set another since. It imports torch._dynamo, which takes seconds
+            # once and is not to be avoided: a model may be compiled for the first time inside the block.
+            try:
                 self.stance.enter_context(torch.compiler.set_stance("force_eager"))
-            except RuntimeError as inside:
+            except RuntimeError as inside:  # documented to raise inside compiled code, though not what
                 raise RecorderError(INSIDE) from inside
             self.open += 1
 
@@ -43,13 +51,19 @@ EAGER = _Eager()
 
 
 def is_traced() -> bool:
-    """Whether modules run to be compiled, exported or traced: what they are called with has no values to read."""
-    if is_dynamo_compiling() or torch._C._is_tracing():  # each of this thread
+    """Whether modules run to be compiled, exported or traced: what they are called with then has no values to read."""
+    # All of this thread alone, so that a forward beside a trace in another is recorded; but FX's flag, which was global in 2.6.
+    # Undocumented, torch 2.6 to 2.14: `_is_tracing`, which torch.jit.is_tracing asks at one more call.
+    if is_dynamo_compiling() or torch._C._is_tracing():
         return True
-    if nn.Module.__call__ is not nn.Module._wrapped_call_impl and _is_fx_tracing():  # FX puts its own in place
+    # Undocumented, torch 2.6 to 2.14: while FX traces symbolically it has put another function in place of Module.__call__,
+    # which is `_wrapped_call_impl` else. That is compared first, since it costs next to nothing.
+    if nn.Module.__call__ is not nn.Module._wrapped_call_impl and _is_fx_tracing():
         return True
+    # Undocumented, torch 2.6 to 2.14: export and make_fx run modules under dispatch modes, which are kept by these keys.
     return bool(torch._C._len_torch_dispatch_stack()) and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
 
 
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+# Undocumented: torch 2.6 has `is_fx_tracing` alone; that of 2.14 logs a warning, and the longer name does not.
 _is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)

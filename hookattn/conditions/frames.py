@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Running:
-    """True as long as a frame is on the stack.
+    """Tells whether a call is still running, by its frame: true for as long as that is on the stack of whoever asks.
 
     Args:
         frame: the frame.
@@ -24,11 +24,14 @@ class Running:
 
     def __init__(self, frame: FrameType, *, held: bool) -> None:
         self._mark: Callable[[], object] = lambda: frame
+        # Python has no weak references to frames. `f_trace` is the one attribute of a frame that can be set; Python looks at
+        # it only where a debugger is on in the thread, whose own is left there.
         if not held and frame.f_trace is None:
             frame.f_trace = _Mark()
         if not held and isinstance(frame.f_trace, _Mark):
             self._mark = weakref.ref(frame.f_trace)
-        self._above = 1  # how many frames above the one that asked last; the next layer is called from as deep
+        # how many frames above the one that asked last: the next layer is called from as deep, and no stack is walked for it
+        self._above = 1
 
     def __bool__(self) -> bool:
         mark = self._mark()
@@ -53,12 +56,15 @@ _OURS = __package__.partition(".")[0]  # hookattn
 
 
 class _Mark:
+    """Lies in `f_trace` of a frame, and so lives as long as its call."""
+
     def __call__(self, *_: Any) -> None:
-        """What a debugger that is switched on later makes of it: nothing."""
+        """Do nothing: a debugger that is switched on while the call runs takes it for a trace function, and calls it."""
 
 
 def caller_of_hook() -> FrameType:
-    """The frame in PyTorch's module machinery that called the hook we are in."""
+    """The frame of PyTorch's that called the hook we are in, which is there until the module has run."""
+    # Undocumented, torch 2.6 to 2.14: hooks and the forward are called from one frame (`inner` in `Module._call_impl`).
     frame = sys._getframe(1)
     while str(frame.f_globals.get("__name__")).startswith(_OURS) and frame.f_back is not None:
         frame = frame.f_back
@@ -66,7 +72,11 @@ def caller_of_hook() -> FrameType:
 
 
 def code_of_methods(model: nn.Module) -> set[CodeType]:
-    """Code of all that the model's classes define, PyTorch's own left out, decorators looked through."""
+    """Code of all methods that the model's classes define, by which a call of one is known on the stack.
+
+    PyTorch's own are left out: `Module._call_impl` or `nn.Sequential.forward` runs in every model.
+    """
     theirs = [cls for cls in type(model).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
     own = (value for cls in theirs for value in vars(cls).values())
+    # unwrapped: of a method under @torch.no_grad() or @torch.compile, what runs on the stack as the method is the inner one
     return {inspect.unwrap(value).__code__ for value in own if isinstance(value, FunctionType)}

@@ -6,11 +6,17 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+# By name: to import torch.distributed.fsdp takes long, and a build of PyTorch need not have it. `fully_shard` makes a module
+# an instance of the first, the older FSDP wraps it into the second.
 _GATHERS = {"FSDPModule", "FullyShardedDataParallel"}
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor was given back, as FSDP does with parameters that it had gathered for a forward."""
+    """Whether the memory of a tensor was given back, as FSDP does with parameters that it had gathered for a forward.
+
+    Looked at before any value is: reading freed memory ends the process.
+    """
+    # Undocumented, torch 2.6 to 2.14: both kinds of FSDP resize the storage to 0 bytes and leave the tensor as it is.
     try:
         return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
     except (RuntimeError, NotImplementedError):  # a tensor without storage
@@ -18,7 +24,10 @@ def is_freed(tensor: Tensor) -> bool:
 
 
 def is_spread(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> bool:
-    """Whether one of the modules gathers its parameters when it is called, or several processes hold a tensor in parts."""
+    """Whether a module gathers its parameters when it is called, or a tensor lies in parts in several processes.
+
+    To read such a call is to talk to the other processes, which need not be reading, and would be waited for.
+    """
     return any(_derives(m, _GATHERS) for m in modules) or any(_derives(t, {"DTensor"}) for t in tensors)
 
 

@@ -8,10 +8,12 @@ import weakref
 
 
 class Here:
-    """The thread and the asyncio task it is made in, which are those a recorder was opened in.
+    """Remembers the thread and the asyncio task it is made in, and tells later whether what runs runs there.
 
     A task that is over binds nothing any more: what was opened in it goes on in its thread.
     """
+
+    # Weak references: a recorder that is kept must keep neither a thread nor a task, and what that holds, alive.
 
     def __init__(self) -> None:
         thread = threading.current_thread()
@@ -21,8 +23,8 @@ class Here:
         self._task_name = "" if task is None else task.get_name()
 
     def __call__(self) -> bool:
-        """Whether what runs now runs here."""
-        if threading.current_thread() is not self._thread():  # numbers of threads are used again
+        """Whether what runs now runs in that thread and that task."""
+        if threading.current_thread() is not self._thread():  # the object, not its number, which is used again
             return False
         task = None if self._task is None else self._task()
         return task is None or task.done() or task is _task()

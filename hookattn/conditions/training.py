@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 class RandomStreams(NamedTuple):
-    """Where the random streams of the CPU and, where a call is on one, of a CUDA device are."""
+    """States of the random streams that a call in train mode draws from, so that a later run draws the same."""
 
     device: torch.device
     cpu: Tensor
     cuda: Tensor | None
 
     def restore(self) -> None:
-        """Set the streams to where they were."""
-        torch.set_rng_state(self.cpu)
+        """Set the streams to where they were when the call began."""
+        torch.set_rng_state(self.cpu)  # of a call on a GPU too, which may draw numbers on the CPU
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 def random_streams(device: torch.device) -> RandomStreams:
-    """Where the random streams are now."""
+    """States of the streams as they are now; taken in train mode only, since each is a copy of some kilobytes."""
     return RandomStreams(device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)

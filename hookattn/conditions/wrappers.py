@@ -9,11 +9,12 @@ from torch import nn
 
 from ..errors import ModelError
 
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}  # one process each, and the model in it is called as it is
+# By name, since to import torch.distributed takes long. One process each, in which the model inside is called as it is.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 
 
 def recordable(model: nn.Module) -> nn.Module:
-    """The module whose forward will run in Python, or an error that says why there is none."""
+    """The module that a recorder can be opened around, out of what it was given, or an error that says why there is none."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}{_instead_of(model)}.")
     model = _unwrapped(model)
@@ -34,7 +35,8 @@ def recordable(model: nn.Module) -> nn.Module:
 
 
 def _instead_of(thing: Any) -> str:
-    """What to record instead of something that is no module."""
+    """Words that say what to record instead of something that is no module."""
+    # Undocumented, torch 2.6 to 2.14: what torch.compile makes of a function has this attribute.
     if hasattr(thing, "_torchdynamo_orig_callable"):
         return ": it was compiled, and runs eagerly inside the block; record the model that it calls"
     if type(thing).__module__.startswith("torch."):
@@ -44,6 +46,8 @@ def _instead_of(thing: Any) -> str:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside what torch.compile, DistributedDataParallel and FullyShardedDataParallel wrap around it."""
+    # Undocumented, torch 2.6 to 2.14: `_orig_mod` of what torch.compile makes of a module. Hooks on the wrapper would do, but
+    # names are to be those of the model.
     wraps = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
     inner = getattr(model, "module" if wraps else "_orig_mod", None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model

@@ -26,7 +26,7 @@ except ImportError as error:
 
 COLOURS = "inferno"
 _INK, _PALE = "#1d1d1f", "#6e6e73"
-_CELL, _GAP, _LINE = 0.72, 0.06, 0.2  # inches
+_CELL, _GAP, _LINE = 0.72, 0.06, 0.2  # inches; a cell is one head of one layer, a line one of text
 
 
 def overview(image: npt.ArrayLike, maps: Sequence[AttentionMap], query: Query = "cls", *, title: str = "") -> Figure:
@@ -95,9 +95,11 @@ class _Page:
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
+        # no pyplot: it would keep the figure alive, and choose a backend for whoever calls
         self.figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes without ticks or frame; matplotlib itself counts from below, in fractions of the figure."""
         axes = self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height))
         axes.set_axis_off()
         return axes
@@ -116,10 +118,12 @@ def overlay(axes: Axes, image: npt.ArrayLike, attention: Tensor | None = None) -
     """
     pixels = _rgb(image)
     if attention is not None:
+        # bicubic overshoots, below zero too
         light = F.interpolate(attention.float()[None, None], pixels.shape[:2], mode="bicubic")[0, 0].clamp(min=0)
         strength = (light / _bright(attention)).clamp(max=1).cpu().numpy()[..., None]
         grey = pixels.mean(-1, keepdims=True)
         heat = np.asarray(colormaps[COLOURS](strength[..., 0]))[..., :3]
+        # by looks: dark enough for the light to stand out, and light enough to see where one is
         dimmed = (0.72 + 0.1 * strength) * (strength * pixels + (1 - strength) * grey)
         pixels = np.clip(0.85 * dimmed + 0.5 * heat * strength, 0, 1)
     axes.imshow(pixels, interpolation="lanczos", aspect="auto")
@@ -127,19 +131,20 @@ def overlay(axes: Axes, image: npt.ArrayLike, attention: Tensor | None = None) -
 
 def _bright(attention: Tensor) -> float:
     """The value that is drawn brightest: what one patch in 200 exceeds."""
+    # not the largest: one patch that draws most of the attention would leave all else black; and never 0, to divide by
     return max(float(attention.float().quantile(0.995)), 1e-12)
 
 
 def _sees_all(m: AttentionMap, first: AttentionMap) -> bool:
-    """Whether a map is one of all tokens, and of the same as the first."""
+    """Whether a map is of all tokens, and of the same ones as the first, so that it may stand in a rollout with it."""
     whole = m.tokens.windows == 1 and m.tokens.grid_size == first.tokens.grid_size
     return whole and m.shape[3] == first.shape[3]
 
 
 def _rollout_image(maps: Sequence[AttentionMap], query: Query, size: tuple[int, int]) -> Tensor:
-    """(height, width): the row of the query in the rollout of all maps, over the patches."""
+    """The row of the query in the rollout of all maps, over the patches: (height, width)."""
     tokens = maps[-1].tokens
-    joint = rollout(maps)[:1]
+    joint = rollout(maps)[:1]  # of the first image alone, as everything in the picture
     selected = tokens.select(query)[:1].flatten(1).to(joint)
     row = (selected / selected.sum())[:, None] @ joint
     return F.interpolate(next(tokens.image_by_image(tokens.lay_out(row[:, None]))), size, mode="bilinear")[0, 0]
@@ -150,7 +155,7 @@ def _short(name: str) -> str:
 
 
 def _rgb(image: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """(height, width, 3) floats in 0 to 1."""
+    """An image as (height, width, 3) floats in 0 to 1, of uint8 or floats."""
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise ValueError(f"an image is (height, width, 3), not {pixels.shape}.")

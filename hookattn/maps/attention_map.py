@@ -24,6 +24,7 @@ from .picture import draw_rows
 from .reading import Kept, Lost, Origin
 from .replay import inject
 
+# Relative to the largest output. Maps that are right were seen to move it by up to 5e-13 in float64, 3e-6 in float32.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
@@ -90,7 +91,11 @@ class AttentionMap(LazyArray):
 
     @property
     def called_from(self) -> CallSite:
-        """File, line and source of the call, and what x is."""
+        """File, line and source of the call, and which module made x.
+
+        Raises:
+            RecorderError: the recorder was not told to look who calls.
+        """
         if self._called_from is None:
             raise RecorderError(
                 "the stack is walked only where asked for: record with AttentionRecorder(model, called_from=True)."
@@ -132,7 +137,7 @@ class AttentionMap(LazyArray):
         for expected, got in zip(_floats(own), _floats(injected)):
             difference = largest_difference(expected, got)
             allowed = (_TOLERANCE[expected.dtype] if tolerance is None else tolerance) * max(1.0, _largest(expected))
-            if not difference <= allowed:
+            if not difference <= allowed:  # and not `>`, which a NaN would pass
                 raise UnfaithfulMapError(
                     f"the map of {self.name!r} is not the one its output came from: put in its place, the output moves by "
                     f"{difference:.2g}, more than {allowed:.2g}. Check the recipe with hookattn.testing.check_recipe."
@@ -142,7 +147,7 @@ class AttentionMap(LazyArray):
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
-        """What the four axes are.
+        """Names of the four axes.
 
         ("batch", "head", "query", "key") where tokens attend to tokens; "batch * windows" comes first where attention sees
         images in pieces, window w of image b at b * windows + w; the last two are "channel" where channels attend to channels.
@@ -193,18 +198,19 @@ class AttentionMap(LazyArray):
         return self._deliver(draw_rows(self, queries, keys, query, heads, size))
 
     def computed(self) -> AttentionMap:
-        """The same, computed now, while the call is about to run or has just run; or one that says why it cannot be."""
+        """This map computed now, for keep="maps" while the call is at hand; or one that says why it could not be."""
         try:
             return self.kept(self.read(...))
         except (UnreadableError, StaleMapError) as reason:
             return self.lost(reason)
 
     def kept(self, attention: Tensor) -> AttentionMap:
-        """The same once it was computed."""
+        """This map with its values, in place of the call that it was computed from."""
         return self._from(Kept(self.name, self._deliver(attention)))
 
     def lost(self, reason: Exception) -> AttentionMap:
-        """The same if it could not be computed."""
+        """This map without values or call, where it could not be computed: reading it tells the reason."""
+        # the text alone: the error holds frames, and these what the module was called with
         return self._from(Lost(self.name, str(reason)))
 
     def _from(self, origin: Origin) -> AttentionMap:
@@ -222,7 +228,7 @@ def _largest(tensor: Tensor) -> float:
 
 
 class Maps(Mapping[str, AttentionMap]):
-    """The maps of one forward in the order the modules ran: by name, by position (negative too) or by slice."""
+    """The maps of one forward, in the order the modules ran, by name; by position (negative too) and by slice as well."""
 
     def __init__(self, maps: Mapping[str, AttentionMap]) -> None:
         self._maps = dict(maps)

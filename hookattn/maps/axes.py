@@ -15,7 +15,7 @@ from ..recipes.registry import find_axes, qualified_name
 
 
 def check_softmax_axis(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Tensor:
-    """(images * windows, heads, queries, keys) of what a module takes a softmax of, or has taken it of.
+    """Bring scores of a softmax, or what has come of it, to (images * windows, heads, queries, keys), if it is over keys.
 
     Raises:
         UnreadableError: the axis it is taken over, or the one of the heads, is another one.
@@ -25,6 +25,7 @@ def check_softmax_axis(module: nn.Module, batch: int | None, scores: Tensor, dim
             f"{class_of(module)} takes its softmax over axis {dim} of {tuple(scores.shape)}, not over keys; describe its map "
             "with @hookattn.recipe."
         )
+    # By size alone: of scores (batch, queries, heads, keys) every number would be a map's, and all of them in the wrong place.
     elsewhere = scores.dim() == 4 and scores.shape[1] != _heads(module) == scores.shape[2]
     if elsewhere and find_axes(module) is None:
         raise _no_heads(module, scores)
@@ -32,7 +33,7 @@ def check_softmax_axis(module: nn.Module, batch: int | None, scores: Tensor, dim
 
 
 def unfold_axes(module: nn.Module, tensor: Tensor, batch: int | None = None) -> Tensor:
-    """(images * windows, heads, ...) of what a module has computed, by its form; (batch, ...) has one head."""
+    """Bring what a module has computed to (images * windows, heads, ...), by the form of its class or by its heads."""
     heads = _heads(module)
     form = _form(module, tensor.dim())
     if form is not None:
@@ -53,7 +54,7 @@ def _no_heads(module: nn.Module, tensor: Tensor) -> UnreadableError:
 
 
 def fold_axes(module: nn.Module, attention: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A map (images * windows, heads, queries, keys) laid out as the module has it."""
+    """Lay a map (images * windows, heads, queries, keys) out as the module has it, to be put in place of its own."""
     form = _form(module, len(shape))
     if form is None:
         return attention.reshape(shape)
@@ -69,18 +70,18 @@ def _form(module: nn.Module, rank: int) -> str | None:
 
 
 def _canonical(form: str) -> str:
-    """The axes of a map as its reader has them, out of the same letters as a form."""
+    """The axes of a map as its reader has them, in the letters of a form."""
     return f"{'(b w)' if 'w' in form else 'b'} {'h' if 'h' in form else '1'} q k"
 
 
 def _heads(module: nn.Module) -> int | None:
-    """How many heads a module says it has."""
+    """The number of heads that a module says it has, in any word that libraries use; None where it does not say."""
     told = (getattr(module, name, None) for name in ("num_heads", "heads", "num_attention_heads"))
     return next((n for n in told if isinstance(n, int)), None)
 
 
 def interleave_heads(maps: Sequence[Any], module: nn.Module) -> Any:
-    """Several maps of one shape, or several gradients, as one, heads in turn."""
+    """Join several maps that one call has formed, or their gradients: head h of map i becomes head h * maps + i."""
     if len(maps) == 1:
         return maps[0]
     if len({(type(m), m.shape, getattr(m, "is_causal", None)) for m in maps}) > 1:

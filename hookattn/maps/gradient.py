@@ -35,6 +35,8 @@ class Backwards:
 
     def arrive(self, checkpoint: int) -> int:
         """Note the backward that runs now and give its number; that of a reentrant checkpoint counts as the one around it."""
+        # Undocumented, torch 2.6 to 2.14: a number of its own for each backward, -1 outside of any. A reentrant checkpoint
+        # calls backward within backward, which has another number.
         task = torch._C._current_graph_task_id()
         if checkpoint != -1:
             self._inside[task] = self._inside.get(checkpoint, checkpoint)
@@ -51,8 +53,6 @@ class Gradient(LazyArray):
     dL/d(A v) v^T, and a row is read without the others. It is float32 (float64 for a float64 model) and part of no graph.
 
     Args:
-        name: name of the map.
-        deliver: what brings slices to the device and dtype asked for.
         backwards: of the forward it belongs to.
         in_backward: whether it is computed during backward, so that the input can be let go.
     """
@@ -62,6 +62,7 @@ class Gradient(LazyArray):
         self._backwards, self._in_backward = backwards, in_backward
         self._call: Call | None = None
         self._whole: Tensor | None = None
+        # what a backward has brought, by the place of the output among the leaves of what the module returned
         self._received: dict[int, Tensor] = {}
         self._backward, self._created_graph = -1, False
         self._lost, self._none = "", ""
@@ -69,7 +70,7 @@ class Gradient(LazyArray):
 
     @contextmanager
     def open(self) -> Iterator[Source]:
-        """What the gradient is computed from.
+        """What the gradient is computed from, for as long as the block lasts.
 
         Raises:
             NoGradientError: no backward has reached this map.
@@ -88,45 +89,49 @@ class Gradient(LazyArray):
         return f"Gradient({self.name!r}, {state})"
 
     def follow(self, call: Call, output: Any) -> None:
-        """Take what every backward to come brings to the output of a call."""
+        """Put hooks on the output of a call, which take what every backward to come brings to it."""
         leaves = {i: t for i, t in enumerate(pytree.tree_leaves(output)) if isinstance(t, Tensor)}
         outputs = {i: t for i, t in leaves.items() if t.requires_grad}
         self._none = "" if outputs else _NO_GRAPH if leaves else _NO_TENSOR
-        checkpoint = torch._C._current_graph_task_id()
-        if checkpoint == -1 and not outputs and (around := checkpoint_around()) is not None:
+        recomputed_in = torch._C._current_graph_task_id()  # the backward in which a checkpoint makes the call again, or -1
+        # A reentrant checkpoint runs its forward without a graph. What backward will bring comes to the outputs of the call
+        # that it makes again, which is known by the fingerprint.
+        if recomputed_in == -1 and not outputs and (around := checkpoint_around()) is not None:
             self._fingerprint = fingerprint(call.tensors, around)
         if not self._in_backward:
             self._call = call
-        me, kept = weakref.ref(self), call if self._in_backward else None  # what it takes to compute lives as long as the graph
+        # Hooks live as long as the graph. They must not keep the map; with keep="maps" they are what keeps the call until then.
+        me, kept = weakref.ref(self), call if self._in_backward else None
 
         def receive(place: int, grad: Tensor) -> None:
             if (gradient := me()) is not None:
-                gradient._receive(place, grad, kept, checkpoint)
+                gradient._receive(place, grad, kept, recomputed_in)
 
         for place, tensor in outputs.items():
             tensor.register_hook(partial(receive, place))  # type: ignore[no-untyped-call]
 
     def matches(self, made_again: bytes) -> bool:
-        """Whether this is the gradient of a call that was made without a graph and has this fingerprint."""
+        """Whether this is the gradient of a call in a reentrant checkpoint that has this fingerprint."""
         return self._fingerprint == made_again
 
     def refuse(self, reason: str) -> None:
-        """Say why there will be no gradient."""
+        """Say why there will be no gradient, when it is read."""
         self._lost = f"{self.name!r}: {reason}"
 
     def _receive(self, place: int, grad: Tensor, call: Call | None, checkpoint: int) -> None:
         backward = self._backwards.arrive(checkpoint)
         if backward != self._backward:
+            # Through the graph of an earlier backward, a later one reaches the map by roads that pass no output of the module.
             if self._created_graph:
                 self.refuse(_SECOND_ORDER)
-            self._backward, self._received = backward, {}
+            self._backward, self._received = backward, {}  # of the last backward alone, not added up as in `.grad`
         self._created_graph = self._created_graph or torch.is_grad_enabled()
         self._received[place] = grad.detach()
         if call is not None:
             self._whole = None
             try:
                 self._whole = self._deliver(slope_of(call.restamped(), self._received).values())
-            except (UnreadableError, StaleMapError) as reason:  # backward goes on
+            except (UnreadableError, StaleMapError) as reason:  # kept for the reader: backward is the user's, and goes on
                 self.refuse(f"its gradient could not be computed during backward: {reason}")
 
     def _missing(self) -> str:
@@ -160,11 +165,10 @@ _SECOND_ORDER = (
 
 
 def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
-    """What the gradient of a map is made of: the forward of the module is run again from its map on, and then backward.
+    """Carry gradients of a module's outputs on to its map: run its forward again, with the map for the variable, and backward.
 
     Args:
-        call: the captured call.
-        received: gradients of its outputs, by their place among the leaves of what the forward returns.
+        received: gradients of the outputs, by their place among the leaves of what the forward returns.
 
     Raises:
         UnreadableError: the module forms its map in a kernel of its own, drops out parts of it inside the fused kernel, or does
@@ -181,6 +185,7 @@ def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
                 "of its output depends on, so there is no gradient to be had."
             )
         ends = [outputs[place] for place in received]
+        # materialize_grads: an output need not depend on every map, and zero is then its gradient
         grads = torch.autograd.grad(ends, run.variables, list(received.values()), materialize_grads=True)
     slope: Source = interleave_heads([site.source(grad) for site, grad in zip(run.sites, grads)], module)
     return slope

@@ -16,13 +16,14 @@ from torch.overrides import TorchFunctionMode
 from ..calls.restore import is_reading
 
 SDPA = F.scaled_dot_product_attention
+# One function under four names, each of which a mode sees as a function of its own.
 SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 Run = Callable[..., Any]
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class Sites:
-    """What is done at the places where a forward may form a map; here nothing but what would be done anyway.
+    """Base of what is done at the places where a forward may form a map; by itself it lets everything run as it is.
 
     Attributes:
         as_called: whether PyTorch's own multi-head attention gives the weights that it was asked for.
@@ -41,27 +42,26 @@ class Sites:
         return run(*args, **kwargs)
 
     def other(self, func: Run, args: tuple[Any, ...], out: Any) -> None:
-        """Any other function of torch has been called with these arguments, and this came out."""
+        """Told of any other function of torch that was called, with its arguments and what came out."""
 
 
 class Intercept(TorchFunctionMode):
-    """Hands what a forward calls to `Sites`; sees inside PyTorch's own multi-head attention as well.
+    """The mode under which a forward runs to be seen or changed: hands what it calls of torch to sites, the last one outermost.
 
-    A map that is read while a forward runs is no part of it: a mode that was made outside of any reading sees none.
-
-    Args:
-        sites: what is done at each place, the last one outermost. They may change while the mode is on.
+    They may come and go while the mode is on.
     """
 
     def __init__(self, sites: Collection[Sites]) -> None:
         super().__init__()
         self.sites = sites
+        # A map that is read while a forward runs is no part of it: a mode made outside of any reading sees none.
         self._reads = is_reading()
 
     def __torch_function__(
         self, func: Run, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # with keep="maps" the mode stays on between forwards, where there is mostly nothing to see
         if not self.sites or (not self._reads and is_reading()):
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
@@ -77,15 +77,16 @@ class Intercept(TorchFunctionMode):
         return out
 
     def _see_inside(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run PyTorch's own attention, which is one opaque call to a mode, line by line; asked for no weights, it goes
-        through SDPA."""
+        """Run PyTorch's own multi-head attention, which is one opaque call to a mode, line by line under this one."""
         named = inspect.signature(func).bind(*args, **kwargs).arguments
+        # Asked for no weights it goes through SDPA, as documented. Undocumented, torch 2.6 to 2.14: else it takes a softmax of
+        # (batch * heads, queries, keys), whose heads are told by `packed`.
         named["need_weights"] = all(sites.as_called for sites in self.sites) and named.get("need_weights", True)
         sites = list(self.sites)
         for each in sites:
             each.packed = named["num_heads"]
         try:
-            with self:  # PyTorch switches a mode off while it handles a call
+            with self:  # on again: PyTorch switches a mode off while it handles a call
                 return _body(func)(**named)
         finally:
             for each in sites:
@@ -97,18 +98,21 @@ def _through(handle: Callable[[Run, tuple[Any, ...], dict[str, Any]], Any], run:
 
 
 def sdpa_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `scaled_dot_product_attention` by name."""
+    """The arguments of a call of `scaled_dot_product_attention` by name, however they were given."""
+    # by hand, since a function of C++ has no signature to be inspected
     return {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
 
 
 def input_and_dim(input: Tensor, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:
-    """What a softmax is taken of, and over which axis."""
+    """Find in the arguments of a softmax, by any of its four names, what it is taken of and over which axis."""
     return input, dim
 
 
 @lru_cache
 def _body(func: Callable[..., Any]) -> Callable[..., Any]:
     """A Python function of `torch.nn.functional` without the lines that hand it to a mode as one opaque call."""
+    # Undocumented, torch 2.6 to 2.14: these lines are `if has_torch_function(...): return handle_torch_function(...)`. The same
+    # code runs in a copy of its module's globals where the first is always false; nothing of PyTorch's is changed.
     assert isinstance(func, types.FunctionType)
     scope = {**func.__globals__, "has_torch_function": lambda _: False}
     body = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)

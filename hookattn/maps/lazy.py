@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention.projection import ALL, Pick
 from ..attention.sources import Source
 
+# On a CPU 1.5 to 1.8 times as fast as 2**24 from 1,024 tokens on, no slower at 197. Elsewhere 8 times that, not measured.
 _CHUNK = 2**21
 Shape = tuple[int, int, int, int]
 Visit = Callable[[slice, slice, Tensor], None]
@@ -21,7 +22,7 @@ Visit = Callable[[slice, slice, Tensor], None]
 
 
 class Spec(NamedTuple):
-    """What is known of a source before anything of it is computed."""
+    """Shape, dtype and device of a map or a gradient, known before anything of it is computed."""
 
     shape: Shape
     dtype: torch.dtype
@@ -40,18 +41,13 @@ class Delivery:
 
 
 class LazyArray:
-    """An array (batch, heads, queries, keys) that is computed from a `Source` when it is sliced.
-
-    Args:
-        name: what errors call it.
-        deliver: where slices go and as what.
-    """
+    """Base of maps and gradients: an array (batch, heads, queries, keys), of which slices are computed from a `Source`."""
 
     def __init__(self, name: str, deliver: Delivery) -> None:
         self.name, self._deliver = name, deliver
 
     def open(self) -> AbstractContextManager[Source]:
-        """What it is computed from, for as long as the block lasts."""
+        """What it is computed from, and what has to be set meanwhile, for as long as the block lasts."""
         raise NotImplementedError
 
     def _spec(self) -> Spec:
@@ -65,12 +61,12 @@ class LazyArray:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What slices come as."""
+        """The dtype that slices have."""
         return self._deliver.dtype or self._spec().dtype
 
     @property
     def device(self) -> torch.device:
-        """Where slices come."""
+        """The device that slices lie on."""
         return self._deliver.device or self._spec().device
 
     def __len__(self) -> int:
@@ -80,24 +76,25 @@ class LazyArray:
         return self._deliver(self.read(index))
 
     def read(self, index: Any) -> Tensor:
-        """An index of it as computed, before it is delivered."""
+        """Compute what an index picks, of the dtype and on the device that it is computed in."""
         with self.open() as source:
             picks, rest = split_index(index, source.shape)
             return source.narrow(*picks).values()[rest]
 
     def visit(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
-        """Have a part of it computed and visited chunk by chunk; items and rows are counted from where the part begins."""
+        """Compute a part of it chunk by chunk and hand each on; items and rows are counted from where the part begins."""
         with self.open() as source:
             visit_chunks(source.narrow(batch, heads, rows), visit)
 
 
 def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:
-    """Part an index into what narrows (batch, heads, rows) beforehand and what is left to do on the narrowed block.
+    """Split an index into what narrows (batch, heads, rows) before anything is computed, and what is left to do on that.
 
     Raises:
         IndexError: too many indices, or one out of range.
     """
     items = list(index) if isinstance(index, tuple) else [index]
+    # Masks, None, several lists: torch's rules for these mix axes, so the whole is computed and torch applies them itself.
     if not all(_is_simple(i) for i in items) or sum(_is_list(i) for i in items) > 1:
         return (ALL, ALL, ALL), index
     dots = [place for place, item in enumerate(items) if item is Ellipsis]
@@ -113,15 +110,17 @@ def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, P
         elif _is_list(item):
             picks, rest = [*picks, torch.as_tensor(item)], [*rest, ALL]
         elif -length <= item < length:
+            # one row stays an axis while it is computed, and goes afterwards
             picks, rest = [*picks, slice(item % length, item % length + 1)], [*rest, 0]
         else:
             raise IndexError(f"{axis} {item} is out of range: there are {length}")
-    rest[3] = items[3]
+    rest[3] = items[3]  # keys are picked last: a row's softmax needs all of them
     return (picks[0], picks[1], picks[2]), tuple(rest)
 
 
 def _is_simple(item: Any) -> bool:
     """Whether an item of an index picks along one axis and leaves the others alone."""
+    # bools are masks to torch, and tensors and arrays have rules of their own, though both count as integers by __index__
     integer = hasattr(item, "__index__") and not isinstance(item, (bool, Tensor)) and getattr(item, "ndim", 0) == 0
     return isinstance(item, slice) or item is Ellipsis or integer or _is_list(item)
 
@@ -133,24 +132,20 @@ def _is_list(item: Any) -> bool:
 def visit_chunks(part: Source, visit: Visit) -> None:
     """Compute a part of a map in chunks: some rows of one item of the batch, or all rows of several.
 
-    A chunk has 2**21 elements on a CPU, which fit into its caches and into memory that is had without asking the system for it,
-    2**24 elsewhere, or one row of all heads of an item if that is more.
-
-    Args:
-        part: what it is computed from.
-        visit: called with each chunk.
+    A chunk has 2**21 elements on a CPU, 2**24 elsewhere, or one row of all heads of an item if that is more.
     """
     most = _CHUNK if part.device.type == "cpu" else 8 * _CHUNK
     batch, _, rows, _ = part.shape
     for items in spans(batch, most // max(1, prod(part.shape[1:]))):
         few = part.narrow(items)
         cuts = list(spans(rows, most // max(1, prod(few.shape) // max(1, rows))))
-        few = few.prepare() if len(cuts) > 1 else few
+        few = few.prepare() if len(cuts) > 1 else few  # else each chunk of rows would project all keys anew
         for span in cuts:
             visit(items, span, few.narrow(rows=span).values())
 
 
 def spans(count: int, step: int) -> Iterator[slice]:
-    """Slices one after the other up to a count, each of so many or, at the end, fewer; at least one slice of at least one."""
+    """Slices one after the other up to a count, each of `step` or, at the end, fewer."""
+    # one slice also of nothing: a batch of no images has maps, pictures and figures of none
     step = max(1, step)
     yield from (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))

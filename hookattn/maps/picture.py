@@ -15,16 +15,7 @@ from .lazy import LazyArray
 def draw_rows(
     m: LazyArray, queries: Tokens, keys: Tokens, query: Query, heads: str | int | None, size: Size | int | None
 ) -> Tensor:
-    """The row of a query over the patches, on the grid that covers the image; see `AttentionMap.image`.
-
-    Args:
-        m: the map.
-        queries, keys: what its queries and its keys stand for.
-        query, heads, size: whose row, of which heads, resized to what.
-
-    Raises:
-        TokenError: there is no such query or head.
-    """
+    """Compute the picture of a query: its row over the patches, on the grid of the image; see `AttentionMap.image`."""
     picked = _pick_heads(heads, m.shape[1])
     pixels = keys.lay_out(mean_of_rows(m, picked, _select(queries, keys, query)))
     if size is not None:
@@ -34,7 +25,7 @@ def draw_rows(
 
 
 def _select(queries: Tokens, keys: Tokens, query: Query) -> Tensor:
-    """(images or 1, windows, queries): True for the tokens a query stands for."""
+    """Mark the tokens that a query stands for: (images or 1, windows, queries), True for these."""
     try:
         return queries.select(query)
     except TokenError as error:
@@ -47,13 +38,9 @@ def _select(queries: Tokens, keys: Tokens, query: Query) -> Tensor:
 
 
 def mean_of_rows(m: LazyArray, heads: slice, selected: Tensor) -> Tensor:
-    """The mean of some rows of each image, by the windows they are in.
-
-    Of windows no others are computed than those that hold a selected row.
+    """Compute the mean of some rows of each image, by the windows they are in.
 
     Args:
-        m: the map.
-        heads: which heads.
         selected: (images or 1, windows, queries), True where a row is selected.
 
     Returns:
@@ -61,6 +48,8 @@ def mean_of_rows(m: LazyArray, heads: slice, selected: Tensor) -> Tensor:
     """
     batch, windows = m.shape[0], selected.shape[1]
     weight = selected / selected.sum((1, 2), keepdim=True).clamp(min=1)
+    # A single window, which is the usual question, is a slice of the batch, in which windows lie image by image; where rows
+    # are in several, all windows are computed. Without any row the first stands for it: no images have a mean as well.
     asked, rows = (selected.any(0).any(axis).nonzero().flatten().tolist() or [0] for axis in (1, 0))
     only, within = slice(asked[0], None, windows) if len(asked) == 1 else ALL, slice(rows[0], rows[-1] + 1)
     weight = (weight[:, asked] if len(asked) == 1 else weight)[:, :, within]
@@ -77,7 +66,7 @@ def mean_of_rows(m: LazyArray, heads: slice, selected: Tensor) -> Tensor:
 
 
 def _pick_heads(heads: str | int | None, count: int) -> slice:
-    """Which heads are drawn."""
+    """The heads that are drawn, as a slice; a TokenError for what names none."""
     if heads is None or heads == "mean":
         return ALL
     if isinstance(heads, int) and -count <= heads < count:

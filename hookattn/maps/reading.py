@@ -22,35 +22,26 @@ from .replay import replayed
 
 
 class Captured:
-    """A map that is computed from a captured call each time it is sliced.
-
-    Attributes:
-        call: the captured call.
-    """
+    """A map that is computed from a captured call each time it is sliced."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
 
     @contextmanager
     def open(self) -> Iterator[Source]:
-        """Queries and keys, and the modes of the call for as long as the block lasts."""
+        """Queries and keys of the call, in its modes for as long as the block lasts."""
         with self.call.resumed():
             yield source_of(self.call)
 
     @cached_property
     def spec(self) -> Spec:
-        """Shape, dtype and device; looked up once."""
+        """Shape, dtype and device of the map; looked up once, without computing it where its module has a recipe."""
         source = _source_of_shapes(self.call)
         return Spec(source.shape, source.dtype, self.call.x.device)
 
 
 class Kept:
-    """A map that was computed while the model ran; the input was let go.
-
-    Args:
-        name: of the map.
-        attention: (batch, heads, queries, keys).
-    """
+    """A map that was computed while the model ran; the call was let go."""
 
     def __init__(self, name: str, attention: Tensor) -> None:
         self._name, self._attention = name, attention
@@ -58,7 +49,7 @@ class Kept:
 
     @contextmanager
     def open(self) -> Iterator[Source]:
-        """The map itself."""
+        """The map as it was kept."""
         if is_left_behind(self._attention):
             raise UnreadableError(
                 f"{self._name!r} ran under torch.vmap, which has returned; return m[...] from what is mapped."
@@ -67,33 +58,28 @@ class Kept:
 
     @property
     def call(self) -> Call:
-        """There is none any more."""
+        """Always raises: the call was let go."""
         raise RecorderError(f'the input of {self._name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
 
 
 class Lost:
-    """A map that should have been computed while the model ran, and could not be.
-
-    Args:
-        name: of the map.
-        reason: why.
-    """
+    """A map that should have been computed while the model ran, and could not be, for the reason given."""
 
     def __init__(self, name: str, reason: str) -> None:
         self._name, self._reason = name, reason
 
     def open(self) -> AbstractContextManager[Source]:
-        """There is nothing to be had."""
+        """Always raises, with the reason."""
         raise UnreadableError(self._reason)
 
     @property
     def spec(self) -> Spec:
-        """There is none."""
+        """Always raises, with the reason."""
         raise UnreadableError(self._reason)
 
     @property
     def call(self) -> Call:
-        """There is none any more."""
+        """Always raises: the call was let go."""
         raise RecorderError(f'the input of {self._name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
 
 
@@ -102,16 +88,17 @@ Origin = Union[Captured, Kept, Lost]
 
 
 def source_of(call: Call) -> Source:
-    """Queries and keys of a call, by recipe or by replay; its modes are the caller's business."""
+    """Make what the map of a call is computed from, by recipe or by replay; the modes of the call are on already."""
     with name_in_errors(call), ExitStack() as stack:
-        if any(call.modes.training):  # dropout and power iterations within the projections
+        # In train mode a projection may have dropout in it (LoRA) or take a step of its own (spectral norm).
+        if any(call.modes.training):
             stack.enter_context(restoring(call.layer.module))
             call.restore_random_streams()
         return _by_recipe(call) or replayed(call.layer.module, *call.args, **call.kwargs)
 
 
 def source_by_recipe(call: Call) -> Source | None:
-    """Queries and keys of a call by recipe; None where there is none, or none for such a call."""
+    """Queries and keys of a call by recipe; None where its class has none, or one that declines such a call."""
     with name_in_errors(call):
         return _by_recipe(call)
 
@@ -126,19 +113,23 @@ def _by_recipe(call: Call) -> Source | None:
 
 @contextmanager
 def name_in_errors(call: Call) -> Iterator[None]:
-    """Whatever cannot be read is named."""
+    """Put the name of the layer before the reason why something in the block cannot be read."""
     try:
         yield
     except UnreadableError as error:
+        # from None: the traceback of the error would keep what the module was called with
         raise UnreadableError(f"{call.layer.name!r}: {error}") from None
 
 
 def _source_of_shapes(call: Call) -> Source:
-    """What is like `source_of` in its shapes alone: a recipe runs on tensors without values, a replay runs as it is."""
+    """As `source_of`, for shape and dtype alone: a recipe runs on tensors without values, which costs no arithmetic."""
     call.check_fresh()
-    hooked = any(call.layer.hooks)  # hooks of others, which expect values
+    hooked = any(call.layer.hooks)  # hooks of others expect values
+    # A replay needs values as well, since forwards branch on them, and so does train mode, with the random streams of the call.
     if find_recipe(call.layer.module) is not None and not hooked and not any(call.modes.training):
         bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
+        # Undocumented, torch 2.6 to 2.14: tensors with shape, dtype and device that know what comes of any operator. Parameters
+        # stay what they are (`allow_non_fake_inputs`), since the recipe takes them from the module.
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
             shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))

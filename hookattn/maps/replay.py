@@ -25,7 +25,7 @@ S = TypeVar("S", bound=Sites)
 
 
 def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
-    """The map a module forms on these arguments, taken from a run of its own forward.
+    """Run a module's own forward on these arguments and take from it what its map is computed from.
 
     A module that forms several maps of one shape has their heads dealt out in turn: head h of map i is head
     h * maps + i, as differential attention orders them when it is not fused.
@@ -35,6 +35,7 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     """
     args, kwargs = copy_arguments(module, args, kwargs)
     watch = Watch(module, (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+    # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record this run
     with restoring(module), Intercept([watch]):
         module.forward(*args, **kwargs)
     return watch.source()
@@ -43,14 +44,8 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
 def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
     """Run a captured call's forward twice: as it is, and with `attention` in place of the map it forms.
 
-    Dropout of the map is off in both runs, since the map is the one before dropout; all other randomness is the same.
-
-    Args:
-        call: the captured call.
-        attention: (batch, heads, queries, keys).
-
-    Returns:
-        The module's own output and the output with the map put in.
+    Dropout of the map is off in both runs, since the map is the one before dropout; all other randomness is the same. Returned
+    are the module's own output and the one with the map put in.
 
     Raises:
         UnreadableError: the forward forms no map that another could be put in place of.
@@ -63,24 +58,19 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
 def run_with_map(call: Call, attention: Tensor) -> Any:
     """Run a captured call's forward with `attention` in place of the map it forms, and all dropout as it was.
 
-    Args:
-        call: the captured call.
-        attention: (batch, heads, queries, keys).
-
-    Returns:
-        The module's output, in the graph of the call and of the map.
+    The output is in the graph of the call and of the map.
 
     Raises:
         UnreadableError: the forward forms no map that another could be put in place of.
     """
     with call.resumed():
-        with torch.no_grad():
+        with torch.no_grad():  # nothing of this run is used but where maps are formed
             watch = run_under(call, Watch(call.layer.module, as_called=True))[1]
         return run_under(call, Inject(watch, attention, as_called=True))[0]
 
 
 def run_under(call: Call, sites: S) -> tuple[Any, S]:
-    """What a call's forward returns while its sites are seen or filled, and the sites."""
+    """Run a call's forward while its sites are seen or filled; what it returns, and the sites."""
     module = call.layer.module
     with restoring(module), Intercept([sites]):
         call.restore_random_streams()
@@ -89,13 +79,13 @@ def run_under(call: Call, sites: S) -> tuple[Any, S]:
 
 
 def copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Copies of arguments, for a run that may write into them.
+    """Copy tensors among arguments, for a run that may write into them.
 
     Raises:
         UnreadableError: one of them, such as a cache of keys and values, is changed by a forward in ways that cannot be seen.
     """
     for value in pytree.tree_leaves((args, kwargs)):
-        if callable(getattr(value, "update", None)):
+        if callable(getattr(value, "update", None)):  # the caches of transformers, which are no tensors to be copied
             raise UnreadableError(
                 f"{class_of(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
                 'again. Call the model without it (use_cache=False), record with keep="maps" in eval mode, or describe the map '

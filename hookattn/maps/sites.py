@@ -21,24 +21,20 @@ class Site(NamedTuple):
     """One place where a forward forms a map, as it was seen in a run.
 
     Attributes:
-        source: makes the source of the map, or that of dL/dA of dL/d(out). It holds nothing that holds the sites: tensors
-            must not wait for the garbage collector.
+        source: makes the source of the map, or that of dL/dA of dL/d(out).
         dtype: of what came out there.
         out: what came out, where something is differentiated by it.
     """
 
+    # a partial of a plain function, no method or closure: it would hold the sites that hold it, and tensors in such a circle
+    # wait for the garbage collector
     source: Callable[..., Source]
     dtype: torch.dtype
     out: Tensor | None = None
 
 
 class _Noted(Sites):
-    """Sites that are noted as they are met.
-
-    Args:
-        module: whose forward runs.
-        batch: how many images there are, if that is known.
-    """
+    """Base of sites that are noted in the order they are met in; `batch` is the number of images, if that is known."""
 
     def __init__(self, module: nn.Module, batch: int | None) -> None:
         self.module, self.batch = module, batch
@@ -47,7 +43,8 @@ class _Noted(Sites):
 
     @property
     def sites(self) -> list[Site]:
-        """SDPA calls, or the softmaxes of a module that makes none."""
+        """The sites that form the module's map: its SDPA calls, or its softmaxes if it makes none."""
+        # a softmax beside SDPA weighs something else: branches, experts, channels
         return self.fused_sites or self.softmax_sites
 
 
@@ -65,7 +62,7 @@ class Watch(_Noted):
         self.as_called = as_called
 
     def source(self) -> Source:
-        """What the map is made of, once the forward has run; see `replayed`.
+        """What the map is computed from, once the forward has run; see `replayed`.
 
         Raises:
             UnreadableError: see `replayed`.
@@ -80,6 +77,7 @@ class Watch(_Noted):
 
     def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         named = sdpa_arguments(args, kwargs)
+        # maps are those before dropout, so two runs are to be compared without it
         out: Tensor = run(*args, **kwargs) if self.as_called else run(**{**named, "dropout_p": 0.0})
         self.fused_sites.append(Site(partial(_as_qk, self.module, self.batch, **named), out.dtype))
         return out
@@ -97,7 +95,6 @@ class Inject(Sites):
 
     Args:
         watch: has seen a run of the same call.
-        attention: (batch, heads, queries, keys).
         as_called: whether the map is dropped out as the module would.
     """
 
@@ -108,7 +105,7 @@ class Inject(Sites):
                 f"{class_of(watch.module)} called neither scaled_dot_product_attention nor softmax: there is nothing in its "
                 "forward to put a map into."
             )
-        self.into_fused = bool(watch.fused_sites)
+        self.into_fused = bool(watch.fused_sites)  # decided by the run that was watched: this one is to fill the same sites
         maps = (attention[:, i :: len(watch.sites)] for i in range(len(watch.sites)))
         self.left = iter([(site.dtype, part) for site, part in zip(watch.sites, maps)])
 
@@ -117,7 +114,7 @@ class Inject(Sites):
         dtype, attention = next(self.left)
         value, shape = kwargs["value"], (*kwargs["query"].shape[:-1], kwargs["key"].shape[-2])
         attention = fold_axes(self.module, attention, shape)
-        if attention.dim() == 4:
+        if attention.dim() == 4:  # groups of heads may share values, which SDPA spreads by itself
             value = value.repeat_interleave(attention.shape[1] // value.shape[1], dim=1)
         attention = F.dropout(attention, kwargs.get("dropout_p", 0.0) if self.as_called else 0.0)
         with without_autocast(value.device):
@@ -133,13 +130,13 @@ class Inject(Sites):
 
 
 class Variables(_Noted):
-    """Takes what SDPA and softmax put out for the variables that the output is a function of."""
+    """Makes what SDPA and softmax put out the variables that the module's output is differentiated by."""
 
-    as_called = False
+    as_called = False  # through SDPA, where PyTorch's own attention has the choice: a row is then had without the others
 
     @property
     def variables(self) -> list[Tensor]:
-        """What came out at each site."""
+        """What came out at each site, to be differentiated by."""
         return [site.out for site in self.sites if site.out is not None]
 
     def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -158,7 +155,7 @@ class Variables(_Noted):
 
 
 def _note_variable(sites: list[Site], source: Callable[[Tensor], Source], out: Tensor) -> Tensor:
-    """Note a site; what comes after it may write into what it is given."""
+    """Note a site and give the forward a copy to go on with, into which it may write."""
     sites.append(Site(source, out.dtype, out if out.requires_grad else out.requires_grad_()))
     return out.clone()
 
@@ -175,7 +172,7 @@ def _as_qk(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> QK:
-    """The arguments of a `scaled_dot_product_attention` as queries and keys."""
+    """Queries and keys out of the arguments of `scaled_dot_product_attention`."""
     q, k = unfold_axes(module, query, batch), unfold_axes(module, key, batch)
     if attn_mask is not None and find_axes(module) is not None:
         attn_mask = unfold_axes(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
@@ -193,16 +190,16 @@ def _as_qk(
 
 
 def _as_scores(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Scores:
-    """The input of a softmax as scores."""
+    """Scores out of what a softmax is taken of."""
     return Scores(check_softmax_axis(module, batch, scores, dim))
 
 
 def _as_outer(module: nn.Module, batch: int | None, value: Tensor, grad: Tensor) -> Outer:
-    """The gradient of what a fused call put out as that of its map."""
+    """The gradient of a map out of that of what a fused call put out: dL/dA = dL/d(A v) v^T."""
     grad, value = unfold_axes(module, grad, batch), unfold_axes(module, value, batch)
     return Outer(grad, value.repeat_interleave(grad.shape[1] // value.shape[1], dim=1))
 
 
 def _as_dense(module: nn.Module, batch: int | None, dim: int, grad: Tensor) -> Dense:
-    """The gradient of what a softmax put out."""
+    """The gradient of a map out of that of what a softmax put out, which is the map."""
     return Dense(check_softmax_axis(module, batch, grad, dim).to(exact_dtype(grad.dtype)))

@@ -53,10 +53,11 @@ def find_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
         TokenError: they are channels, or windows or grids of a kind that is not known.
         LayoutError: what a layout or a partition returned does not fit the map.
     """
-    if attends_to_channels(geometry.module):
+    module = geometry.module
+    if attends_to_channels(module):
         raise TokenError(f"{geometry.name!r} attends from channels to channels, which lie nowhere on the image; slice m[...].")
     try:
-        queries, keys = _lay_out(geometry, shape)
+        queries, keys = _lay_out(module, geometry, shape)
     except LayoutError:
         raise
     except TokenError as error:
@@ -91,14 +92,14 @@ def find_queries(shape: Shape, keys: Tokens) -> Tokens:
     return Tokens(tuple(f"query{i}" for i in range(shape[2])), (0, 0))
 
 
-def _lay_out(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
+def _lay_out(module: nn.Module, geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """Queries and keys as the layout of the class tells; without one what the block cut, else all tokens of the image."""
-    found = find_layout(geometry.module)
+    found = find_layout(module)
     if found is None:  # most blocks that cut windows hold a class that is used without windows too
         keys = find_windows(geometry) or geometry.tokens(shape[3])
         return find_queries(shape, keys), keys
     both: Any = found(geometry, shape)
-    whose = f"the layout of {qualified_name(type(geometry.module))} returned"
+    whose = f"the layout of {qualified_name(type(module))} returned"
     if not (isinstance(both, tuple) and len(both) == 2 and all(isinstance(tokens, Tokens) for tokens in both)):
         raise LayoutError(
             f"{whose} {_describe(both)}; return two Tokens, of the queries and of the keys, such as `tokens, tokens` with "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # undocumented, torch 2.6 to 2.14
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..calls.hooks import Args, Around, Kwargs
@@ -23,11 +23,11 @@ _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 
 @dataclass(eq=False)
 class _Entered:
-    """A module that runs.
+    """A call of a module that has begun and not ended.
 
     Attributes:
         module: the module.
-        noted: what whoever asks has noted of its call.
+        noted: what `enter` returned.
         forms_a_map: whether a map was formed in it and in no module inside of it.
     """
 
@@ -37,13 +37,12 @@ class _Entered:
 
 
 class Detection:
-    """The modules that run, one inside the other, and which of them form a map.
+    """Watches one forward of a model, and tells which of its modules form a map.
 
     A module forms a map if it is the innermost one that runs while `scaled_dot_product_attention` is called, or while a
     softmax is taken whose outcome is then multiplied onto values. A softmax that weighs branches, experts or classes is none.
 
     Args:
-        model: watched while its forward runs.
         enter: called before each module runs with what it was called with; what it returns is kept until the module ends.
         leave: called after a module that has formed a map, with the module, what `enter` returned and its output.
         end: called when the forward has ended, with whether it returned; after that nothing is watched any more.
@@ -70,7 +69,7 @@ class Detection:
             around.hook()
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> _Entered | None:
-        """A module begins to run."""
+        """Note that a module begins to run, if it does so in the forward that is watched."""
         if in_backward() or not self._here():
             return None
         if self._over:
@@ -87,10 +86,10 @@ class Detection:
         return self._running[-1]
 
     def end(self, entered: _Entered, output: Any) -> None:
-        """A module has run."""
+        """Report a module that has run, if it has formed a map; with the model itself, the forward is over."""
         if entered not in self._running:
             return
-        del self._running[self._running.index(entered) :]
+        del self._running[self._running.index(entered) :]  # with what is left of calls in it that were interrupted
         if entered.forms_a_map:
             self._leave(entered.module, entered.noted, output)
         if not self._running:
@@ -101,43 +100,46 @@ class Detection:
 
 
 class _Watched(Around):
-    """The hooks of one module."""
+    """The hooks that a `Detection` puts on one module."""
 
     def __init__(self, module: nn.Module, detection: Detection) -> None:
         super().__init__(module)
         self._detection = detection
 
     def begin(self, args: Args, kwargs: Kwargs) -> _Entered | None:
-        """It begins to run."""
+        """Tell the detection that the module begins to run."""
         return self._detection.begin(self.module, args, kwargs)
 
     def end(self, state: _Entered, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
-        """It has run."""
+        """Tell the detection that the module has run."""
         self._detection.end(state, output)
 
 
 class _Formed(Sites):
-    """Marks the innermost running module when a map is formed."""
+    """Marks the innermost running module where a map is formed, by SDPA or by a softmax that weighs values."""
 
     def __init__(self, running: list[_Entered]) -> None:
         self._running = running
+        # Undocumented, torch 2.6 to 2.14. Weak, so that no softmax lives longer than in the forward; by identity, since a
+        # WeakKeyDictionary would compare tensors by their values.
         self._weights: MutableMapping[Tensor, _Entered] = WeakTensorKeyDictionary()
 
     def fused(self, run: Run, args: Args, kwargs: Kwargs) -> Any:
-        """A map is formed."""
+        """SDPA forms a map."""
         if self._running:
             self._innermost().forms_a_map = True
         return run(*args, **kwargs)
 
     def softmax(self, run: Run, args: Args, kwargs: Kwargs) -> Any:
-        """Something is formed that may become a map."""
+        """A softmax is remembered, since it may turn out to be a map."""
         out = run(*args, **kwargs)
+        # of (batch, queries, keys) at least: one of two axes chooses a class, a branch or an expert
         if self._running and out.dim() >= 3:
             self._weights[out] = self._innermost()
         return out
 
     def other(self, func: Run, args: Args, out: Any) -> None:
-        """A softmax that is multiplied onto values was a map; after dropout, a cast, a mask it still is what it was."""
+        """A softmax that is multiplied onto values was a map; after dropout, a cast or a mask it is still looked for."""
         if not self._weights or not isinstance(out, Tensor):
             return
         for tensor in pytree.tree_leaves(args[:2]):
@@ -147,11 +149,12 @@ class _Formed(Sites):
                     self._weights[out] = formed
 
     def _innermost(self) -> _Entered:
-        """The innermost module that is more than a softmax."""
+        """The innermost module that runs, `nn.Softmax` apart, which forms the map of the module that calls it."""
         return next(each for each in reversed(self._running) if not isinstance(each.module, (nn.Softmax, nn.Softmax2d)))
 
 
 def _weighs_tokens(weights: Tensor, operands: Any) -> bool:
     """Whether weights (batch, ..., keys) are multiplied onto values with as many tokens, and not onto experts or bins."""
+    # values of the same batch: experts and bins are parameters, which have none
     values = [t for t in pytree.tree_leaves(operands) if isinstance(t, Tensor) and t is not weights]
     return any(v.dim() >= 3 and len(v) == len(weights) and weights.shape[-1] in v.shape[1:] for v in values)

@@ -22,11 +22,7 @@ Edit = Callable[[Tensor], Tensor]
 
 
 class Edits:
-    """The edits that a recorder has opened. Their hooks stay on until it closes, for checkpoints that backward runs again.
-
-    Args:
-        model: whose maps are edited.
-    """
+    """The edits that a recorder has opened; their hooks stay on until it closes, for checkpoints that backward runs again."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -70,7 +66,8 @@ class Edits:
 
 @contextmanager
 def _held(name: str, module: nn.Module) -> Iterator[None]:
-    """A module has one pair of hooks, whoever edits it."""
+    """Hold the pair of hooks that edits a module, which is put on by the first who asks and taken off with the last."""
+    # one pair for all recorders: each pair would replace what the one before has made, and edits could not follow each other
     editing = _ON.setdefault(module, _Editing(name, module))
     editing.holders += 1
     editing.hook()
@@ -83,13 +80,14 @@ def _held(name: str, module: nn.Module) -> Iterator[None]:
 
 
 def rehook_before_others(module: nn.Module) -> None:
-    """What hooks that were put on just now see of a module is its edited output."""
+    """Put the hooks that edit a module on again, so that hooks which were put on just now see its edited output."""
+    # Forward hooks are called in order, each with what the one before has returned. Ours is prepended when put on.
     if (editing := _ON.get(module)) is not None:
         editing.hook()
 
 
 class _Editing(Around):
-    """The hooks of one module: one that keeps what it is called with, one that replaces its output.
+    """The hooks that edit one module: one keeps what it is called with, one replaces its output.
 
     Each edit is for the forwards of the thread and task that opened it, and for what checkpoints run again of them.
     """
@@ -99,6 +97,7 @@ class _Editing(Around):
         self.holders = 0
         self._name = name
         self._open: list[tuple[Edit, Here]] = []
+        # what was done in a forward, for when backward makes it again, be it in another thread or after the edit has closed
         self._in_checkpoints: dict[bytes, list[Edit]] = {}
 
     @contextmanager
@@ -123,7 +122,7 @@ class _Editing(Around):
         return (call, edits) if edits else None
 
     def end(self, state: tuple[Call, list[Edit]], args: Args, kwargs: Kwargs, changed: bool, output: Any) -> Any:
-        """Put what the edited map makes in place of the output."""
+        """Run the module once more with the edited map, and put what it returns in place of its output."""
         if output is None:  # it raised
             return None
         call, edits = state
@@ -135,13 +134,13 @@ class _Editing(Around):
         return run_with_map(call, self._edited(attention, edits))
 
     def _edits_in(self, checkpoint: bytes, edits: list[Edit]) -> list[Edit]:
-        """The edits of a call in a checkpoint: those of its forward when backward makes it again."""
+        """Edits of a call in a checkpoint: noted in the forward, and the same ones when backward makes it again."""
         if in_backward():
             return self._in_checkpoints.get(checkpoint, [])
         if edits:
             self._in_checkpoints[checkpoint] = edits
         else:
-            self._in_checkpoints.pop(checkpoint, None)  # of a checkpoint that had the same number
+            self._in_checkpoints.pop(checkpoint, None)  # left by one that is gone, whose number is used again
         return edits
 
     def _edited(self, attention: Tensor, edits: list[Edit]) -> Tensor:
@@ -157,4 +156,5 @@ class _Editing(Around):
         return edited.to(attention)
 
 
+# One for the process: recorders that edit the same module share its hooks, which go with the last of them.
 _ON: dict[nn.Module, _Editing] = {}

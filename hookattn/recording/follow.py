@@ -10,7 +10,9 @@ from ..maps.gradient import Gradient
 
 
 def match_recomputed(forwards: Iterable[Iterable[Gradient]], call: Call) -> Gradient | None:
-    """The gradient of the call that a checkpoint makes again, out of those of one module; None if it is none of them.
+    """Find the gradient that belongs to a call which a checkpoint makes again in backward; None if there is none.
+
+    Only reentrant checkpoints have one: they alone run the forward without a graph, see `Gradient.follow`.
 
     Args:
         forwards: the gradients of each forward, the last one first: a checkpoint of before may have had the same number.

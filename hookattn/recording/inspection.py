@@ -73,6 +73,7 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Inspection:
     """
     formed: list[nn.Module] = []
     with AttentionRecorder(model, called_from=True) as rec, ExitStack() as stack, torch.no_grad():
+        # inside the recorder, which knows only what is named like attention or has a recipe: this sees what it misses
         Detection(model, lambda *_: None, lambda module, *_: formed.append(module), lambda _: None).hook(stack)
         model(*args, **kwargs)
     maps = rec.maps

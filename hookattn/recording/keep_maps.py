@@ -21,7 +21,10 @@ from ..maps.intercept import Intercept, Sites
 from ..maps.reading import name_in_errors, source_by_recipe
 from ..maps.sites import Watch
 
-_WITH_A_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which they leave if any mode is on
+# Undocumented, torch 2.6 to 2.14: in eval mode these run as one kernel, but not under any function mode, which they take for
+# tensors of another class. Outputs would not be those without a recorder, bit for bit.
+_WITH_A_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# Undocumented, torch 2.6 to 2.14: the stack of modes of a thread. `with mode` puts one on top only, to be taken off in turn.
 _push: Callable[[TorchFunctionMode], None] = overrides._push_mode
 _pop: Callable[[], TorchFunctionMode] = overrides._pop_mode
 _top: Callable[[], TorchFunctionMode | None] = overrides._get_current_function_mode
@@ -29,14 +32,10 @@ Put = Callable[[AttentionMap], None]
 
 
 class Awaited:
-    """A map that is made while its module runs: of what a layer puts out, or of what is formed.
+    """A map that is made while its module runs, as soon as there is what it is computed from.
 
-    Whoever follows the call holds it. A call that was interrupted is followed by nobody, and what waits for it is gone.
-
-    Args:
-        call: the call.
-        m: its map, not computed yet.
-        put: is given the map that was made.
+    Whoever follows the call holds it, and all else refers to it weakly: a call that was interrupted is followed by nobody, and
+    what waits for it is gone. `put` is given the map that was made.
     """
 
     def __init__(self, call: Call, m: AttentionMap, put: Put) -> None:
@@ -47,34 +46,28 @@ class Awaited:
 
 
 class KeepMaps:
-    """What attention modules and their layers compute, for as long as a map is waiting for it.
+    """Makes maps for keep="maps" out of what attention modules and their layers compute, while they run.
 
-    Args:
-        model: the model.
-        stack: takes the hooks off the layers, and the mode off the thread.
+    A recipe is run before the module. Where it needs a projection that the module will make, it is broken off (`AwaitedError`)
+    and run again when a hook has heard that layer. A module without a recipe is watched by a mode instead of run again.
+    The stack takes the hooks off the layers, and the mode off the thread.
     """
 
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
         self._stack = stack
         self._watches = not any(isinstance(m, _WITH_A_FAST_PATH) for m in model.modules())  # else modules are run again
-        self._watched: WeakSet[Sites] | None = None
+        self._watched: WeakSet[Sites] | None = None  # None until the mode is on
         self._hooked: set[nn.Module] = set()
         self._waiting: WeakSet[Awaited] = WeakSet()
 
     def begin(self, call: Call, m: AttentionMap, put: Put) -> Awaited:
-        """Make the map of a call that is about to run: now, or as soon as the module has projected its queries and keys.
-
-        Args:
-            call: the call, in eval mode.
-            m: its map, not computed yet.
-            put: is given the map that was made.
-        """
+        """Make the map of a call that is about to run: now, or as soon as the module has projected its queries and keys."""
         awaited = Awaited(call, m, put)
         self._go_on(awaited)
         return awaited
 
     def end(self, awaited: Awaited, output: Any) -> None:
-        """A module has run: make its map of what was formed, or what still waits for a layer that it did not call."""
+        """Make the map of a module that has run, if it was watched or still waits for a layer that was not called."""
         if awaited.watch is not None and self._watched is not None:
             self._watched.discard(awaited.watch)
             if output is not None:  # it did not raise
@@ -87,6 +80,7 @@ class KeepMaps:
         m, call = awaited.m, awaited.call
         try:
             call.check_at_hand()
+            # not `resumed`, which compares with the beginning of the call: since then FSDP may have written parameters anew
             with call.in_its_modes(), hearing(awaited.heard):
                 source = source_by_recipe(call)
                 attention = None if source is None else source.narrow().values()
@@ -104,6 +98,7 @@ class KeepMaps:
                 awaited.put(m.computed())
 
     def _wait_for(self, layer: nn.Module, awaited: Awaited) -> None:
+        # hooks stay on for the calls to come, which will wait for the same layers
         if layer not in self._hooked:
             self._hooked.add(layer)
             self._stack.enter_context(layer.register_forward_hook(Hook(self._hear)))
@@ -111,7 +106,7 @@ class KeepMaps:
         self._waiting.add(awaited)
 
     def _hear(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The hook of a layer."""
+        """Forward hook of a layer: hand what it has put out to the maps of this thread that wait for it."""
         for awaited in list(self._waiting):
             mine = awaited.thread == get_ident() and bool(args) and awaited.heard.note(layer, args[0], output)
             if mine and awaited.layer is layer:
@@ -119,10 +114,9 @@ class KeepMaps:
                 self._go_on(awaited)
 
     def _watching(self) -> WeakSet[Sites]:
-        """What a mode shows what is formed, from now on until the recorder closes.
-
-        A mode that each module put on and took off would stay where an interrupt keeps hooks from running.
-        """
+        """The sites that are shown what modules form, by a mode that is on from the first who asks to the end of the block."""
+        # A mode that each module put on and took off would stay where an interrupt keeps hooks from running, and would end
+        # where the user's own modes do not expect it.
         if self._watched is None:
             self._watched = WeakSet()
             mode = Intercept(self._watched)
@@ -133,6 +127,7 @@ class KeepMaps:
 
 
 def _make_of_what_was_formed(awaited: Awaited, watch: Watch) -> None:
+    """Make the map of a module that was watched; one that formed none is lost, with the reason."""
     m, call = awaited.m, awaited.call
     try:
         with name_in_errors(call), call.in_its_modes():
@@ -142,7 +137,9 @@ def _make_of_what_was_formed(awaited: Awaited, watch: Watch) -> None:
 
 
 def _put_below_others(mode: TorchFunctionMode) -> None:
-    """Put a mode on this thread below all others, which may go before it; but a device, which insists on that place, stays."""
+    """Put a mode on this thread below all others, which may be taken off before it; above a device alone."""
+    # Undocumented, torch 2.6 to 2.14: `with torch.device(...)` and set_default_device are a mode that puts itself lowest, and
+    # fails on leaving if it is not.
     above = []
     while (top := _top()) is not None and not isinstance(top, DeviceContext):
         above.append(_pop())
@@ -151,8 +148,8 @@ def _put_below_others(mode: TorchFunctionMode) -> None:
 
 
 def _take_off(mode: TorchFunctionMode) -> None:
-    """Take a mode off this thread, wherever it stands among others."""
-    above = []
+    """Take a mode off this thread, wherever it stands among others; a device may have been put below it since."""
+    above = []  # all of them go back, also where the mode is not on, as in another thread than it was put on
     while (top := _top()) is not None:
         _pop()
         if top is mode:

@@ -20,7 +20,7 @@ from ..maps.gradient import Backwards, Gradient
 
 
 class ForwardPass:
-    """What is gathered while one forward runs.
+    """The maps of one forward, and what is known of its images, gathered while it runs.
 
     Attributes:
         maps: by name, in the order the modules ran.
@@ -43,7 +43,7 @@ class ForwardPass:
 
 
 class ForwardPasses(Around):
-    """The forwards of a model, told apart while they run.
+    """Tells forwards of a model apart while they run, and keeps the last one or all.
 
     A call of the model is announced by its hooks. A call of one of its methods (`forward_features`) announces nothing: it is
     recognised by its frame on the stack. Either lasts as long as that frame is on the stack, since PyTorch calls no hook where
@@ -78,12 +78,13 @@ class ForwardPasses(Around):
         self._keep_all = keep_all
         self._methods = code_of_methods(model)
         self._call: Running | None = None
-        self._announced: ForwardPass | None = None  # the call of the model that runs, whatever it calls
+        # The call of the model that runs. `_call` may be of a method instead, in which each call of the model is a pass.
+        self._announced: ForwardPass | None = None
         self.images: dict[nn.Module | None, Images] = {}
 
     def is_recorded_here(self) -> bool:
         """Whether a module that is called now belongs to a forward that is recorded: one where the recorder was opened."""
-        if in_backward():
+        if in_backward():  # a checkpoint makes it again, in whichever thread autograd runs
             return False
         if self.here is not None and not self.here():
             self.elsewhere[str(Here())] = None
@@ -95,10 +96,11 @@ class ForwardPasses(Around):
         return self.here is None or self.here()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPass | None:
-        """A call of the model begins."""
+        """Begin a pass with a call of the model, unless it runs within another such call."""
         if not self.is_recorded_here():
             return None
         begun = None
+        # `_call` is false where the one that was announced was interrupted, and nobody has told that it ended
         if self._announced is None or not self._call:
             begun = self._announced = self._begin_pass(Running(caller_of_hook(), held=True))
             self.images.clear()
@@ -107,15 +109,16 @@ class ForwardPasses(Around):
         return begun
 
     def end(self, state: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any], changed: bool, output: Any) -> None:
-        """A call of the model has ended, whether it returned or raised."""
+        """Close the pass of a call of the model that has ended, whether it returned or raised."""
         state.closed, self._call, self._announced = True, None, None
         self.blocks.clear()
         self._ended(state)
 
     def current(self, name: str) -> ForwardPass | None:
-        """The forward that a call of the module `name` belongs to, which may begin with it; None if it is not recorded here."""
+        """The pass that a call of the module `name` belongs to, which may begin with it; None if it is not recorded here."""
         if not self.is_recorded_here():
             return None
+        # what a stem has seen since the last call of attention are the images of this pass
         forward = self._running_pass(name, bool(self._call))
         if self.images:
             forward.images.update(self.images)
@@ -129,7 +132,7 @@ class ForwardPasses(Around):
             yield [gradient for m in maps if (gradient := m._gradient) is not None]
 
     def let_go(self) -> None:
-        """Let go of the frame that a forward is a call of."""
+        """Let go of the frame of a call that is still running, and so of its variables, when the recorder closes."""
         self._call = None
 
     def _begin_pass(self, call: Running | None) -> ForwardPass:
@@ -144,13 +147,14 @@ class ForwardPasses(Around):
         if last is not None and not last.closed and runs:
             return last
         frame = self._outermost_method()
+        # a loop by hand goes on until a module comes again; it cannot go on from a call whose frame is gone
         by_hand = frame is None and self._call is None
         if by_hand and last is not None and not last.closed and name not in last.maps:
             return last
         return self._begin_pass(None if frame is None else Running(frame, held=False))
 
     def _outermost_method(self) -> FrameType | None:
-        """The frame of the outermost method of the model's class on the stack."""
+        """The frame of the outermost method of the model on the stack, such as `forward_features`; None if none is called."""
         frame: FrameType | None = sys._getframe(1)
         found = None
         while frame is not None:
@@ -160,7 +164,7 @@ class ForwardPasses(Around):
 
 
 def why_empty(model: nn.Module, passes: ForwardPasses, layers: list[str]) -> str:
-    """Why there is no map, and what to type next."""
+    """Words of the error that says why there is no map, and what to type next."""
     if not passes.all and passes.elsewhere:
         return (
             f"a forward ran in {' and in '.join(list(passes.elsewhere)[:4])}, but this recorder was opened in "

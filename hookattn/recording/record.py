@@ -30,7 +30,7 @@ from .passes import ForwardPass, ForwardPasses
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be kept of each call.
+    """What a recorder was told to keep of each call.
 
     Attributes:
         maps: whether maps are computed while the model runs, and inputs let go.
@@ -47,11 +47,9 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """Makes maps of calls, for as long as a block lasts.
+    """Hooks layers and makes maps of their calls, for as long as a block lasts.
 
     Attributes:
-        model: the model.
-        wanted: what is kept of each call.
         passes: the forwards that maps belong to.
         origins: tells which module put out what, where the callers of modules are asked for.
         keep_maps: makes maps while modules run, where that is asked for and no graph is wanted.
@@ -72,11 +70,12 @@ class Recording:
         arounds += [_Block(block, self.passes) for block in blocks]
         for around in arounds:
             stack.callback(around.close)
+            # most recorded calls need no second hook; one is put on when a first call does
             around.hook(ends=isinstance(around, _RecordedLayer) and (self.wanted.gradients or self.keep_maps is not None))
-            rehook_before_others(around.module)
+            rehook_before_others(around.module)  # of another recorder: what we follow is to be what the model goes on with
 
     def record_ended(self, call: Call, site: CallSite | None, output: Any) -> None:
-        """Record a call of a layer that has no hooks yet, once it has ended."""
+        """Record a call that has ended, of a layer that was detected in it and had no hooks yet."""
         if (forward := self.passes.current(call.layer.name)) is None:
             return
         name = forward.next_name(call.layer.name)
@@ -89,7 +88,7 @@ class Recording:
     def map_of(
         self, call: Call, name: str, forward: ForwardPass, site: CallSite | None, gradient: Gradient | None
     ) -> AttentionMap:
-        """The map of a call, not computed yet."""
+        """Make the map of a call, which is not computed yet, with what is known of its place in the image."""
         layer = call.layer
         images = forward.images.get(layer.trunk, forward.images.get(None))
         around = None if layer.block is None else self.passes.blocks.get(layer.block)
@@ -98,23 +97,23 @@ class Recording:
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
     def gradient_of(self, name: str, forward: ForwardPass) -> Gradient | None:
-        """The gradient of a map, which no backward has brought yet; None where none is wanted."""
+        """Make the gradient of a map, which no backward has brought yet; None where none is wanted."""
         if not self.wanted.gradients:
             return None
+        # with keep="maps" inputs are let go, so a gradient is computed when backward brings it
         return Gradient(name, self.wanted.deliver, forward.backwards, in_backward=self.wanted.maps)
 
     def site_of(self, args: Args, kwargs: Kwargs) -> CallSite | None:
-        """Who calls a module with what; None where nobody asks."""
+        """Where a module is called from and which module made its input; None where that is not asked for."""
         if self.origins is None:
             return None
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self.origins)
 
 
 class _Begun(NamedTuple):
-    """A call that is to be looked at when it ends.
+    """A call of a layer that is to be looked at again when it ends.
 
     Attributes:
-        call: the call.
         gradient: to be told of its output.
         m: its map, and the forward it belongs to; None for a call that a checkpoint makes again.
         awaited: its map if it is made while the module runs.
@@ -127,21 +126,21 @@ class _Begun(NamedTuple):
 
 
 class _RecordedLayer(Around):
-    """The hooks of an attention module."""
+    """The hooks that record an attention module."""
 
     def __init__(self, layer: Layer, recording: Recording) -> None:
         super().__init__(layer.module)
         self._layer, self._recording = layer, recording
 
     def begin(self, args: Args, kwargs: Kwargs) -> _Begun | None:
-        """Record a call; one that a checkpoint makes again in backward was recorded before."""
+        """Record a call in a forward of this recorder; follow any other, such as one that a checkpoint makes again."""
         forward = self._recording.passes.current(self._layer.name)
         if forward is not None:
             return self._record(forward, args, kwargs)
-        return self._follow_recomputed(args, kwargs) if in_backward() else None
+        return self._follow_recomputed(args, kwargs)
 
     def end(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
-        """Take what the module really received, if that is something else, and follow what backward will bring."""
+        """Finish the map of a call: of what the module really received, and with what backward will bring to its output."""
         call, gradient, recorded, awaited = state
         recording = self._recording
         if recording.keep_maps is not None and awaited is not None:
@@ -161,56 +160,61 @@ class _RecordedLayer(Around):
         site = None if recording.origins is None else recording.site_of(args, kwargs)
         m = forward.maps[name] = recording.map_of(call, name, forward, site, gradient)
         awaited = None
+        # What cannot wait for the module is computed before it runs: in train mode its projections draw other random numbers
+        # than a recipe's, and hooks that come later may change what it is called with.
         if recording.keep_maps is not None and not changes and True not in call.modes.training:
             awaited = recording.keep_maps.begin(call, m, partial(forward.maps.__setitem__, name))
         elif wanted.maps:
             forward.maps[name] = m.computed()
-        if not changes and awaited is None and gradient is None:
+        if not changes and awaited is None and gradient is None:  # the usual call: nothing is held on to
             return None
         return _Begun(call, gradient, (m, forward), awaited)
 
     def _put_again(self, call: Call, m: AttentionMap, forward: ForwardPass) -> None:
-        """Put the map of what the module received in place of the one of what we saw."""
+        """Put the map of what the module received in place of the one of what our hook saw before others changed it."""
         wanted = self._recording.wanted
         again = self._recording.map_of(call, m.name, forward, m._called_from, m._gradient)
         forward.maps[m.name] = again.computed() if wanted.maps else again
 
     def _follow_recomputed(self, args: Args, kwargs: Kwargs) -> _Begun | None:
-        """A checkpoint makes a call again: save for backward what was saved in the forward, and follow its gradient."""
+        """Follow a call that is not recorded, for checkpoints: save what forward and backward both must, find its gradient."""
         recording, wanted = self._recording, self._recording.wanted
-        saves = wanted.maps and not wanted.detach
-        if not saves and not wanted.gradients:
+        saves, follows = wanted.maps and not wanted.detach, wanted.gradients and in_backward()
+        if not saves and not follows:
             return None
         call = capture(self._layer, args, kwargs, detach=wanted.detach)
+        # A checkpoint holds what is saved now against what was, by number and shape. With keep="maps", detach=False the map was
+        # computed in the forward as well, so it is computed again, and thrown away. So it is in forwards of other threads, which
+        # are not recorded: when backward runs their checkpoints again, in any thread, it cannot be told whose they are.
         if saves:
             recording.map_of(call, self._layer.name, ForwardPass(), None, None).computed()
-        if not wanted.gradients:
+        if not follows:
             return None
         gradient = match_recomputed(recording.passes.gradients_of(self._layer.name), call)
         return None if gradient is None else _Begun(call, gradient)
 
 
 class _Stem(Around):
-    """The hook of what images go into first: the pictures that the next maps of these trunks are of."""
+    """The hook of what images go into first; it notes the pictures that the next maps of some trunks are of."""
 
     def __init__(self, stem: nn.Module, trunks: list[nn.Module], passes: ForwardPasses) -> None:
         super().__init__(stem)
         self._trunks, self._passes = trunks, passes
 
     def begin(self, args: Args, kwargs: Kwargs) -> None:
-        """See the images."""
+        """Note the images that go in."""
         if self._passes.is_recorded_here() and (images := images_in(args, kwargs)) is not None:
             self._passes.images.update(dict.fromkeys(self._trunks, images))
 
 
 class _Block(Around):
-    """The hook of a block that cuts windows: what it cuts."""
+    """The hook of a block that cuts windows; it notes what is cut."""
 
     def __init__(self, block: nn.Module, passes: ForwardPasses) -> None:
         super().__init__(block)
         self._passes = passes
 
     def begin(self, args: Args, kwargs: Kwargs) -> None:
-        """Note the size of what it cuts."""
+        """Note the sizes of what the block is called with."""
         if self._passes.is_recorded_here():
             self._passes.blocks[self.module] = measure_arguments(args, kwargs)

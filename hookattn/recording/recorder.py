@@ -107,6 +107,7 @@ class AttentionRecorder:
     def __enter__(self) -> AttentionRecorder:
         if self._hooks is not None:
             raise RecorderError("this recorder is open already; make another one, or leave the block first.")
+        # If one of these raises, the stack takes off what is on; only a recorder that has come to the end of them is open.
         with ExitStack() as stack:
             stack.enter_context(EAGER)
             ended = partial(_record_replaced_layers, self.model, self._modules, self._wanted.deliver)
@@ -116,7 +117,7 @@ class AttentionRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        hooks, self._hooks = self._hooks, None
+        hooks, self._hooks = self._hooks, None  # closed from now on, also if something below raises
         self._passes.let_go()
         self._edits.close()
         if hooks is not None:
@@ -192,7 +193,9 @@ class AttentionRecorder:
         )
 
     def _hook(self, stack: ExitStack) -> None:
-        """Put every hook on the stack that will take it off."""
+        """Put all hooks on the model, to come off with the stack."""
+        # Order matters. The hooks of the model go on last and outermost: a pass begins before a stem sees its image, and ends
+        # after the last layer, also where the model is one and the same module as the layer.
         keep_maps = None
         if self._wanted.maps and self._wanted.detach:
             keep_maps = KeepMaps(self.model, stack.enter_context(ExitStack()))  # to which it adds while modules run
@@ -212,7 +215,7 @@ class AttentionRecorder:
         return look_up(name, self._modules[name], trunk_of(self.model, name), find_block(self.model, name))
 
     def _detect(self, recording: Recording, stack: ExitStack) -> None:
-        """Nothing is named like attention: watch the first forward for modules that form maps, and hook those."""
+        """Watch the first forward for modules that form maps, and hook those; for models with nothing named like attention."""
         names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
         stems = stems_of(trunk_of(self.model, name) for name in names.values())
 
@@ -238,13 +241,13 @@ class AttentionRecorder:
 
 
 def _note(origins: Origins, passes: ForwardPasses, module: nn.Module, args: Args, output: Any) -> None:
-    """Forward hook on every module: which one put out what."""
+    """Forward hook on every module, for `called_from`: note which one put out what."""
     if passes.is_here():
         origins.note(module, args, output)
 
 
 def _record_replaced_layers(model: nn.Module, modules: dict[str, nn.Module], deliver: Delivery, ended: ForwardPass) -> None:
-    """A map that is missing since another module stands where the one with our hooks stood."""
+    """Put a lost map, with the reason, where a layer was replaced inside the block by a module without our hooks."""
     for name in [name for name in find_replaced(model, modules) if name not in ended.maps]:
         reason = f"{name!r} was replaced by another module inside the block; open the block after that."
         ended.maps[name] = AttentionMap(name, Lost(name, reason), Geometry(model, name), deliver)

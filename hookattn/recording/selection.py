@@ -22,7 +22,7 @@ _LOOKS_LIKE_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA|SHMA|SHSA|GPSA)")
 
 
 class Found(NamedTuple):
-    """What a model has in the way of attention.
+    """The attention modules of a model, those that can be read and those that cannot.
 
     Attributes:
         readable: attention modules by name, in the order of `named_modules`.
@@ -34,7 +34,8 @@ class Found(NamedTuple):
 
 
 def find_attention(model: nn.Module) -> Found:
-    """All attention of a model: what has a recipe, and the innermost modules whose class is named like attention."""
+    """Find all attention of a model: what has a recipe, and the innermost modules whose class is named like attention."""
+    # innermost: classes such as `ViTAttention` of transformers 4 wrap the module that forms the map
     named = {name or type(module).__name__: module for name, module in model.named_modules()}
     skipped = {name: reason for name, module in named.items() if (reason := why_no_map(module))}
     likely = {name: m for name, m in named.items() if name not in skipped and _is_attention(m)}
@@ -44,7 +45,7 @@ def find_attention(model: nn.Module) -> Found:
 
 
 def choose(model: nn.Module, layers: Layers) -> Found:
-    """The attention modules of a model that `layers` narrows it down to.
+    """Choose the attention modules of a model that `layers` names.
 
     Returns:
         What was found; nothing readable and nothing skipped if no class of the model is named like attention.
@@ -70,12 +71,13 @@ def choose(model: nn.Module, layers: Layers) -> Found:
             raise _none(f"layers={layers!r} names nothing. There is:", found)
         chosen = [name for layer in wanted for name in _named(model, found, layer)]
     modules = {**found.readable, **dict(model.named_modules())}
+    # in the order of the model, whatever that of `layers`, and each once: positions count in this order
     in_order = [name for name in modules if name in set(chosen)]
     return Found({name: modules[name] for name in in_order}, found.skipped)
 
 
 def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:
-    """Names that one entry of `layers` stands for."""
+    """Names of the modules that one entry of `layers` stands for."""
     names = list(found.readable)
     if not isinstance(layer, str):
         layer = _position(layer)
@@ -101,6 +103,8 @@ def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:
 
 
 def _position(layer: Any) -> int:
+    """The number that an entry of `layers` is, NumPy's too; an error if it is none."""
+    # True would be layer 1; and tensors and arrays have an __index__, whatever their size
     if isinstance(layer, bool) or not hasattr(layer, "__index__") or bool(getattr(layer, "ndim", False)):
         what = f"the class {layer.__name__}" if isinstance(layer, type) else f"a {type(layer).__name__}"
         raise LayerNotFoundError(
@@ -132,7 +136,7 @@ def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:
 
 
 def find_replaced(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Names under which another module stands in a model by now."""
+    """Names of chosen modules under which another module stands in the model by now; one that was taken out is none."""
     for name, module in chosen.items():
         try:
             if model.get_submodule(name) is not module and module is not model:

@@ -86,7 +86,7 @@ def test_a_whole_grid_is_one_window_of_all_its_patches() -> None:
 @pytest.mark.parametrize("cut", [cut_windows, cut_padded_windows])
 def test_a_window_without_rows_is_answered(cut: object) -> None:
     with pytest.raises(TokenError, match=r"a window of 0 x 4 cuts nothing: give \(rows, columns\), or use whole_grid"):
-        cut((7, 9), (0, 4))  # type: ignore[operator]
+        cut_windows((7, 9), (0, 4))  # type: ignore[operator]
 
 
 def test_what_a_layout_is_made_of_is_public() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from support.inside import own_registers, registry
 from timm.models.volo import OutlookAttention
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ import hookattn
 from hookattn import QK, TokenError, UnfaithfulMapError, UnreadableError, layout, partition, project, recipe
 from hookattn.errors import LayoutError
 from hookattn.image import Geometry, Tokens, cut_windows, whole_grid
-from hookattn.recipes import registry
 from hookattn.testing import check_recipe
 
 
@@ -54,8 +54,7 @@ class TheirBlock(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _registries_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (registry._RECIPES, registry._LAYOUTS, registry._PARTITIONS):
-        monkeypatch.setattr(table, "_facts", table.as_dict())
+    own_registers(monkeypatch)
 
 
 def test_windows_of_a_user_in_ten_lines(prove: Callable[..., int]) -> None:

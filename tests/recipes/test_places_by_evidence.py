@@ -15,11 +15,11 @@ import pytest
 import timm
 import torch
 from einops import rearrange
+from support.inside import registry
 from torch import Tensor, nn
 
 from hookattn import TokenError, UnfaithfulMapError
 from hookattn.image import Tokens, cut_padded_windows, cut_windows, pool_windows, slide_windows
-from hookattn.recipes import registry
 from hookattn.testing import check_recipe
 
 Made = tuple[nn.Module, tuple[Any, ...]]

@@ -21,7 +21,7 @@ WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
 
 class ConvStem(nn.Module):
-    """Patch embedding by strided 3 x 3 convolutions, which lets a small ViT learn from few images.
+    """Patch embedding of the demo by strided 3 x 3 convolutions, which lets a small ViT learn from few images.
 
     Source: Xiao et al. 2021, "Early convolutions help transformers see better".
     """
@@ -62,6 +62,7 @@ def load() -> VisionTransformer:
     """The demo's model with the trained weights that lie in the package, in eval mode."""
     model = build()
     state = load_file(str(WEIGHTS))
+    # the weights lie in the package as halves, for its size
     model.load_state_dict({name: value.to(model.state_dict()[name].dtype) for name, value in state.items()})
     return model.eval()
 

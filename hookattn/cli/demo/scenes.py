@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 SHAPES = ("disc", "square", "triangle", "star", "cross", "ring")
 SIZE = 96
-_SUPERSAMPLING = 3
+_SUPERSAMPLING = 3  # Pillow draws without antialiasing: drawn three times as large, edges are smooth
 Pixels = npt.NDArray[np.uint8]
 Point = tuple[float, float]
 
@@ -41,6 +41,7 @@ def draw(seed: int, size: int = SIZE) -> Scene:
         seed: any non-negative integer; scenes of different seeds are independent.
         size: height and width in pixels.
     """
+    # The order in which numbers are drawn makes the scene of a seed; the model was trained on scenes drawn in this one.
     rng = np.random.default_rng(seed)
     big = size * _SUPERSAMPLING
     label = int(rng.integers(len(SHAPES)))

@@ -1,0 +1,167 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file, save_model
+from typer.testing import CliRunner, Result
+
+from hookattn.cli import demo
+from hookattn.cli.app import app
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(demo.draw(3, 120).image[:, :90]).save(path)
+    return path
+
+
+def is_a_picture(path: Path) -> bool:
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return min(pixels.shape[:2]) > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_demo_writes_a_picture_and_verifies_every_map(tmp_path: Path) -> None:
+    result = run("demo", "-o", tmp_path / "new" / "demo.png")
+    assert result.exit_code == 0, result.output
+    assert "scene 7 shows a ring; the model says ring" in result.output
+    assert result.output.count("1 x 4 x 145 x 145") == 5
+    assert is_a_picture(tmp_path / "new" / "demo.png")
+
+
+def test_record_reads_any_model_from_a_file_of_weights(tmp_path: Path, photo: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), str(weights))
+    out = tmp_path / "out.png"
+    result = run("record", photo, "--model", "test_vit", "--checkpoint", weights, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "6 maps of test_vit, 1 x 2 x 101 x 101" in result.output
+    assert is_a_picture(out)
+
+
+@pytest.mark.parametrize("query", ["2,3", "-1"])
+def test_record_draws_the_layers_and_the_query_that_were_asked_for(tmp_path: Path, photo: Path, query: str) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), str(weights))
+    out = tmp_path / "out.png"
+    asked = ("--layers", "blocks.[01].attn,-1", "--query", query, "--img-size", "96")
+    result = run("record", photo, "-m", "test_vit", "-c", weights, *asked, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "at 96 x 96: 3 maps of test_vit, 1 x 2 x 37 x 37" in result.output
+    assert is_a_picture(out)
+
+
+@pytest.mark.parametrize(
+    ("args", "answer"),
+    [
+        (("-m", "test_vitt"), "timm has no model 'test_vitt'. Did you mean test_vit"),
+        (("-m", "test_vit", "-q", "x"), "No such option"),
+        (("-m", "test_vit", "--query", "clss"), "there is no 'clss' token. There is: query='cls'"),
+        (("-m", "test_vit", "--query", "40,2"), "there is no patch (40, 2)"),
+        (("-m", "test_vit", "--layers", "blocks.9"), "no attention module is called 'blocks.9'. Did you mean"),
+        (
+            (
+                "-m",
+                "test_resnet",
+            ),
+            "ResNet ran and was watched: none of its modules called",
+        ),
+    ],
+)
+def test_record_says_what_is_wrong(tmp_path: Path, photo: Path, args: tuple[str, ...], answer: str) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet" if "test_resnet" in args else "test_vit").state_dict(), str(weights))
+    result = run("record", photo, *args, "-c", weights, "-o", tmp_path / "out.png")
+    assert result.exit_code != 0
+    assert answer in result.output
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_record_says_what_to_do_without_the_hub(photo: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    result = run("record", photo, "--model", "vit_tiny_patch16_224")
+    assert result.exit_code == 1
+    assert "could not be fetched" in result.output
+    assert "--checkpoint FILE" in result.output
+    assert "hookattn demo" in result.output
+
+
+def test_record_says_when_a_file_is_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "text.png"
+    path.write_text("no image")
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), str(weights))
+    result = run("record", path, "-m", "test_vit", "-c", weights)
+    assert result.exit_code == 1
+    assert "is no image that can be read" in result.output
+
+
+def test_inspect_says_who_calls_what_with_what() -> None:
+    result = run("inspect", "vit_small_patch14_reg4_dinov2.lvd142m", "--batch", "16")
+    assert result.exit_code == 0, result.output
+    assert "blocks.11.attn  Attention  attention  16 x 6 x 1374 x 1374  tokens" in result.output
+    assert "all maps of vit_small_patch14_reg4_dinov2.lvd142m at batch 16: 8.1 GiB in float32" in result.output
+    assert "timm/models/vision_transformer.py:" in result.output
+    assert "self.attn(self.norm1(x)" in result.output
+    assert "blocks.11.attn: x is what blocks.11.norm1 made of the output of blocks.10" in result.output
+
+
+def test_inspect_lists_what_is_replayed_and_what_is_no_map() -> None:
+    result = run("inspect", "lamhalobotnet50ts_256")
+    assert "stages.2.1.self_attn  HaloAttn" in result.output
+    assert "not a map: stages.1.1.self_attn, LambdaLayer: its softmax runs over positions alone" in result.output
+
+
+def test_inspect_says_why_there_is_nothing() -> None:
+    result = run("inspect", "resnet18")
+    assert result.exit_code == 1
+    assert "ResNet ran and was watched: none of its modules called" in result.output
+
+
+def test_the_demo_model_reads_scenes_it_has_never_seen() -> None:
+    model = demo.load()
+    scenes = [demo.draw(seed) for seed in range(48)]
+    with torch.no_grad():
+        guesses = model(demo.to_input(np.stack([s.image for s in scenes]))).argmax(-1)
+    assert (guesses == torch.tensor([s.label for s in scenes])).float().mean() >= 0.9
+
+
+def test_a_scene_is_the_same_whenever_it_is_drawn() -> None:
+    first, again, other = demo.draw(5), demo.draw(5), demo.draw(6)
+    assert np.array_equal(first.image, again.image)
+    assert np.array_equal(first.mask, again.mask)
+    assert not np.array_equal(first.image, other.image)
+    assert 0.01 < first.mask.mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("model", "answer"),
+    [
+        ("test_vit3", "10 maps of test_vit3, 1 x 3 x 101 x 101, 1 x 3 x 1 x 101"),  # an attention pool at the end
+        (
+            "xcit_nano_12_p16_224",
+            "left out of the picture, no grid of patches over the whole image: blocks.0.attn",
+        ),
+    ],
+)
+def test_record_draws_what_there_is_to_draw(tmp_path: Path, photo: Path, model: str, answer: str) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_model(timm.create_model(model, num_classes=0), str(weights))
+    result = run("record", photo, "-m", model, "-c", weights, "-o", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    assert answer in result.output
+    assert is_a_picture(tmp_path / "out.png")

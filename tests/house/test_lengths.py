@@ -1,0 +1,63 @@
+"""How long functions and files are, how much of them is said in words, and how many names the package shows."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import hookattn
+
+PACKAGE = Path(__file__).parents[2] / "hookattn"
+FILES = sorted(PACKAGE.rglob("*.py"))
+Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def length(nodes: list[ast.stmt]) -> int:
+    """Lines from the first statement to the end of the last."""
+    return (nodes[-1].end_lineno or 0) - nodes[0].lineno + 1 if nodes else 0
+
+
+def functions() -> list[tuple[int, str]]:
+    """Lines of every function's body, docstring left out, shortest first."""
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                found.append((length(node.body[ast.get_docstring(node) is not None :]), f"{path.name}:{node.name}"))
+    return sorted(each for each in found if each[0])
+
+
+def share(lines: int) -> float:
+    """Of all lines of the package."""
+    return lines / sum(len(path.read_text().splitlines()) for path in FILES)
+
+
+def test_functions_stay_short() -> None:
+    lengths = functions()
+    assert lengths[len(lengths) // 2][0] <= 6
+    assert lengths[len(lengths) * 9 // 10][0] <= 15
+    assert lengths[-1][0] <= 45, lengths[-1]
+
+
+def test_files_stay_short() -> None:
+    for path in FILES:
+        limit = 320 if path.parent.name == "recipes" else 305
+        assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_comments_say_why_here_and_there() -> None:
+    readers = (tokenize.generate_tokens(io.StringIO(path.read_text()).readline) for path in FILES)
+    comments = sum(token.type == tokenize.COMMENT for tokens in readers for token in tokens)
+    assert 0.005 <= share(comments) <= 0.06
+
+
+def test_docstrings_are_neither_missing_nor_novels() -> None:
+    nodes = (node for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, Documented))
+    lines = sum(length(node.body[:1]) for node in nodes if ast.get_docstring(node))
+    assert 0.15 <= share(lines) <= 0.25
+
+
+def test_the_package_shows_few_names() -> None:
+    assert len(hookattn.__all__) <= 18

@@ -1,0 +1,100 @@
+"""Maps in a loss: gradients through maps are those of the unfused path, and training on maps moves maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm.layers as layers
+import timm.models.swin_transformer as swin
+import torch
+from support.models import randomise, tiny
+from support.oracle import unfused
+from torch import Tensor, nn
+
+from hookattn import AttentionRecorder
+
+
+def kinds() -> dict[str, nn.Module]:
+    """Attention of a few mechanisms, small enough to be differentiated by differences."""
+    return {
+        "plain": layers.Attention(8, 2, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm),
+        "windows": swin.WindowAttention(8, 2, window_size=2),
+        "pooling": layers.AttentionPoolLatent(8, num_heads=2, qk_norm=True, norm_layer=nn.LayerNorm),
+        "pytorch": nn.MultiheadAttention(8, 2, batch_first=True),
+    }
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize("kind", kinds())
+def test_derivatives_of_a_map_are_those_of_differences(kind: str, keep: Any) -> None:
+    module = randomise(kinds()[kind]).double().train()
+    names = [name for name, _ in module.named_parameters()]
+    x = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True)
+
+    def map_of(x: Tensor, *parameters: Tensor) -> Tensor:
+        args = (x, x, x) if kind == "pytorch" else (x,)
+        with AttentionRecorder(module, keep=keep, detach=False) as rec:
+            torch.func.functional_call(module, dict(zip(names, parameters)), args)
+        m: Tensor = rec.maps[0][...]
+        return m
+
+    inputs = (x, *(p.detach().requires_grad_() for p in module.parameters()))
+    assert torch.autograd.gradcheck(map_of, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(map_of, inputs, fast_mode=True)
+
+
+def distance(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """Kullback-Leibler divergence of rows, mean over rows, sum over layers."""
+    return torch.stack([(t * (t / s).log()).sum(-1).mean() for s, t in zip(ours, theirs)]).sum()
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_distilling_maps_is_training_on_the_unfused_softmax(keep: Any) -> None:
+    """Two students, one taught by recorded maps and one by the maps of its own unfused path, go the same way."""
+    teacher, x = tiny("vit_registers")
+    teacher, x = teacher.double(), x.double()
+    students = [tiny("vit_registers")[0].double().train() for _ in range(2)]
+    students[1].load_state_dict(students[0].state_dict())
+    with AttentionRecorder(teacher) as rec, torch.no_grad():
+        teacher(x)
+    theirs = [m[...] for m in rec.maps.values()]
+    optimizers = [torch.optim.SGD(student.parameters(), lr=0.05) for student in students]
+    distances = []
+    for _ in range(10):
+        with AttentionRecorder(students[0], keep=keep, detach=False) as rec:
+            students[0](x)
+        with unfused(students[1]) as softmaxes:
+            students[1](x)
+        for optimizer, maps in zip(optimizers, ([m[...] for m in rec.maps.values()], softmaxes)):
+            end = distance(maps, theirs)
+            optimizer.zero_grad()
+            end.backward()
+            optimizer.step()
+            distances.append(end.item())
+    torch.testing.assert_close(torch.tensor(distances[::2]), torch.tensor(distances[1::2]), rtol=1e-6, atol=0)
+    assert distances[-1] < 0.8 * distances[0]
+    moved = 0
+    for ours, others in zip(students[0].parameters(), students[1].parameters()):
+        torch.testing.assert_close(ours, others, rtol=1e-7, atol=1e-9)
+        moved += ours.grad is not None
+    assert moved > 10
+
+
+def test_an_entropy_and_the_logits_can_be_in_one_loss() -> None:
+    model, x = tiny("eva_split")
+    model, x = model.double().train(), x.double()
+
+    def loss(logits: Tensor, maps: list[Tensor]) -> Tensor:
+        return logits.square().mean() + torch.stack([-(a * a.log()).sum(-1).mean() for a in maps]).sum()
+
+    with AttentionRecorder(model, detach=False) as rec:
+        logits = model(x)
+    got = torch.autograd.grad(loss(logits, [m[...] for m in rec.maps.values()]), list(model.parameters()), allow_unused=True)
+    with unfused(model) as softmaxes:
+        logits = model(x)
+    expected = torch.autograd.grad(loss(logits, softmaxes), list(model.parameters()), allow_unused=True)
+    for a, b in zip(got, expected):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)

@@ -1,0 +1,1 @@
+"""What tests share. No test file imports from another."""

@@ -1,0 +1,61 @@
+"""A compiler that counts its graphs, and what compilation leaves set for everybody."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import eval_frame
+
+from hookattn import AttentionRecorder
+from support.oracle import unfused
+from support.reading import NAMES
+
+
+class Counts:
+    """A compiler that runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+def stance() -> str:
+    return eval_frame._stance.stance
+
+
+def settings() -> list[Any]:
+    """All that a recorder might leave set for everybody."""
+    config = [(name, repr(value)) for name, value in torch._dynamo.config.get_config_copy().items()]
+    modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")]
+    return [eval_frame._stance, config, modes, torch._C._len_torch_function_stack(), list(sys.meta_path), torch.compile]
+
+
+@contextmanager
+def nothing_set() -> Iterator[None]:
+    before = settings()
+    try:
+        yield
+    finally:
+        assert settings() == before
+
+
+@torch.no_grad()
+def softmaxes(call: Callable[[Tensor], Any], model: nn.Module, x: Tensor) -> list[Tensor]:
+    with unfused(model) as maps:
+        call(x)
+    return maps
+
+
+def agree(rec: AttentionRecorder, expected: list[Tensor], tolerance: float = 1e-6) -> None:
+    """Complete, in order and exact."""
+    assert [name.replace("._orig_mod", "") for name in rec.maps] == NAMES
+    for m, softmax in zip(rec.maps.values(), expected, strict=True):
+        torch.testing.assert_close(m[...], softmax, rtol=0, atol=tolerance)

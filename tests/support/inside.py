@@ -1,0 +1,119 @@
+"""All that tests take from the inside of the package: where something moves there, it is renamed here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookattn import AttentionMap, UnreadableError
+from hookattn.analysis.statistics import Sum
+from hookattn.attention.projection import Projected, project_heads
+from hookattn.calls.restore import is_reading, restoring
+from hookattn.conditions import changes
+from hookattn.figures.plot import _rollout_image as rollout_image
+from hookattn.image.sizes import size_after
+from hookattn.maps import lazy, reading
+from hookattn.maps.reading import source_of
+from hookattn.maps.replay import replayed
+from hookattn.recipes import global_attention, registry, window_attention
+from hookattn.recipes.registry import find_recipe, list_recipes
+from support.oracle import own_softmax
+
+__all__ = [
+    "Projected",
+    "Sum",
+    "find_recipe",
+    "is_reading",
+    "list_recipes",
+    "project_heads",
+    "registry",
+    "restoring",
+    "rollout_image",
+    "size_after",
+]
+REMEMBERED = "hookattn.calls.callsite.WeakTensorKeyDictionary"  # by tensor, who made it
+
+
+def call_of(m: AttentionMap) -> tuple[Any, Any, Any]:
+    """The module that was called, and what with."""
+    call: Any = m.call
+    return call.layer.module, call.args, call.kwargs
+
+
+def replay_of(m: AttentionMap) -> Tensor:
+    """What the module forms when it runs again on what it was called with."""
+    module, args, kwargs = call_of(m)
+    return replay(module, *args, **kwargs)
+
+
+@torch.no_grad()
+def replay(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What a module forms when it runs on these arguments."""
+    return replayed(module, *args, **kwargs).narrow().values()
+
+
+def form_of(m: AttentionMap) -> Any:
+    """Queries and keys, or scores, as they are read of the call."""
+    with m.call.resumed():
+        return source_of(m.call)
+
+
+def kept(attention: Tensor, like: AttentionMap) -> AttentionMap:
+    """A map that is there already, of the call of another."""
+    return like.kept(attention)
+
+
+def lost(reason: str, like: AttentionMap) -> AttentionMap:
+    """A map that could not be computed while the model ran."""
+    return like.lost(UnreadableError(reason))
+
+
+def show_image(m: AttentionMap, size: tuple[int, ...]) -> None:
+    """Let a map be one of an image of this size."""
+    m._geometry = m._geometry._replace(images=size)
+
+
+def read_in_chunks(patch: pytest.MonkeyPatch, elements: int) -> None:
+    """How much of a map is computed at a time."""
+    patch.setattr(lazy, "_CHUNK", elements)
+
+
+def sample_by_kernel(patch: pytest.MonkeyPatch) -> None:
+    """Look at values of parameters on the CPU as they are looked at on other devices."""
+    patch.setattr(changes, "_AT_HAND", ())
+
+
+def forget_steps(patch: pytest.MonkeyPatch) -> None:
+    """Other tests may hold maps, while which steps of optimizers are counted."""
+    patch.setattr(changes, "_current", None)
+
+
+def own_registers(patch: pytest.MonkeyPatch) -> None:
+    """What is filed of classes while a test runs is gone after it."""
+    for table in (registry._RECIPES, registry._LAYOUTS, registry._PARTITIONS):
+        patch.setattr(table, "_facts", table.as_dict())
+    patch.setattr(registry, "_WHERE", dict(registry._WHERE))
+
+
+def refile(patch: pytest.MonkeyPatch, name: str, recipe: Any) -> None:
+    """Put another recipe in place of that of a class."""
+    patch.setitem(registry._RECIPES._facts, name, recipe)
+
+
+def read_by(patch: pytest.MonkeyPatch, recipe: Any = global_attention.attention) -> None:
+    """Read every module by one recipe: that of timm's `Attention`, or another."""
+    patch.setattr(reading, "find_recipe", lambda _: recipe)
+
+
+def ignore_shift_masks(patch: pytest.MonkeyPatch) -> None:
+    """Let recipes of windows leave their masks out."""
+    patch.setattr(window_attention, "per_window", lambda mask, batch: ())
+
+
+def formed_by(m: AttentionMap) -> Tensor:
+    """What the module itself forms, unfused, on what it was called with."""
+    module, args, kwargs = call_of(m)
+    return own_softmax(module, *args, **kwargs)
