@@ -10,7 +10,7 @@
     ├── StaleMapError         what the map would be computed from has changed since the forward
     ├── UnfaithfulMapError    a map put into the module's own forward gave another output
     ├── TokenError            tokens and image do not fit: no class token, no such patch (a ValueError)
-    │   └── NoGridError       so many tokens are no grid over the image, or no image was seen
+    │   └── LayoutError       a layout or a partition returned what does not fit the map
     └── MissingExtraError     an optional dependency is not installed (an ImportError)
 
 Each message says what was found and what to type next.
@@ -65,8 +65,8 @@ class TokenError(HookattnError, ValueError):
     """The tokens of the map do not stand for what was asked."""
 
 
-class NoGridError(TokenError):
-    """So many tokens are no grid of patches over the image that was seen, if one was."""
+class LayoutError(TokenError):
+    """A layout or a partition returned what does not fit the map, or asked for what was not given."""
 
 
 class MissingExtraError(HookattnError, ImportError):

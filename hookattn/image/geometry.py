@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import NoGridError, TokenError
+from ..errors import LayoutError, TokenError
 from .images import Images, Patches
 from .tokens import Size, Tokens
 from .trunk import grid_size, patch_size, path_to, prefix_names, sees_patches, trunk_of
@@ -107,7 +107,7 @@ class Geometry(NamedTuple):
         """What the attention was called with for one parameter of its `forward`: a tensor by its shape, all else as it is.
 
         Raises:
-            TokenError: its forward has no such parameter.
+            LayoutError: its forward has no such parameter.
         """
         return _bind(self.module, self.arguments, name)
 
@@ -117,10 +117,10 @@ class Geometry(NamedTuple):
             _, rows, columns, _ = geometry.block_argument(self, "x")  # in a partition, whose first argument is the block
 
         Raises:
-            TokenError: its forward has no such parameter, or no block that cuts windows is around the attention.
+            LayoutError: its forward has no such parameter, or no block that cuts windows is around the attention.
         """
         if self.block_arguments is None:
-            raise TokenError(f"no block around {self.name!r} cuts windows; use geometry.argument({name!r}) in a layout.")
+            raise LayoutError(f"no block around {self.name!r} cuts windows; use geometry.argument({name!r}) in a layout.")
         return _bind(block, self.block_arguments, name)
 
     def tokens(self, count: int, *, prefix: bool | None = None) -> Tokens:
@@ -131,8 +131,7 @@ class Geometry(NamedTuple):
             prefix: whether the model's prefix tokens are among them; None tries it with, then without them.
 
         Raises:
-            NoGridError: the count does not fit the image.
-            TokenError: the module does not see patches.
+            TokenError: the count does not fit the image, or the module does not see patches.
         """
         if not sees_patches(self.model, self.name):
             raise TokenError(
@@ -151,7 +150,7 @@ class Geometry(NamedTuple):
                 return whole_grid(grid, each)
         seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
         how = {None: "with or without", True: "with", False: "without"}[prefix]
-        raise NoGridError(
+        raise TokenError(
             f"{count} tokens are no grid of patches over {seen}, {how} {len(names)} prefix tokens "
             f"({type(trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
             "itself, m[...]."
@@ -187,7 +186,7 @@ def _bind(module: nn.Module, arguments: ArgumentSizes, name: str) -> Any:
     bound.apply_defaults()
     if name not in bound.arguments:
         forward = getattr(module.forward, "__qualname__", "forward")
-        raise TokenError(f"{forward} has no parameter {name!r}, only {', '.join(bound.arguments)}.")
+        raise LayoutError(f"{forward} has no parameter {name!r}, only {', '.join(bound.arguments)}.")
     return bound.arguments[name]
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import NoGridError, TokenError
+from ..errors import LayoutError, TokenError
 from ..image.geometry import Geometry, ModuleSnapshot
 from ..image.images import Patches
 from ..image.tokens import Size, Tokens
@@ -27,7 +27,8 @@ def find_windows(geometry: Geometry) -> Tokens | None:
     """What an attention module is given by the block around it that cuts windows; None where there is no such block.
 
     Raises:
-        TokenError: there is one, but somebody else called the module, or its partition returned no `Tokens`.
+        TokenError: there is one, but somebody else called the module.
+        LayoutError: its partition returned no `Tokens`.
     """
     block = find_block(geometry.model, geometry.name)
     if block is None:
@@ -41,7 +42,7 @@ def find_windows(geometry: Geometry) -> Tokens | None:
     assert found is not None  # find_block has looked
     windows: Any = found(ModuleSnapshot(block, geometry.block_settings), geometry)
     if not isinstance(windows, Tokens):
-        raise TokenError(
+        raise LayoutError(
             f"the partition of {qualified_name(type(block))} returned {_describe(windows)}; return the Tokens that the "
             "attention inside is given, such as hookattn.image.cut_windows((rows, columns), window)."
         )
@@ -98,6 +99,7 @@ def find_tokens(geometry: Geometry | Places, shape: Shape) -> tuple[Tokens, Toke
 
     Raises:
         TokenError: they are channels, or windows or grids of a kind that is not known.
+        LayoutError: what a layout or a partition returned does not fit the map.
     """
     if isinstance(geometry, Places):
         return _or_raise(geometry.tokens)
@@ -106,14 +108,16 @@ def find_tokens(geometry: Geometry | Places, shape: Shape) -> tuple[Tokens, Toke
         raise TokenError(f"{geometry.name!r} attends from channels to channels, which lie nowhere on the image; slice m[...].")
     try:
         queries, keys = _lay_out(module, geometry, shape)
-    except NoGridError as error:
+    except LayoutError:
+        raise
+    except TokenError as error:
         if pieces := _explain_pieces(geometry, shape, 1):  # says more than a count that is no grid
-            raise NoGridError(pieces) from error
+            raise TokenError(pieces) from error
         raise
     if pieces := _explain_pieces(geometry, shape, keys.windows):
-        raise TokenError(pieces)
+        raise LayoutError(pieces)
     if (len(queries), len(keys)) != shape[2:]:
-        raise TokenError(
+        raise LayoutError(
             f"{geometry.name!r} has {shape[2]} queries and {shape[3]} keys, not the {len(queries)} and {len(keys)} that its "
             "image makes; slice the map itself, m[...]."
         )
@@ -149,12 +153,12 @@ def _lay_out(module: nn.Module, geometry: Geometry, shape: Shape) -> tuple[Token
     both: Any = found(geometry, shape)
     whose = f"the layout of {qualified_name(type(module))} returned"
     if not (isinstance(both, tuple) and len(both) == 2 and all(isinstance(tokens, Tokens) for tokens in both)):
-        raise TokenError(
+        raise LayoutError(
             f"{whose} {_describe(both)}; return two Tokens, of the queries and of the keys, such as `tokens, tokens` with "
             "tokens = hookattn.image.whole_grid((rows, columns))."
         )
     if both[0].windows != both[1].windows:
-        raise TokenError(
+        raise LayoutError(
             f"{whose} queries in {both[0].windows} windows and keys in {both[1].windows}; return both for the same windows."
         )
     return both[0], both[1]

@@ -204,7 +204,7 @@ def layout(*classes: str | type) -> Callable[[L], L]:
 
     Raises:
         ValueError: one of the classes has a layout already.
-        TokenError: later, when a picture is asked for: what it returned is no pair of `Tokens`, or does not fit the map.
+        LayoutError: later, when a picture is asked for: what it returned is no pair of `Tokens`, or does not fit the map.
     """
 
     def register(function: L) -> L:
@@ -234,7 +234,7 @@ def partition(*blocks: str | type) -> Callable[[P], P]:
 
     Raises:
         ValueError: one of the classes has a partition already.
-        TokenError: later, when a picture is asked for: what it returned is no `Tokens`, or does not fit the map.
+        LayoutError: later, when a picture is asked for: what it returned is no `Tokens`, or does not fit the map.
     """
 
     def register(function: P) -> P:

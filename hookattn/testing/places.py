@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..attention.sources import QK
-from ..errors import NoGridError, TokenError, UnfaithfulMapError
+from ..errors import LayoutError, TokenError, UnfaithfulMapError
 from ..image.tokens import Size, Tokens
 from ..maps.attention_map import AttentionMap
 from ..maps.reading import source_of
@@ -34,7 +34,9 @@ def check_places(m: AttentionMap, moved: nn.Module, args: Any, kwargs: Any) -> N
         return
     try:
         queries, keys = m.query_tokens, m.tokens
-    except NoGridError:  # the module alone has no image, and its tokens are not said to lie anywhere
+    except LayoutError:
+        raise
+    except TokenError:  # nothing is said: the module alone has no image, or its tokens come in an unknown order
         return
     site, grid = _find_site([block or moved, moved], moved, args, kwargs, queries, keys)
     with AttentionRecorder(moved, layers=lambda _, module: module is attention) as rec, torch.no_grad():

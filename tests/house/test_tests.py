@@ -11,7 +11,15 @@ import pytest
 TESTS = Path(__file__).parents[1]
 PACKAGE = TESTS.parent / "hookattn"
 FILES = sorted(TESTS.rglob("*.py"))
-FACES = {"hookattn", "hookattn.analysis", "hookattn.cli", "hookattn.cli.app", "hookattn.figures.plot", "hookattn.image"}
+FACES = {
+    "hookattn",
+    "hookattn.errors",
+    "hookattn.analysis",
+    "hookattn.cli",
+    "hookattn.cli.app",
+    "hookattn.figures.plot",
+    "hookattn.image",
+}
 FACES |= {"hookattn.testing"}
 
 

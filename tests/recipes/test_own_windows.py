@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import QK, TokenError, UnfaithfulMapError, UnreadableError, layout, partition, project, recipe
+from hookattn.errors import LayoutError
 from hookattn.image import Geometry, Tokens, cut_windows, whole_grid
 from hookattn.testing import check_recipe
 
@@ -116,13 +117,12 @@ def test_a_recipe_inside_of_a_block_is_checked_with_its_places(prove: Callable[.
         ((4, 6), "returned a tuple of int, int"),
         (whole_grid((4, 5)), r"sees 2 images as 12 pieces"),
         (cut_windows((4, 9), (2, 3)), r"has 4 queries and 4 keys, not the 6 and 6"),
-        (cut_windows((6, 4), 2), "said to lie on a grid of 6 x 4, and TheirBlock was called with"),
     ],
     ids=str,
 )
 def test_a_partition_that_returns_something_else_is_answered(returned: Any, message: str) -> None:
     partition(TheirBlock)(lambda self, geometry: returned)
-    with pytest.raises(TokenError, match=message):
+    with pytest.raises(LayoutError, match=message):
         check_recipe(TheirBlock(16, window=2, shift=1), torch.randn(2, 4, 6, 16))
 
 
@@ -141,13 +141,28 @@ def test_a_partition_that_returns_something_else_is_answered(returned: Any, mess
 )
 def test_a_layout_that_returns_something_else_is_answered(returned: Any, message: str) -> None:
     layout(TheirAttention)(lambda geometry, shape: returned)
-    with pytest.raises(TokenError, match=message):
+    with pytest.raises(LayoutError, match=message):
         check_recipe(TheirAttention(16, 4), torch.randn(2, 6, 16))
+
+
+def test_a_grid_that_is_nowhere_in_the_input_is_answered() -> None:
+    partition(TheirBlock)(lambda self, geometry: cut_windows((6, 4), 2))
+    with pytest.raises(TokenError, match="said to lie on a grid of 6 x 4, and TheirBlock was called with"):
+        check_recipe(TheirBlock(16, window=2, shift=1), torch.randn(2, 4, 6, 16))
+
+
+def test_places_that_a_layout_does_not_know_stay_unknown(prove: Callable[..., int]) -> None:
+    @layout(TheirAttention)
+    def unknown(geometry: Geometry, shape: Any) -> tuple[Tokens, Tokens]:
+        raise TokenError("they are shuffled")
+
+    recipe(TheirAttention)(lambda self, x: QK(*self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)[:2]))
+    assert prove(TheirAttention(16, 4), torch.randn(2, 5, 16)) == 0
 
 
 def test_an_argument_that_a_forward_does_not_have_is_answered() -> None:
     partition(TheirBlock)(lambda self, geometry: geometry.block_argument(self, "size"))
-    with pytest.raises(TokenError, match=r"TheirBlock.forward has no parameter 'size', only x\."):
+    with pytest.raises(LayoutError, match=r"TheirBlock.forward has no parameter 'size', only x\."):
         check_recipe(TheirBlock(16, window=2, shift=1), torch.randn(2, 4, 6, 16))
 
 
