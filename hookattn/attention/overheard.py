@@ -39,11 +39,7 @@ class Heard:
         return True
 
     def output(self, own: Own) -> Tensor | None:
-        """The output that a projection is part of; None if it is not of what the module was called with, and is computed.
-
-        Raises:
-            AwaitedError: the layer has not been called yet.
-        """
+        """The output a projection is part of, or AwaitedError; None if it is not of what the module was called with."""
         if not self._is_given(own.x):
             return None
         if own.layer not in self._outputs:

@@ -73,11 +73,7 @@ class Projected(Tensor):
         return Projected(self.x[batch][:, tokens], self.weight[heads], bias)
 
     def compute(self) -> Tensor:
-        """Compute the projection, once, or take it from what the module's own layer has put out.
-
-        Raises:
-            AwaitedError: the layer is about to be called.
-        """
+        """Compute the projection, once, or take it from what the module's own layer has put out, or is awaited to."""
         heard = heard_now.get()
         if self._computed is None and heard is not None and self.own is not None:
             output = heard.output(self.own)

@@ -40,8 +40,7 @@ class Call(NamedTuple):
     Attributes:
         layer: the module and where it stands.
         args, kwargs: what `forward` received. Tensors are the module's own, cut off from the graph unless asked otherwise.
-        modes: grad mode, autocast and training flags of the call.
-        tensors: the tensors among the arguments.
+        tensors: those among the arguments.
         state: the parameters and buffers the call reads, by name.
         held: what the caches and the moving buffers of the module held, each with the dict and the key it hangs at.
         stamps: what tells a change: one for each argument, one for each tensor of the state, one for some values of

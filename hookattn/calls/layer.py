@@ -23,8 +23,6 @@ class Layer(NamedTuple):
     the modules themselves, and so show what has become of them.
 
     Attributes:
-        name: its name in the model.
-        module: the module.
         trunk: the part of the model that cuts the image for it, where that is known.
         block: the block around it that cuts windows, if there is one.
         inner: the module and all below it.
@@ -37,12 +35,10 @@ class Layer(NamedTuple):
             tensor.
         parts: the same and where each submodule, number and forward of an instance's own hangs.
         bare: attributes of the modules that have no forward of their own.
-        samples: a few values of each parameter.
         caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name, and
             None, as `mutable_now` has it while it is empty.
         hooks: dicts of the hooks of all modules below this one.
         structure: what `structure_of` gave when all this was looked up.
-        steps: counts the steps of optimizers on parameters.
     """
 
     name: str

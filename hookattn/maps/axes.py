@@ -15,11 +15,7 @@ from ..recipes.registry import find_axes, qualified_name
 
 
 def check_softmax_axis(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Tensor:
-    """Bring scores of a softmax, or what has come of it, to (images * windows, heads, queries, keys), if it is over keys.
-
-    Raises:
-        UnreadableError: the axis it is taken over, or the one of the heads, is another one.
-    """
+    """Bring scores of a softmax, or what has come of it, to (images * windows, heads, queries, keys), if it is over keys."""
     if dim not in (-1, scores.dim() - 1):
         raise UnreadableError(
             f"{class_of(module)} takes its softmax over axis {dim} of {tuple(scores.shape)}, not over keys; describe its map "

@@ -23,11 +23,7 @@ from .sites import Variables
 
 
 class Backwards:
-    """The last backward that reached the modules of one forward.
-
-    Attributes:
-        last: its number; -1 if there was none.
-    """
+    """The last backward that reached the modules of one forward: its number, or -1 if there was none."""
 
     def __init__(self) -> None:
         self.last = -1
@@ -135,11 +131,7 @@ class Gradient(LazyArray):
                 self.refuse(f"its gradient could not be computed during backward: {reason}")
 
     def _missing(self) -> str:
-        """Why there is no gradient, or nothing if there is one.
-
-        Raises:
-            UnreadableError: there is one that cannot be computed.
-        """
+        """Why there is no gradient, or nothing if there is one; raises if there is one that cannot be computed."""
         if self._lost:
             raise UnreadableError(self._lost)
         if not self._received:

@@ -58,10 +58,7 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
 def run_with_map(call: Call, attention: Tensor) -> Any:
     """Run a captured call's forward with `attention` in place of the map it forms, and all dropout as it was.
 
-    The output is in the graph of the call and of the map.
-
-    Raises:
-        UnreadableError: the forward forms no map that another could be put in place of.
+    The output is in the graph of the call and of the map. Errors are those of `inject`.
     """
     with call.resumed():
         with torch.no_grad():  # nothing of this run is used but where maps are formed

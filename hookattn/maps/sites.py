@@ -52,8 +52,7 @@ class Watch(_Noted):
     """Notes what every SDPA call and every softmax is made of, and lets them run: without dropout of the map, or as called.
 
     Args:
-        module: whose forward runs.
-        given: the tensors it is called with; the first tells how many images there are.
+        given: the tensors that the module is called with; the first tells how many images there are.
         as_called: whether it is to return all that it would: dropout of the map is on, weights that were asked for are given.
     """
 
@@ -62,11 +61,7 @@ class Watch(_Noted):
         self.as_called = as_called
 
     def source(self) -> Source:
-        """What the map is computed from, once the forward has run; see `replayed`.
-
-        Raises:
-            UnreadableError: see `replayed`.
-        """
+        """What the map is computed from, once the forward has run; see `replayed`."""
         if not self.sites:
             raise UnreadableError(
                 f"{class_of(self.module)} called neither scaled_dot_product_attention nor softmax: it forms no softmax map. "
@@ -93,9 +88,7 @@ class Watch(_Noted):
 class Inject(Sites):
     """Puts a map where the sites of a watched run formed theirs.
 
-    Args:
-        watch: has seen a run of the same call.
-        as_called: whether the map is dropped out as the module would.
+    That run was of the same call. The map is dropped out as the module would if `as_called`.
     """
 
     def __init__(self, watch: Watch, attention: Tensor, *, as_called: bool = False) -> None:

@@ -23,13 +23,7 @@ _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 
 @dataclass(eq=False)
 class _Entered:
-    """A call of a module that has begun and not ended.
-
-    Attributes:
-        module: the module.
-        noted: what `enter` returned.
-        forms_a_map: whether a map was formed in it and in no module inside of it.
-    """
+    """A call of a module that has begun and not ended, with what `enter` returned, and whether it formed a map itself."""
 
     module: nn.Module
     noted: Any

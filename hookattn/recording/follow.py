@@ -13,13 +13,10 @@ def match_recomputed(forwards: Iterable[Iterable[Gradient]], call: Call) -> Grad
     """Find the gradient that belongs to a call which a checkpoint makes again in backward; None if there is none.
 
     Only reentrant checkpoints have one: they alone run the forward without a graph, see `Gradient.follow`.
-
-    Args:
-        forwards: the gradients of each forward, the last one first: a checkpoint of before may have had the same number.
-        call: as it is made again.
     """
     if (around := checkpoint_around()) is None:
         return None
+    # by forwards, the last one first: a checkpoint of an earlier one may have had the same number
     again = fingerprint(call.tensors, around)
     waiting = next((found for each in forwards if (found := [g for g in each if g.matches(again)])), [])
     if len(waiting) == 1:

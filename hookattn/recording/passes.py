@@ -57,7 +57,7 @@ class ForwardPasses(Around):
         ended: called with each forward that was a call of the model, when it has ended.
 
     Attributes:
-        elsewhere: in which others the model was called, in words.
+        elsewhere: in which other threads and tasks the model was called, in words.
         images: the pictures that the maps to come are of, by the part of the model that looks at them.
         blocks: what blocks that cut windows were called with, tensors by their sizes.
     """

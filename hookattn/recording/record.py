@@ -30,14 +30,7 @@ from .passes import ForwardPass, ForwardPasses
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a recorder was told to keep of each call.
-
-    Attributes:
-        maps: whether maps are computed while the model runs, and inputs let go.
-        detach: whether maps are cut off from the graph.
-        gradients: whether backward is followed to the maps.
-        deliver: where maps and gradients go and as what.
-    """
+    """What a recorder was told to keep of each call; `maps` is keep="maps", the others are its arguments of these names."""
 
     maps: bool
     detach: bool
@@ -49,10 +42,7 @@ class Wanted:
 class Recording:
     """Hooks layers and makes maps of their calls, for as long as a block lasts.
 
-    Attributes:
-        passes: the forwards that maps belong to.
-        origins: tells which module put out what, where the callers of modules are asked for.
-        keep_maps: makes maps while modules run, where that is asked for and no graph is wanted.
+    `origins` is None where nobody asks for callers, `keep_maps` where maps are not to be made while modules run, or in a graph.
     """
 
     model: nn.Module
@@ -184,8 +174,8 @@ class _RecordedLayer(Around):
             return None
         call = capture(self._layer, args, kwargs, detach=wanted.detach)
         # A checkpoint holds what is saved now against what was, by number and shape. With keep="maps", detach=False the map was
-        # computed in the forward as well, so it is computed again, and thrown away. So it is in forwards of other threads, which
-        # are not recorded: when backward runs their checkpoints again, in any thread, it cannot be told whose they are.
+        # computed in the forward too, so it is computed again and thrown away; likewise in forwards of other threads, which are
+        # not recorded: when backward runs their checkpoints again, in any thread, it cannot be told whose they are.
         if saves:
             recording.map_of(call, self._layer.name, ForwardPass(), None, None).computed()
         if not follows:

@@ -43,14 +43,14 @@ def test_functions_stay_short() -> None:
 
 def test_files_stay_short() -> None:
     for path in FILES:
-        limit = 320 if path.parent.name == "recipes" else 305
+        limit = 320 if path.parent.name == "recipes" else 300
         assert len(path.read_text().splitlines()) <= limit, path
 
 
 def test_comments_say_why_here_and_there() -> None:
     readers = (tokenize.generate_tokens(io.StringIO(path.read_text()).readline) for path in FILES)
     comments = sum(token.type == tokenize.COMMENT for tokens in readers for token in tokens)
-    assert 0.005 <= share(comments) <= 0.06
+    assert 0.03 <= share(comments) <= 0.06
 
 
 def test_docstrings_are_neither_missing_nor_novels() -> None:

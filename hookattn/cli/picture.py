@@ -1,0 +1,50 @@
+"""The picture that `hookattn record` and `hookattn demo` write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import TokenError
+from ..image.tokens import Query
+from ..maps.attention_map import AttentionMap
+from ..recording.recorder import AttentionRecorder
+from .output import console
+
+
+def save_picture(image: np.typing.ArrayLike, rec: AttentionRecorder, query: Query | None, out: Path, title: str) -> None:
+    from ..figures.plot import overview
+
+    # with no map to draw, the last one is tried all the same: its error says why
+    drawn = [m for m in rec.maps.values() if _has_a_grid(m)] or rec.maps[-1:]
+    left_out = [m.name for m in rec.maps.values() if m not in drawn]
+    if left_out:
+        console.print(f"left out of the picture, no grid of patches over the whole image: {', '.join(left_out)}", markup=False)
+    if query is None:
+        query = "cls" if all(m.tokens.prefix[:1] == ("cls",) for m in drawn) else "mean"
+    asked = [m for m in drawn if _has(m, query)] or drawn
+    if len(asked) < len(drawn):
+        others = ", ".join(m.name for m in drawn if m not in asked)
+        console.print(f"left out of the picture, query {query!r} is not among theirs: {others}", markup=False)
+    drawn = asked
+    out.parent.mkdir(parents=True, exist_ok=True)
+    overview(image, drawn, query, title=title).savefig(out)
+    console.print(f"\nwrote {out}")
+
+
+def _has(m: AttentionMap, query: Query) -> bool:
+    """Whether a query is among those of a map."""
+    try:
+        m.query_tokens.select(query)
+    except TokenError:
+        return False
+    return True
+
+
+def _has_a_grid(m: AttentionMap) -> bool:
+    """Whether it is known where the keys of a map lie on the image."""
+    try:
+        return bool(m.tokens)
+    except TokenError:
+        return False
