@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import QK, TokenError, UnfaithfulMapError, UnreadableError, layout, partition, project, recipe
-from hookattn.errors import LayoutError
 from hookattn.image import Geometry, Tokens, cut_windows, whole_grid
 from hookattn.testing import check_recipe
 
@@ -122,7 +121,7 @@ def test_a_recipe_inside_of_a_block_is_checked_with_its_places(prove: Callable[.
 )
 def test_a_partition_that_returns_something_else_is_answered(returned: Any, message: str) -> None:
     partition(TheirBlock)(lambda self, geometry: returned)
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(hookattn.errors.LayoutError, match=message):
         check_recipe(TheirBlock(16, window=2, shift=1), torch.randn(2, 4, 6, 16))
 
 
@@ -141,7 +140,7 @@ def test_a_partition_that_returns_something_else_is_answered(returned: Any, mess
 )
 def test_a_layout_that_returns_something_else_is_answered(returned: Any, message: str) -> None:
     layout(TheirAttention)(lambda geometry, shape: returned)
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(hookattn.errors.LayoutError, match=message):
         check_recipe(TheirAttention(16, 4), torch.randn(2, 6, 16))
 
 
@@ -162,7 +161,7 @@ def test_places_that_a_layout_does_not_know_stay_unknown(prove: Callable[..., in
 
 def test_an_argument_that_a_forward_does_not_have_is_answered() -> None:
     partition(TheirBlock)(lambda self, geometry: geometry.block_argument(self, "size"))
-    with pytest.raises(LayoutError, match=r"TheirBlock.forward has no parameter 'size', only x\."):
+    with pytest.raises(hookattn.errors.LayoutError, match=r"TheirBlock.forward has no parameter 'size', only x\."):
         check_recipe(TheirBlock(16, window=2, shift=1), torch.randn(2, 4, 6, 16))
 
 
