@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..conditions.autocast import Autocast, autocast_now
 from ..conditions.changes import stamps
-from ..conditions.function_modes import SDPA, modes_in_force, modes_resumed
+from ..conditions.function_modes import modes_in_force, modes_resumed
 from ..conditions.sharding import is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
@@ -46,11 +46,6 @@ class Modes(NamedTuple):
     random: RandomStreams | None
     functions: tuple[TorchFunctionMode, ...]
     sdpa: object
-
-    @property
-    def are_plain(self) -> bool:
-        """Whether attention is what PyTorch makes of it, so that a recipe may leave out what it does not need."""
-        return not self.functions and self.sdpa is SDPA
 
 
 class Call(NamedTuple):
@@ -113,7 +108,8 @@ class Call(NamedTuple):
                 # without grad has no graph, and the forward that is going on outside would train nothing through it.
                 cached = cached and self.modes.grad
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
-            stack.enter_context(modes_resumed(self.modes.functions))
+            if self.modes.functions or torch._C._len_torch_function_stack():
+                stack.enter_context(modes_resumed(self.modes.functions))
             stack.enter_context(training_flags(self.layer.inner, self.modes.training))
             stack.enter_context(in_place(self.layer.slots))
             # copies of copies: what runs may fill a cache, and a map may be read more than once

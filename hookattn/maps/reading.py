@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
 from ..calls.restore import restoring
+from ..conditions.function_modes import SDPA
 from ..conditions.transforms import is_left_behind
 from ..errors import RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
@@ -106,7 +107,9 @@ def source_by_recipe(call: Call) -> Source | None:
 def _by_recipe(call: Call) -> Source | None:
     if any(t.is_nested for t in call.tensors):
         raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
-    recipe = find_recipe(call.layer.module) if call.modes.are_plain else None
+    # a recipe leaves out what it does not need, so it does not show what the user's modes, or an SDPA of theirs, make of it
+    as_written = not call.modes.functions and call.modes.sdpa is SDPA
+    recipe = find_recipe(call.layer.module) if as_written else None
     source = NotImplemented if recipe is None else recipe(call.layer.module, *call.args, **call.kwargs)
     return None if source is NotImplemented else source
 

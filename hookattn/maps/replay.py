@@ -78,6 +78,8 @@ def copy_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
     """Copies of arguments, for a run that may write into them or fill a cache among them."""
 
     def copied(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
         return value.clone() if isinstance(value, Tensor) else copy_structure(value) if is_cache(value) else value
 
     both: tuple[Any, Any] = pytree.tree_map(copied, (args, kwargs))
