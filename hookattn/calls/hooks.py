@@ -34,10 +34,10 @@ class Hook:
         # takes it off, it is given fewer arguments.
         if is_traced() or len(given) != self.takes:
             return None
-        if torch._C._len_torch_dispatch_stack():  # of a checkpoint that caches operators, of somebody who counts them
-            with unseen_by_modes():
-                return self.run(*given)
-        return self.run(*given)
+        if not torch._C._len_torch_dispatch_stack():  # asked here too, since it nearly always is empty
+            return self.run(*given)
+        with unseen_by_modes():  # of a checkpoint that caches operators, of somebody who counts them
+            return self.run(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # PyTorch copies and pickles hooks with their module. A model that is copied or saved inside the block is to hold

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 
 # not documented, but what PyTorch itself uses to look at tensors while modes are on; in torch 2.6 to 2.14
 from torch.utils._python_dispatch import _disable_current_modes
@@ -14,4 +16,4 @@ def unseen_by_modes() -> AbstractContextManager[object]:
     A selective checkpoint caches the outputs of operators by their number and looks them up by it in backward, so an operator
     too many gives the user wrong gradients without an error. Whoever counts operators counts the model's.
     """
-    return _disable_current_modes()
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()

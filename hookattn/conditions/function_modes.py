@@ -56,6 +56,16 @@ def put_below_others(mode: TorchFunctionMode) -> None:
     _put_all_on([*devices, mode, *[each for each in stack if each not in devices]])
 
 
+@contextmanager
+def lowest(mode: TorchFunctionMode) -> Iterator[None]:
+    """Have a mode on that sees what the user's modes have made of a call, for as long as the block lasts."""
+    put_below_others(mode)
+    try:
+        yield
+    finally:
+        take_off(mode)
+
+
 def take_off(mode: TorchFunctionMode) -> None:
     """Take a mode off this thread, wherever it stands among others; a device may have been put below it since."""
     _put_all_on([each for each in _take_all_off() if each is not mode])

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
 from ..conditions.checkpoints import checkpoint_around, fingerprint
+from ..conditions.dispatch_modes import unseen_by_modes
 from ..errors import HookattnError, NoGradientError, UnreadableError
 from .axes import class_of, interleave_heads
 from .lazy import Delivery, LazyArray
@@ -108,7 +109,9 @@ class Gradient(LazyArray):
         me, kept = weakref.ref(self), call if self._in_backward else None
 
         def receive(place: int, grad: Tensor) -> None:
-            if (gradient := me()) is not None:
+            if (gradient := me()) is None:
+                return
+            with unseen_by_modes():
                 gradient._receive(place, grad, kept, recomputed_in)
 
         for place, tensor in outputs.items():

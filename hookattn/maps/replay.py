@@ -17,6 +17,7 @@ from ..attention.sources import Source
 from ..calls.arguments import copy_structure, is_cache
 from ..calls.call import Call
 from ..calls.restore import restoring
+from ..conditions.function_modes import lowest
 from .intercept import Intercept, Sites
 from .sites import Inject, Watch
 
@@ -35,7 +36,7 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     args, kwargs = copy_arguments(args, kwargs)
     watch = Watch(module, (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
     # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record this run
-    with restoring(module), Intercept([watch]):
+    with restoring(module), lowest(Intercept([watch])):
         module.forward(*args, **kwargs)
     return watch.source()
 
@@ -68,7 +69,7 @@ def run_with_map(call: Call, attention: Tensor) -> Any:
 def run_under(call: Call, sites: S) -> tuple[Any, S]:
     """Run a call's forward while its sites are seen or filled; what it returns, and the sites."""
     module = call.layer.module
-    with restoring(module), Intercept([sites]):
+    with restoring(module), lowest(Intercept([sites])):
         call.restore_random_streams()
         args, kwargs = copy_arguments(call.args, call.kwargs)
         return module.forward(*args, **kwargs), sites

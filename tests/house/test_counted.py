@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.modes import hooks_in_sight
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +35,7 @@ COUNTED = {r.case.key: r for r in scaling.READINGS}
 
 def products(run: Callable[[], Any]) -> int:
     """Operations of matrix products and convolutions, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    with hooks_in_sight(), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,12 +30,28 @@ class Functions(TorchFunctionMode):
         return out if instead is None else instead
 
 
+@contextmanager
+def hooks_in_sight() -> Iterator[None]:
+    """Let dispatch modes see what hooks of a recorder run, from which they hide."""
+    with mock.patch("hookattn.conditions.dispatch_modes._disable_current_modes", nullcontext):
+        yield
+
+
 class Operators(TorchDispatchMode):
-    """Shows `see(func, out, args, kwargs)` each operator of torch and what it puts out."""
+    """Shows `see(func, out, args, kwargs)` each operator of torch and what it puts out, those of a recorder's hooks too."""
 
     def __init__(self, see: See) -> None:
         super().__init__()
         self.see = see
+        self.on = ExitStack()
+
+    def __enter__(self) -> Any:
+        self.on.enter_context(hooks_in_sight())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.on.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
