@@ -168,7 +168,12 @@ def _hooks_of_others(layer: Layer) -> list[int]:
     """Ids of the hooks below a module that others have put on, which may change what is read; a recorder's do not."""
     if not any(layer.hooks):
         return []
-    return [id(hook) for hooks in layer.hooks if hooks for hook in list(hooks.values()) if not is_ours(hook)]
+    return [id(hook) for hooks in layer.hooks if hooks for hook in list(hooks.values()) if not _only_looks_on(hook)]
+
+
+def _only_looks_on(hook: Any) -> bool:
+    """Whether a hook changes nothing: a recorder's, or one of PyTorch's own observers, such as FlopCounterMode has."""
+    return is_ours(hook) or str(getattr(hook, "__module__", "")).startswith("torch.utils.")
 
 
 def _is_cache(value: Any) -> bool:

@@ -73,7 +73,8 @@ class Watch(_Noted):
     def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         named = sdpa_arguments(args, kwargs)
         # maps are those before dropout, so two runs are to be compared without it
-        out: Tensor = run(*args, **kwargs) if self.as_called else run(**{**named, "dropout_p": 0.0})
+        dropped = named.get("dropout_p") and not self.as_called
+        out: Tensor = run(**{**named, "dropout_p": 0.0}) if dropped else run(*args, **kwargs)
         self.fused_sites.append(Site(partial(_as_qk, self.module, self.batch, **named), out.dtype))
         return out
 

@@ -165,13 +165,18 @@ class Decoder(nn.Module):
         return self.layer(x, cache)
 
 
-def test_a_cache_that_a_forward_fills_is_left_alone_and_the_module_refused() -> None:
+def test_a_cache_that_a_forward_fills_is_read_as_it_was_and_left_alone() -> None:
     model, cache = Decoder().eval(), Cache()
-    with AttentionRecorder(model, "layer") as rec, torch.no_grad():
-        model(torch.randn(2, 7, 24), cache)
-    with pytest.raises(UnreadableError, match=r'with a Cache, which its forward changes.*use_cache=False.*keep="maps"'):
-        rec.maps[0][...]
-    assert len(cache.keys) == 1
+    with AttentionRecorder(model, "layer", passes="all") as rec, torch.no_grad():
+        xs = [torch.randn(2, tokens, 24) for tokens in (7, 1)]
+        for x in xs:
+            model(x, cache)
+    assert [maps[0].shape[2:] for maps in rec.passes] == [(7, 7), (1, 8)]
+    k = torch.cat([keys[:2] for keys in cache.keys], dim=2)
+    for maps, x in zip(rec.passes, xs):
+        q = model.layer.parts(x)[0]
+        torch.testing.assert_close(maps[0][...], (q @ k[:, :, : maps[0].shape[3]].mT / 8**0.5).softmax(-1))
+    assert len(cache.keys) == 2
 
 
 def test_maps_that_are_kept_look_at_what_a_cache_has_added() -> None:
