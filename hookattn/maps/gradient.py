@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
+from ..calls.restore import is_reading
 from ..conditions.checkpoints import checkpoint_around, fingerprint
 from ..conditions.dispatch_modes import unseen_by_modes
 from ..errors import HookattnError, NoGradientError, UnreadableError
@@ -96,7 +97,8 @@ class Gradient(LazyArray):
     def follow(self, call: Call, output: Any) -> None:
         """Put hooks on the output of a call, which take what every backward to come brings to it."""
         leaves = {i: t for i, t in enumerate(pytree.tree_leaves(output)) if isinstance(t, Tensor)}
-        outputs = {i: t for i, t in leaves.items() if t.requires_grad}
+        # a leaf of the graph is a parameter or an input that is handed on: no map is in it, and a hook on it would stay
+        outputs = {i: t for i, t in leaves.items() if t.requires_grad and not t.is_leaf}
         self._none = "" if outputs else _NO_GRAPH if leaves else _NO_TENSOR
         recomputed_in = torch._C._current_graph_task_id()  # the backward in which a checkpoint makes the call again, or -1
         # A reentrant checkpoint runs its forward without a graph. What backward will bring comes to the outputs of the call
@@ -109,7 +111,7 @@ class Gradient(LazyArray):
         me, kept = weakref.ref(self), call if self._in_backward else None
 
         def receive(place: int, grad: Tensor) -> None:
-            if (gradient := me()) is None:
+            if (gradient := me()) is None or is_reading():  # the module runs again, from this very tensor
                 return
             with unseen_by_modes():
                 gradient._receive(place, grad, kept, recomputed_in)

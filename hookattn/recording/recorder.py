@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -242,7 +242,8 @@ class AttentionRecorder:
 def _note(origins: Origins, passes: ForwardPasses, module: nn.Module, args: Args, output: Any) -> None:
     """Forward hook on every module, for `called_from`: note which one put out what."""
     if passes.is_here():
-        origins.note(module, args, output)
+        with suppress(Exception):  # what a module is given may be anything; who made it is then not known
+            origins.note(module, args, output)
 
 
 def _record_replaced_layers(model: nn.Module, modules: dict[str, nn.Module], deliver: Delivery, ended: ForwardPass) -> None:

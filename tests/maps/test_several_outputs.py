@@ -31,7 +31,7 @@ class Attention(nn.Module):
 # what is put out, and what of it goes into the loss; the last one is the map that autograd has
 OUTPUTS: dict[str, tuple[Out, Callable[[Any], Tensor]]] = {
     "beside its map, which nobody uses": (lambda self, y, a: (y, a), lambda out: out[0].pow(2).sum()),
-    "beside its map, which goes into the loss": (
+    "beside its map, in the loss too": (
         lambda self, y, a: (y, a),
         lambda out: out[0].pow(2).sum() + out[1].pow(3).sum(),
     ),
