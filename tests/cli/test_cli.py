@@ -149,19 +149,20 @@ def test_a_scene_is_the_same_whenever_it_is_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "answer"),
+    ("model", "layers", "answer"),
     [
-        ("test_vit3", "10 maps of test_vit3, 1 x 3 x 101 x 101, 1 x 3 x 1 x 101"),  # an attention pool at the end
+        ("test_vit3", "blocks.0,attn_pool", "2 maps of test_vit3, 1 x 3 x 101 x 101, 1 x 3 x 1 x 101"),
         (
             "xcit_nano_12_p16_224",
+            "blocks.0.attn,cls_attn_blocks",
             "left out of the picture, no grid of patches over the whole image: blocks.0.attn",
         ),
     ],
 )
-def test_record_draws_what_there_is_to_draw(tmp_path: Path, photo: Path, model: str, answer: str) -> None:
+def test_record_draws_what_there_is_to_draw(tmp_path: Path, photo: Path, model: str, layers: str, answer: str) -> None:
     weights = tmp_path / "weights.safetensors"
     save_model(timm.create_model(model, num_classes=0), str(weights))
-    result = run("record", photo, "-m", model, "-c", weights, "-o", tmp_path / "out.png")
+    result = run("record", photo, "-m", model, "--layers", layers, "-c", weights, "-o", tmp_path / "out.png")
     assert result.exit_code == 0, result.output
     assert answer in result.output
     assert is_a_picture(tmp_path / "out.png")

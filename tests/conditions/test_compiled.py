@@ -124,10 +124,9 @@ def test_a_compiled_model_is_recorded_whole_and_its_graphs_are_used_again(way: A
     check(way, opened, fullgraph=True)
 
 
-@pytest.mark.parametrize("opened", OPENED)
 @pytest.mark.parametrize("options", [{"dynamic": True}, {"backend": "aot_eager"}], ids=str)
-def test_so_is_one_compiled_with_other_options(options: dict[str, Any], opened: str) -> None:
-    check(the_compiled_model, opened, **options)
+def test_so_is_one_compiled_with_other_options(options: dict[str, Any]) -> None:
+    check(the_compiled_model, OPENED[1], **options)
 
 
 @pytest.mark.parametrize("way", [blocks_replaced, attention_replaced], ids=lambda way: way.__name__)
@@ -206,8 +205,7 @@ def test_what_is_compiled_with_the_hooks_on_has_nothing_of_a_recorder_in_it(opti
 # Modes
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("keep", ["inputs", "maps"])
+@pytest.mark.parametrize(("keep", "backend"), [("inputs", "eager"), ("maps", "aot_eager")])
 def test_a_compiled_training_step_in_the_block_has_the_gradients_it_had(keep: Any, backend: str) -> None:
     model, x = tiny("vit")
     parameters = list(model.train().parameters())

@@ -34,7 +34,7 @@ def test_operations_are_those_of_what_is_read(reading: str) -> None:
 
 
 def test_a_row_of_many_tokens_forms_nothing_larger_than_x() -> None:
-    tokens = 16_384
+    tokens = 4_096
     with AttentionRecorder(model := plain().float()) as rec, torch.no_grad():
         model(torch.randn(1, tokens, C))
     with Largest() as seen, torch.no_grad():

@@ -350,7 +350,6 @@ def test_reading_gradients_leaves_no_tensor_for_the_garbage_collector(name: str,
             counts.append(sum(type(thing) is Tensor for thing in gc.get_objects()))
         assert counts[1] == counts[3]
     finally:
-        gc.unfreeze()
         gc.enable()
 
 

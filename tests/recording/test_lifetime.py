@@ -30,10 +30,10 @@ FORWARDS = ["__call__", "forward_features"]
 
 @pytest.fixture(autouse=True)
 def _no_garbage_collector() -> Iterator[None]:
+    gc.collect()
     gc.disable()
     gc.freeze()  # what was there before is not counted
     yield
-    gc.unfreeze()
     gc.enable()
 
 
