@@ -10,4 +10,5 @@ From top to bottom, an import may only point down:
     replay         run a module's own forward again, watching or replacing the map it forms
     intercept      what a forward forms its map of, seen or replaced while it runs
     axes           how modules fold the axes of their maps
+    evidence       axes by evidence: what multiplies the values, and which place of the output each row of it feeds
 """
