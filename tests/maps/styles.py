@@ -248,6 +248,15 @@ def chunks_of_queries_into_a_buffer(q, k, v):
 
 
 @own
+def every_other_query_first(q, k, v):
+    q, k, v = first(q, k, v)
+    out = torch.empty_like(q)
+    for i in (0, 1):
+        out[:, :, i::2] = scores_of(q[:, :, i::2], k).softmax(-1) @ v
+    return merged(out)
+
+
+@own
 def one_query_after_the_other(q, k, v):
     q, k, v = first(q, k, v)
     return merged(torch.cat([scores_of(q[:, :, i : i + 1], k).softmax(-1) @ v for i in range(q.shape[2])], 2))
@@ -844,6 +853,41 @@ def difference_of_two_maps(s):
 
 
 @style
+def only_the_class_token_is_read(s):
+    class Pooled(Own):
+        def forward(self, x):
+            return self.out(merged(F.scaled_dot_product_attention(*first(*self.split(x)))))[:, 0]
+
+    module, x = Pooled(s, len), torch.randn(s.batch, s.tokens, s.heads * s.dim)
+    q, k, _ = module.split(x)
+    return module, (x,), rows(q, k)
+
+
+@style
+def two_streams_attend_together(s):
+    class Joint(Own):  # as in diffusion transformers: text and image, each with an output of its own
+        def forward(self, x, text):
+            y = merged(F.scaled_dot_product_attention(*first(*self.split(torch.cat([x, text], 1)))))
+            return self.out(y[:, : x.shape[1]]), self.out(y[:, x.shape[1] :])
+
+    module = Joint(s, len)
+    x, text = torch.randn(s.batch, s.tokens, s.heads * s.dim), torch.randn(s.batch, 3, s.heads * s.dim)
+    q, k, _ = module.split(torch.cat([x, text], 1))
+    return module, (x, text), rows(q, k)
+
+
+@style
+def two_streams_put_out_in_another_order(s):
+    class Joint(Own):
+        def forward(self, x, text):
+            y = merged(F.scaled_dot_product_attention(*first(*self.split(torch.cat([text, x], 1)))))
+            return self.out(y[:, text.shape[1] :]), self.out(y[:, : text.shape[1]])
+
+    x, text = torch.randn(s.batch, s.tokens, s.heads * s.dim), torch.randn(s.batch, 3, s.heads * s.dim)
+    return Joint(s, len), (x, text), None
+
+
+@style
 def it_returns_its_map(s):
     class Telling(Own):
         def forward(self, x):
@@ -969,13 +1013,21 @@ def windows_that_are_all_alike(s):
     return module, (x,), rows(q, k)
 
 
+def parts_of(tokens: int) -> list[int]:
+    return [2, 3, max(tokens, 8) - 5]
+
+
 @style
 def windows_of_different_sizes(s):
     def run(q, k, v):
-        parts = [t.split([3, q.shape[1] - 3], 1) for t in (q, k, v)]
+        parts = [t.split(parts_of(q.shape[1]), 1) for t in (q, k, v)]
         return merged(torch.cat([F.scaled_dot_product_attention(*first(*p)) for p in zip(*parts)], 2))
 
-    return Own(s, run), (torch.randn(s.batch, max(s.tokens, 7), s.heads * s.dim),), None
+    module, x = Own(s, run), torch.randn(s.batch, max(s.tokens, 8), s.heads * s.dim)
+    q, k, _ = (t.split(parts_of(s.tokens), 1) for t in module.split(x))
+    most = max(parts_of(s.tokens))
+    windows = [F.pad(rows(a, b), (0, most - a.shape[1], 0, most - a.shape[1])) for a, b in zip(q, k)]
+    return module, (x,), torch.stack(windows, 1).flatten(0, 1)  # filled up with zeros
 
 
 @style
@@ -1128,6 +1180,13 @@ def blocks_of_keys(q, k, v):
         j = slice(i, i + k.shape[2] // 2)
         parts = parts + weights[..., j] @ v[:, :, j]
     return merged(parts)
+
+
+@no_map
+def chunks_with_more_and_more_keys(q, k, v):
+    q, k, v = first(q, k, v)
+    ends = range(2, q.shape[2] + 2, 2)
+    return merged(torch.cat([scores_of(q[:, :, e - 2 : e], k[:, :, :e]).softmax(-1) @ v[:, :, :e] for e in ends], 2))
 
 
 @no_map

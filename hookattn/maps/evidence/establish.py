@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -15,7 +16,7 @@ from ...errors import UnreadableError
 from .judge import find_maps
 from .product import Product
 from .table import arrange
-from .tape import Operations, Tape, exact, own_arguments
+from .tape import Operations, Tape, exact, own_arguments, tensors_in
 from .unmix import softmax_before_mixing
 
 
@@ -27,7 +28,7 @@ class Arrangement:
         form: of the arguments, as `form_of` gives it.
         steps: the operations of the forward, up to the last that is needed.
         products: those that multiply the map and its values, with the shapes of M.
-        index: (images * windows, heads, queries), which of all rows of the products stands there.
+        index: (images * windows, heads, queries), which of all rows of the products stands there; one beyond all is zeros.
         softmax: where heads are mixed after it: its step, and the order of its axes.
     """
 
@@ -40,10 +41,12 @@ class Arrangement:
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The map (images * windows, heads, queries, keys) of another such call, in float32 or better; one run of the forward.
 
+        Windows that are smaller than others are filled up with zeros.
+
         Raises:
             UnreadableError: the call or the way that the forward takes is another than the one that was looked at.
         """
-        with _naming(module), torch.no_grad():
+        with _plainly(module, args, kwargs):
             if form_of(args, kwargs) != self.form:
                 raise UnreadableError("its axes were established for arguments of other shapes")
             reader = _Reader(self)
@@ -86,8 +89,11 @@ class _Reader(Operations):  # type: ignore[no-untyped-call]
                 self.rows.append(m.flatten(0, 1).clone())
 
     def map(self) -> Tensor:
-        rows, index = torch.cat(self.rows), self.arrangement.index
-        return rows.view(*index.shape, -1) if self.arrangement.softmax else rows[index.to(rows.device)]
+        index, keys = self.arrangement.index, max(rows.shape[1] for rows in self.rows)
+        if self.arrangement.softmax:
+            return self.rows[0].view(*index.shape, keys)
+        rows = torch.cat([F.pad(rows, (0, keys - rows.shape[1])) for rows in self.rows])
+        return F.pad(rows, (0, 0, 0, 1))[index.to(rows.device)]
 
 
 def establish_axes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arrangement:
@@ -96,7 +102,7 @@ def establish_axes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     Raises:
         UnreadableError: it forms no map over pairs of tokens, or evidence does not tell; what was found is told.
     """
-    with _naming(module), torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+    with _plainly(module, args, kwargs), ExitStack() as stack:
         tape = Tape(module, args, kwargs)
         if tape.mutates:
             stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
@@ -107,9 +113,15 @@ def establish_axes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @contextmanager
-def _naming(module: nn.Module) -> Iterator[None]:
-    """Say which class cannot be read, and what to type next."""
+def _plainly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Derivatives are on and autocast is off, which would keep what it casts for the user's own forwards; refusals are named."""
     try:
-        yield
+        with ExitStack() as stack:
+            for device in {t.device.type for t in (*module.parameters(), *tensors_in((args, kwargs)))}:
+                stack.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            yield
     except (UnreadableError, RuntimeError, NotImplementedError) as error:  # such as an operation that has no derivative
-        raise UnreadableError(f"{type(module).__name__}: {error}; describe its map with @hookattn.recipe.") from error
+        name = type(module).__qualname__.split(".<locals>.")[-1]
+        raise UnreadableError(f"{name}: {error}; describe its map with @hookattn.recipe.") from error

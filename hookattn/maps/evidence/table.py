@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import UnreadableError
 from .judge import Candidate
-from .probe import Sources, pull, reach
+from .probe import Sources, pull, reach, weights_like
 from .product import matrices
 from .tape import Tape, storage_of
 
@@ -23,7 +23,7 @@ Slabs = dict[tuple[int, int], int]  # a number for the values of (map, g), the s
 
 
 def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[list[Candidate], Tensor]:
-    """The products that are the map, and which of all their rows stands at (window, head, query).
+    """The products that are the map, and which of all rows stands at (window, head, query); where none does, one beyond all.
 
     Raises:
         UnreadableError: rows do not fit together as a map.
@@ -32,6 +32,7 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     _refuse_steps(tape, maps)
     slabs = _number_slabs(maps)
     windows, whole = _windows(maps, slabs, *_axes(tape, maps, slabs))
+    _refuse_growing(sources, maps, windows)
     row = windows[0][0][1]
     values = list({slabs[n, g]: maps[n].w[g] for n, g, _ in row}.values())
     _refuse_other_tokens(sources, values)
@@ -42,7 +43,8 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     heads = _order_of_heads(maps, slabs, row)
     start = torch.tensor([0, *(c.m.shape[0] * c.m.shape[1] for c in maps)]).cumsum(0).tolist()
     table = [[[start[n] + g * maps[n].m.shape[1] + i for n, g, i in (r[h] for h in heads)] for _, r in w] for w in windows]
-    return maps, torch.tensor(table).transpose(1, 2)
+    missing = [start[-1]] * len(heads)  # in smaller windows
+    return maps, torch.tensor([[*t, *[missing] * (max(map(len, table)) - len(t))] for t in table]).transpose(1, 2)
 
 
 def _alike(maps: Sequence[Candidate]) -> list[Candidate]:
@@ -50,8 +52,6 @@ def _alike(maps: Sequence[Candidate]) -> list[Candidate]:
     maps = [c for c in maps if len(c.local) == max(len(c.local) for c in maps)]
     if any(c.vary for c in maps):
         maps = [c for c in maps if c.vary or c.m.shape[1] == 1]  # a chunk of a single query has nothing that varies
-    if len({c.m.shape[2] for c in maps}) > 1:
-        raise UnreadableError(f"it forms maps over different numbers of keys: {sorted({c.m.shape[2] for c in maps})}")
     if len({c.local for c in maps}) > 1:
         raise UnreadableError("it forms several maps that feed different axes of the output")
     return maps
@@ -96,15 +96,14 @@ def _vary_with_one_slab(maps: Sequence[Candidate], slabs: Slabs) -> frozenset[in
 def _windows(maps: Sequence[Candidate], slabs: Slabs, images: list[int], queries: list[int]) -> tuple[list[Window], bool]:
     """Queries that share their values, image by image, each with its rows; and whether an image is one window.
 
-    The queries of whole images stand in the order of the output, those of windows in the order that the module has them in.
+    The queries of whole images stand in the order of the output; those of windows stand as the module has them, and so do those
+    of which some feed nothing: they pad a window, or only the class token is read.
     """
-    rows, pads = _rows_by_place(maps, images, queries)
-    windows = _share_values(rows, slabs)
-    padded = len({len(w) for w in windows.values()}) > 1
-    if padded:  # what only pads a window stands where the others of its slab stand
-        windows = _share_values(rows | pads, slabs)
-    if len({len(w) for w in windows.values()}) > 1:
-        raise UnreadableError(f"it forms windows of different numbers of queries: {sorted({len(w) for w in windows.values()})}")
+    rows, unfed = _rows_by_place(maps, images, queries)
+    windows = _share_values(rows | unfed, slabs)
+    sizes = {(len(w), *{maps[n].m.shape[2] for _, r in w for n, _, _ in r}) for w in windows.values()}
+    if any(len(size) > 2 for size in sizes) or len({size[1] for size in sizes}) < len(sizes):
+        raise UnreadableError(f"it forms windows of different numbers of queries and keys: {sorted(sizes)}")
     if len({len(r) for w in windows.values() for _, r in w}) > 1:
         raise UnreadableError("places of the output are fed by different numbers of rows")
     count = len({image for image, _ in windows})
@@ -113,7 +112,7 @@ def _windows(maps: Sequence[Candidate], slabs: Slabs, images: list[int], queries
         for (image, _), w in windows.items():
             merged[image, ()] += w
         windows = merged
-    whole = len(windows) == count and not padded
+    whole = len(windows) == count and not unfed
     order = sorted(windows, key=lambda k: (k[0], min(r for _, r in windows[k])))
     return [sorted(windows[k], key=lambda q: q[0] if whole else q[1]) for k in order], whole
 
@@ -122,7 +121,7 @@ def _rows_by_place(
     maps: Sequence[Candidate], images: list[int], queries: list[int]
 ) -> tuple[dict[Place, list[Row]], dict[Place, list[Row]]]:
     """Rows by image and query; and those that feed nothing, as further queries of the image that their g feeds."""
-    rows, pads = defaultdict(list), defaultdict(list)
+    rows, unfed = defaultdict(list), defaultdict(list)
     for n, c in enumerate(maps):
         image, query, fed = (x.tolist() for x in (c.places.index[..., images], c.places.index[..., queries], c.places.fed))
         for g, feeds in enumerate(fed):
@@ -131,8 +130,8 @@ def _rows_by_place(
                 if feeds_one:
                     rows[tuple(image[g][i]), tuple(query[g][i])].append((n, g, i))
                 elif here is not None:
-                    pads[tuple(image[g][here]), (*query[g][here], i)].append((n, g, i))
-    return rows, pads
+                    unfed[tuple(image[g][here]), (*query[g][here], i)].append((n, g, i))
+    return rows, unfed
 
 
 def _share_values(rows: dict[Place, list[Row]], slabs: Slabs) -> dict[Any, Window]:
@@ -140,6 +139,15 @@ def _share_values(rows: dict[Place, list[Row]], slabs: Slabs) -> dict[Any, Windo
     for (image, query), r in rows.items():
         windows[image, tuple(slabs[n, g] for n, g, _ in r)].append((query, r))
     return windows
+
+
+def _refuse_growing(sources: Sources, maps: Sequence[Candidate], windows: Sequence[Window]) -> None:
+    """Windows of different sizes must have no token in common: else they are steps of one map, each with more keys."""
+    slabs = [maps[n].w[g] for w in windows for n, g, _ in w[0][1][:1]]
+    if len({len(w) for w in slabs}) > 1:
+        sums = torch.stack([(w * weights_like(w)).sum() for w in slabs])[:, None]
+        if any(first is None for first in sources.carried(sums)):
+            raise UnreadableError("it multiplies different numbers of keys at a time, which have tokens in common")
 
 
 def _refuse_other_tokens(sources: Sources, values: list[Tensor]) -> None:

@@ -119,7 +119,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             UnreadableError: it cannot be run so.
         """
         try:
-            with torch.inference_mode(False), torch.no_grad(), restoring(module), _Functions(self):
+            with torch.no_grad(), restoring(module), _Functions(self):
                 out = module.forward(*args, **kwargs)
         except UnreadableError:
             raise
