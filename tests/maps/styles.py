@@ -995,7 +995,7 @@ def windowed(name: str, height: int, width: int, **options: Any) -> None:
 
 
 windowed("windows", 4, 6)
-windowed("windows_one_after_the_other", 4, 6, loop=True)
+windowed("windows_one_after_the_other", 2, 6, loop=True)
 windowed("windows_that_are_padded", 3, 5)
 
 

@@ -114,7 +114,7 @@ def establish_axes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 @contextmanager
 def _plainly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Derivatives are on and autocast is off, which would keep what it casts for the user's own forwards; refusals are named."""
+    """Derivatives on, autocast off, which would keep what it casts for the user's own forwards; refusals named."""
     try:
         with ExitStack() as stack:
             for device in {t.device.type for t in (*module.parameters(), *tensors_in((args, kwargs)))}:
