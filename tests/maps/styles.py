@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 
 class Sizes(NamedTuple):
@@ -1250,8 +1251,7 @@ def deformable(s):
     return Deformable(), args, None
 
 
-@style
-def criss_cross(s):
+def criss_cross(height: int, width: int) -> None:
     class CrissCross(Own):
         def forward(self, x):  # (batch, height, width, channels): each place asks its row and its column
             q, k, v = self.split(x)
@@ -1260,4 +1260,85 @@ def criss_cross(s):
             y = torch.einsum("bnhwv,bhvnd->bhwnd", row, v) + torch.einsum("bnhwg,bgwnd->bhwnd", column, v)
             return self.out(y.flatten(3))
 
-    return CrissCross(s, len), (torch.randn(s.batch, 3, 5, s.heads * s.dim),), None
+    def make(s):
+        return CrissCross(s, len), (torch.randn(s.batch, height, width, s.heads * s.dim),), None
+
+    make.__name__ = f"criss_cross_{height}_by_{width}"
+    style(make)
+
+
+criss_cross(3, 5)
+criss_cross(4, 4)
+
+
+@no_map
+def steps_in_one_module(q, k, v):
+    q, k, v = first(q, k, v)
+    y = scores_of(q, k).softmax(-1) @ v
+    return merged(scores_of(y, k).softmax(-1) @ y)
+
+
+@no_map
+def a_mean_over_tokens_afterwards(q, k, v):
+    return merged(F.scaled_dot_product_attention(*first(q, k, v))).mean(1)
+
+
+@no_map
+def a_softmax_that_is_carried_along(q, k, v):
+    q, k, v = first(q, k, v)
+    top, total, out = torch.full((*q.shape[:3], 1), -1e9), 0, 0
+    for i in range(0, k.shape[2], 2):
+        scores = scores_of(q, k[:, :, i : i + 2])
+        now = torch.maximum(top, scores.amax(-1, keepdim=True))
+        weights, less, top = (scores - now).exp(), (top - now).exp(), now
+        total, out = total * less + weights.sum(-1, keepdim=True), out * less + weights @ v[:, :, i : i + 2]
+    return merged(out / total)
+
+
+# --- Whatever else people do -----------------------------------------------------------------------------------------
+
+
+@own
+def values_in_two_parts(q, k, v):
+    q, k, v = first(q, k, v)
+    a = scores_of(q, k).softmax(-1)
+    return merged(torch.cat([a @ v[..., :2], a @ v[..., 2:]], -1))
+
+
+@own
+def a_gate_for_all_images_together(q, k, v):
+    return merged(F.scaled_dot_product_attention(*first(q, k, v))) * q.mean().sigmoid()
+
+
+@own
+def product_into_a_given_tensor(q, k, v):
+    images, (q, k, v) = len(q), (t.flatten(0, 1) for t in first(q, k, v))
+    out = torch.empty_like(q)
+    torch.bmm(scores_of(q, k).softmax(-1), v, out=out)
+    return merged(out.unflatten(0, (images, -1)))
+
+
+@own
+def under_vmap(q, k, v):
+    return merged(torch.vmap(torch.vmap(lambda a, b, c: scores_of(a, b).softmax(-1) @ c))(*first(q, k, v)))
+
+
+@own
+def in_a_checkpoint(q, k, v):
+    attend = lambda q, k, v: scores_of(q, k).softmax(-1) @ v  # noqa: E731
+    return merged(checkpoint(attend, *first(q, k, v), use_reentrant=False))
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(_, q, k, v):
+        return scores_of(q, k).softmax(-1) @ v
+
+    @staticmethod
+    def backward(_, g):
+        return g, g, g
+
+
+@own
+def a_function_with_a_derivative_of_its_own(q, k, v):
+    return merged(Function.apply(*first(q, k, v)))

@@ -70,7 +70,7 @@ def _candidate(sources: Sources, product: Product, feeds: Places) -> Candidate:
 def _reason_against(sources: Sources, c: Candidate, everything: Sequence[Product]) -> str | None:
     """Why a product is no map, if it is none."""
     n = c.product.step
-    if not c.vary and len(c.local) < sum(size > 1 for size in c.places.sizes):
+    if len(c.local) < sum(size > 1 for size in c.places.sizes):  # only along channels may a row feed several
         return f"each row of product {n} {tuple(c.m.shape)} feeds many places of the output: channels, or a context for all"
     if not c.vary and c.places.fed.sum(1).max() > 1 and not _rows_are_heads(sources, c, everything):
         return f"rows of product {n} {tuple(c.m.shape)} feed no place of the output each"

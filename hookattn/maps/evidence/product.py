@@ -13,8 +13,7 @@ from torch import Tensor
 from .tape import Run, Slot, Tape, aten
 
 _FIRST = {  # operations that multiply matrices: where the first of the two factors stands
-    aten.bmm.default: 0, aten.mm.default: 0, aten.mv.default: 0, aten.dot.default: 0,
-    aten.baddbmm.default: 1, aten.addmm.default: 1, aten.addmv.default: 1,
+    aten.bmm: 0, aten.mm: 0, aten.mv: 0, aten.dot: 0, aten.baddbmm: 1, aten.addmm: 1, aten.addmv: 1,
 }  # fmt: skip
 
 
@@ -75,7 +74,7 @@ def products_in(tape: Tape) -> Iterator[Product]:
     """Products of two factors that both depend on the arguments, each with either factor as M."""
     multiplied: dict[Slot | None, int] = {}
     for n, step in enumerate(tape.steps):
-        first = _FIRST.get(step.func)
+        first = _FIRST.get(step.func.overloadpacket)
         if step.func is aten.mul.Tensor and all(step.live[:2]):
             multiplied[step.outs[0]] = n
         if first is not None and all(step.live[first : first + 2]):

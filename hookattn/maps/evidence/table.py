@@ -31,7 +31,7 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     maps = _alike(maps)
     _refuse_steps(tape, maps)
     slabs = _number_slabs(maps)
-    windows, whole = _windows(maps, slabs, *_axes(tape, maps, slabs))
+    windows, whole = _windows(maps, slabs, *_axes(tape, sources, maps, slabs))
     _refuse_growing(sources, maps, windows)
     row = windows[0][0][1]
     values = list({slabs[n, g]: maps[n].w[g] for n, g, _ in row}.values())
@@ -48,13 +48,20 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
 
 
 def _alike(maps: Sequence[Candidate]) -> list[Candidate]:
-    """Those of the maps that have rows for each query, rather than a context for all, if there are such."""
-    maps = [c for c in maps if len(c.local) == max(len(c.local) for c in maps)]
-    if any(c.vary for c in maps):
-        maps = [c for c in maps if c.vary or c.m.shape[1] == 1]  # a chunk of a single query has nothing that varies
-    if len({c.local for c in maps}) > 1:
+    """Each map once, and if there are such, only those that have rows for each query."""
+    once: list[Candidate] = []
+    for c in maps:  # values may be multiplied in parts
+        if not any(torch.equal(c.m, d.m) and torch.equal(_where(c), _where(d)) for d in once):
+            once.append(c)
+    if any(c.vary for c in once):
+        once = [c for c in once if c.vary or c.m.shape[1] == 1]  # a chunk of a single query has nothing that varies
+    if len({c.local for c in once}) > 1:
         raise UnreadableError("it forms several maps that feed different axes of the output")
-    return maps
+    return once
+
+
+def _where(c: Candidate) -> Tensor:
+    return c.places.index[..., list(c.local)]
 
 
 def _refuse_steps(tape: Tape, maps: Sequence[Candidate]) -> None:
@@ -70,7 +77,7 @@ def _number_slabs(maps: Sequence[Candidate]) -> Slabs:
     return {(n, g): numbers.setdefault(w.tobytes(), len(numbers)) for n, g, w in values}
 
 
-def _axes(tape: Tape, maps: Sequence[Candidate], slabs: Slabs) -> tuple[list[int], list[int]]:
+def _axes(tape: Tape, sources: Sources, maps: Sequence[Candidate], slabs: Slabs) -> tuple[list[int], list[int]]:
     """Axes of the output that tell images (or windows of them) apart, and those that tell queries apart."""
     first = maps[0].places
     queries = frozenset[int]().union(*(c.vary for c in maps)) or _vary_with_one_slab(maps, slabs)
@@ -78,10 +85,26 @@ def _axes(tape: Tape, maps: Sequence[Candidate], slabs: Slabs) -> tuple[list[int
     if len(queries) > 1 and not others and 1 not in first.sizes:
         raise UnreadableError("all images have one set of keys, or its output has no axis of images")
     apart = {a: reach(tape, int(first.index[..., 0].max()), a - 1) for a in others}
+    apart |= {a: "separate" for a in others if apart[a] == "equal" and not _share_tokens(sources, _along(maps, a))}
     if not queries:  # each has keys of its own
         queries = frozenset(a for a in others if apart[a] == "overlapping")
     images = [a for a in others if a not in queries and apart[a] != "equal"]  # equal: channels, that is heads
     return images, sorted({0, *queries})
+
+
+def _along(maps: Sequence[Candidate], axis: int) -> list[Tensor]:
+    """The values of a row, and those of another that feeds a place beside it along an axis of the output."""
+    rows = [(c, g, c.places.index[g, i].tolist()) for c in maps for g, i in c.places.fed.nonzero().tolist()]
+    local = [a for a in maps[0].local if a != axis]
+    c0, g0, first = rows[0]
+    c1, g1, _ = next(r for r in rows if r[2][axis] != first[axis] and all(r[2][a] == first[a] for a in local))
+    return [c0.w[g0], c1.w[g1]]
+
+
+def _share_tokens(sources: Sources, values: Sequence[Tensor]) -> bool:
+    """Whether any of several values depend on the same entries of the arguments."""
+    sums = torch.stack([(w * weights_like(w)).sum() for w in values])[:, None]
+    return any(first is None for first in sources.carried(sums))
 
 
 def _vary_with_one_slab(maps: Sequence[Candidate], slabs: Slabs) -> frozenset[int]:
@@ -144,10 +167,8 @@ def _share_values(rows: dict[Place, list[Row]], slabs: Slabs) -> dict[Any, Windo
 def _refuse_growing(sources: Sources, maps: Sequence[Candidate], windows: Sequence[Window]) -> None:
     """Windows of different sizes must have no token in common: else they are steps of one map, each with more keys."""
     slabs = [maps[n].w[g] for w in windows for n, g, _ in w[0][1][:1]]
-    if len({len(w) for w in slabs}) > 1:
-        sums = torch.stack([(w * weights_like(w)).sum() for w in slabs])[:, None]
-        if any(first is None for first in sources.carried(sums)):
-            raise UnreadableError("it multiplies different numbers of keys at a time, which have tokens in common")
+    if len({len(w) for w in slabs}) > 1 and _share_tokens(sources, slabs):
+        raise UnreadableError("it multiplies different numbers of keys at a time, which have tokens in common")
 
 
 def _refuse_other_tokens(sources: Sources, values: list[Tensor]) -> None:
