@@ -1342,3 +1342,22 @@ class Function(torch.autograd.Function):
 @own
 def a_function_with_a_derivative_of_its_own(q, k, v):
     return merged(Function.apply(*first(q, k, v)))
+
+
+@own
+def cut_off_from_the_graph(q, k, v):
+    return merged(F.scaled_dot_product_attention(*first(q, k, v.detach()))).detach()
+
+
+@own
+def heads_mixed_afterwards_as_the_token_wants(q, k, v):
+    y = F.scaled_dot_product_attention(*first(q, k, v))
+    mixing = q[:, :, :, None, 0].sigmoid() * k[:, :, None, :, 0].tanh()  # (batch, tokens, heads, heads)
+    return torch.einsum("bngh,bhnd->bngd", mixing, y).flatten(2)
+
+
+@own
+def sum_of_an_expanded_product(q, k, v):
+    a = (torch.einsum("bqhd,bkhd->bqkh", q, k) * q.shape[-1] ** -0.5).softmax(2)
+    shape = (*a.shape, v.shape[-1])
+    return (a[..., None].expand(shape) * v[:, None].expand(shape)).sum(2).flatten(2)
