@@ -11,4 +11,5 @@ From top to bottom, an import may only point down:
     sites          where a forward forms its map: watched, filled, or differentiated by
     intercept      the one mode that sees or replaces what a forward forms
     axes           how modules fold the axes of their maps
+    evidence       axes by evidence: what multiplies the values, and which place of the output each row of it feeds
 """

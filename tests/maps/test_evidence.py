@@ -1,0 +1,67 @@
+"""Axes by evidence: attention in many styles is read right or refused by name, and nothing notices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from styles import SIZES, STYLES
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hookattn.errors import UnreadableError
+from hookattn.maps.evidence.establish import establish_axes
+
+MUST_BE_REFUSED_FOR_NOW = {
+    "tokens_reversed_and_back",
+    "keys_rolled",
+}  # rows and columns in two orders: there is no telling which
+
+
+def others_like(args: tuple[Any, ...]) -> Any:
+    """Other values of the same shapes; masks as they are."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: torch.randn_like(t) if t.is_floating_point() and t.isfinite().all() else t.clone(), args
+    )
+
+
+@pytest.mark.parametrize("size", ["odd", "square"])
+@pytest.mark.parametrize("name", STYLES)
+def test_a_style_is_read_right_or_refused(name: str, size: str) -> None:
+    module, args, true = STYLES[name].make(SIZES[size])
+    if true is None or name in MUST_BE_REFUSED_FOR_NOW:
+        with pytest.raises(UnreadableError, match=r"with @hookattn\.recipe"):
+            establish_axes(module, args, {})
+        return
+    found = establish_axes(module, others_like(args), {})  # of one call, to read another
+    torch.testing.assert_close(found.read(module, args, {}).double(), true, atol=1e-5, rtol=1e-4)
+
+
+FEW = [
+    "fused",
+    "heads_third",
+    "heads_before_images",
+    "windows_that_are_padded",
+    "chunks_of_queries",
+    "talking_heads",
+    "pytorchs_own",
+]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_one_image_alone(name: str) -> None:
+    module, args, true = STYLES[name].make(SIZES["one"])
+    torch.testing.assert_close(establish_axes(module, args, {}).read(module, args, {}).double(), true, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_oracle_sees_a_table_whose_axes_are_swapped(name: str) -> None:
+    module, args, true = STYLES[name].make(SIZES["square"])
+    found = establish_axes(module, args, {})
+    if found.softmax is not None:
+        pytest.skip("it has no table")
+    for axes in ((0, 1), (1, 2)):
+        wrong = replace(found, index=found.index.transpose(*axes)).read(module, args, {})
+        assert wrong.shape != true.shape or not torch.allclose(wrong.double(), true, atol=1e-3)
