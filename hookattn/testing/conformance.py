@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ModelError, UnfaithfulMapError, UnreadableError
 from ..maps.attention_map import AttentionMap
+from ..maps.evidence.establish import establish_axes
 from ..maps.reading import source_by_recipe
 from ..maps.replay import replayed
 from ..recipes.places import find_block
@@ -26,7 +27,7 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
     one, and would hide that a recipe has left them out. It holds for the module itself if its class has a recipe or a layout,
     else for each attention in it that has one, or stands in a block with a partition. Of each map must hold:
 
-    * it is the one that replay takes from the module's own forward;
+    * it is the one that replay takes from the module's own forward, and what multiplies the values in it;
     * put in the place of the module's own map, it leaves the output as it was;
     * rows sum to 1, and a row or a head that is read alone is the same as in the whole map;
     * where a layout or a partition tells the places of its tokens: when one place changes of the grid that goes into the block
@@ -104,10 +105,25 @@ def _check_map(m: AttentionMap, tolerance: float) -> None:
                 raise UnreadableError(f"the recipe of {name} does not describe this call; check it on one that it describes.")
             expected = replayed(module, *m.call.args, **m.call.kwargs).narrow().values()
         _compare("the map", whole, expected, "what replay takes from the module's own forward", tolerance)
+        _check_axes(m, whole, tolerance)
     m.verify()
     _compare("the sum of a row", whole.sum(-1), torch.ones_like(whole.sum(-1)), "1", tolerance)
     _compare("a row that is read alone", m[:, :, -1], whole[:, :, -1], "the row of the whole map", tolerance)
     _compare("a head that is read alone", m[:, -1], whole[:, -1], "the head of the whole map", tolerance)
+
+
+def _check_axes(m: AttentionMap, whole: Tensor, tolerance: float) -> None:
+    """Compare a map with what multiplies the values, found by derivatives of the module's forward alone.
+
+    Replay knows the shapes of what a module multiplies, but not what their axes mean: queries may stand where heads should.
+    """
+    call = m.call
+    try:
+        found = establish_axes(call.layer.module, call.args, call.kwargs).read(call.layer.module, call.args, call.kwargs)
+    except UnreadableError:  # there is much that evidence cannot decide, such as attention between channels
+        return
+    if found.shape == whole.shape:  # two softmaxes a head are one map there, their weighted sum
+        _compare("the map", whole, found.to(whole), "what multiplies the values", tolerance)
 
 
 def _compare(what: str, got: Tensor, expected: Tensor, of: str, tolerance: float) -> None:

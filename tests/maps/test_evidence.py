@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from styles import SIZES, STYLES
+from support.inside import establish_axes
+from support.styles import SIZES, STYLES
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hookattn.errors import UnreadableError
-from hookattn.maps.evidence.establish import establish_axes
 
 MUST_BE_REFUSED_FOR_NOW = {
     "tokens_reversed_and_back",

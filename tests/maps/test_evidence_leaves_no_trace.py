@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from styles import ODD, STYLES, Own, first, merged, rows, scores_of
+from support.inside import establish_axes
+from support.styles import ODD, STYLES, Own, first, merged, rows, scores_of
 from torch import Tensor, nn
 
 from hookattn.errors import UnreadableError
-from hookattn.maps.evidence.establish import establish_axes
 
 
 def attention(run: Callable[..., Any]) -> tuple[Own, Tensor, Tensor]:

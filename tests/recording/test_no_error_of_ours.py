@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inside import registry
 from torch import Tensor, nn
 
 from hookattn import QK, AttentionRecorder, HookattnError, UnreadableError, recipe
-from hookattn.recipes import registry
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -11,11 +11,13 @@ from torch import Tensor
 from hookattn import AttentionMap, UnreadableError
 from hookattn.analysis.statistics import Sum
 from hookattn.attention.projection import Projected, project_heads
+from hookattn.attention.sources import Scores
 from hookattn.calls.restore import is_reading, restoring
 from hookattn.conditions import changes
 from hookattn.figures.plot import _rollout_image as rollout_image
 from hookattn.image.sizes import size_after
 from hookattn.maps import lazy, reading
+from hookattn.maps.evidence.establish import establish_axes
 from hookattn.maps.reading import source_of
 from hookattn.maps.replay import replayed
 from hookattn.recipes import global_attention, registry, window_attention
@@ -24,7 +26,9 @@ from support.oracle import own_softmax
 
 __all__ = [
     "Projected",
+    "Scores",
     "Sum",
+    "establish_axes",
     "find_recipe",
     "is_reading",
     "list_recipes",
