@@ -186,9 +186,9 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
         # `is_cpu`, since `device.type` makes an object and a string each time
         autocast = autocast_now("cpu" if (x := tensors[0]).is_cpu else x.device.type)
         random = random_streams(x.device) if True in training else None
-    modes = Modes(
-        torch.is_grad_enabled() and not detach, autocast, training, random, modes_in_force(), F.scaled_dot_product_attention
-    )
+    functions = modes_in_force() if torch._C._len_torch_function_stack() else ()
+    grad, sdpa = torch.is_grad_enabled() and not detach, F.scaled_dot_product_attention
+    modes = Modes(grad, autocast, training, random, functions, sdpa)
     return Call(layer, args, kwargs, modes, tensors, state, held, stamped)
 
 

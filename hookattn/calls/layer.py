@@ -35,7 +35,8 @@ class Layer(NamedTuple):
         slots: where each tensor of the state, the statistics and the moving buffers hangs: a dict of a module, the key, the
             tensor.
         parts: the same and where each submodule, number and forward of an instance's own hangs.
-        bare: the modules that have no forward of their own, each with its attributes and the forward of its class.
+        bare: attributes of the modules that have no forward of their own.
+        forward: the forward of the class of the module.
         caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name, and
             None, as `mutable_now` has it while it is empty.
         hooks: dicts of the hooks of all modules below this one, and of those of all modules.
@@ -52,7 +53,8 @@ class Layer(NamedTuple):
     moving: tuple[tuple[str, nn.Module, str], ...]
     slots: tuple[tuple[dict[str, Any], str, Tensor], ...]
     parts: tuple[tuple[dict[str, Any], str, Any], ...]
-    bare: tuple[tuple[nn.Module, dict[str, Any], Any], ...]
+    bare: tuple[dict[str, Any], ...]
+    forward: Any
     samples: Samples
     caches: tuple[tuple[dict[str, Any], str, None], ...]
     hooks: tuple[dict[int, Any], ...]
@@ -86,8 +88,10 @@ class Layer(NamedTuple):
 
     def _is_as_it_was(self) -> bool:
         # by the dicts that things hang in: `getattr` of a parameter goes through Module.__getattr__, in Python
-        for module, attributes, forward in self.bare:  # a loop: it runs at every call and costs half of what any(...) does
-            if "forward" in attributes or module.__class__.forward is not forward:
+        if type(self.module).forward is not self.forward:
+            return False
+        for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
+            if "forward" in attributes:
                 return False
         try:
             for holder, key, value in self.parts:
@@ -115,7 +119,7 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
     parts += [(m._modules, name, child) for m in inner for name, child in m._modules.items()]
     parts += [(vars(m), "forward", vars(m)["forward"]) for m in inner if "forward" in vars(m)]
     # "forward" of an instance: accelerate, for one, patches it there, and the recipe of the class no longer holds
-    bare = tuple((m, vars(m), type(m).forward) for m in inner if "forward" not in vars(m))
+    bare = tuple(vars(m) for m in inner if "forward" not in vars(m))
     caches = tuple((vars(m), name, None) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
     # [1:], since hooks on the module itself run outside of what is read
     below = [hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -132,6 +136,7 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
         slots=slots,
         parts=tuple(parts),
         bare=bare,
+        forward=type(module).forward,
         samples=samples,
         caches=caches,
         hooks=(*below, *everywhere),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from ctypes import string_at
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 SAMPLES = 4096
 _FEW = 16
-_FEW_BYTES = 64
 _AT_HAND = ("cpu",)  # where values are read without waiting for anything
 # Integers of the same width: compared bit by bit a NaN equals itself. Other dtypes (8 bits, complex) are not sampled.
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -67,26 +65,11 @@ def stamps(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[int, int, int]
 
 
 def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[Any, ...]]:
-    """Stamps of what a module was called with: as `stamps`, and values, for writes that count no version.
-
-    Those of NumPy are such, whose buffer a tensor may share, and those through `.data`: a few bytes tell of them. An inference
-    tensor counts no versions at all, so up to 4096 of its values are kept and compared.
-    """
+    """Stamps of what a module was called with: as `stamps`, and up to 4096 values of tensors that count no versions."""
     try:
-        return [(*stamp, _few_bytes(t)) for stamp, t in zip(_quick_stamps(tensors, steps.taken), tensors)]
+        return [*_quick_stamps(tensors, steps.taken)]
     except RuntimeError:
         return [(_many_values(t), *_stamp(t, steps)) for t in tensors]
-
-
-def _few_bytes(tensor: Tensor) -> bytes:
-    """Some bytes of a tensor on the CPU, read without an operator: of its beginning, and of its middle if it is contiguous."""
-    if not tensor.is_cpu or not (at := tensor.data_ptr()):
-        return b""
-    if not tensor.is_contiguous():
-        return string_at(at, tensor.element_size()) if tensor.numel() else b""
-    size = tensor.nbytes
-    few = min(size, _FEW_BYTES)
-    return string_at(at, few) + string_at(at + (size - few) // 2, few)
 
 
 def _quick_stamps(tensors: Sequence[Tensor], taken: dict[int, int]) -> list[tuple[int, int, int]]:
