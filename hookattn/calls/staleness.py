@@ -16,13 +16,14 @@ _HARMLESS = ("training", "fused_attn", "call_super_init", "_is_full_backward_hoo
 def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
     """A list that differs later if a part of a module was replaced or wrapped, or an attribute set to another number."""
     # ids, not the things themselves: a kept call must not keep alive what was taken out of the model
-    found: list[Any] = []
+    # of the module itself alone: a layer's class may be set inside the block, as FSDP does, before the call that is read
+    found: list[Any] = [type(modules[0]), type(modules[0]).forward]
     for module in modules:
         attributes = vars(module)
         found += [value for name, value in attributes.items() if is_number(name, value)]
         found += [id(part) for part in attributes["_modules"].values()]
         found += [*attributes["_parameters"], *attributes["_buffers"]]
-        found += [id(attributes.get("forward")), type(module), type(module).forward]
+        found.append(id(attributes.get("forward")))
     return found
 
 
