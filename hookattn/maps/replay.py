@@ -18,6 +18,8 @@ from ..calls.arguments import copy_structure, is_cache
 from ..calls.call import Call
 from ..calls.restore import restoring
 from ..conditions.function_modes import lowest
+from ..errors import UnreadableError
+from .axes import class_of
 from .intercept import Intercept, Sites
 from .sites import Inject, Watch
 
@@ -33,7 +35,7 @@ def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
     Raises:
         UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
     """
-    args, kwargs = copy_arguments(args, kwargs)
+    args, kwargs = copy_arguments(module, args, kwargs)
     watch = Watch(module, (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
     # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record this run
     with restoring(module), lowest(Intercept([watch])):
@@ -71,17 +73,30 @@ def run_under(call: Call, sites: S) -> tuple[Any, S]:
     module = call.layer.module
     with restoring(module), lowest(Intercept([sites])):
         call.restore_random_streams()
-        args, kwargs = copy_arguments(call.args, call.kwargs)
+        args, kwargs = copy_arguments(module, call.args, call.kwargs)
         return module.forward(*args, **kwargs), sites
 
 
-def copy_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Copies of arguments, for a run that may write into them or fill a cache among them."""
+def copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Copies of arguments, for a run that may write into them or fill a cache among them.
+
+    Raises:
+        UnreadableError: one of them is changed by a forward, and cannot be copied: a cache that is a module, or has slots.
+    """
 
     def copied(value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        return value.clone() if isinstance(value, Tensor) else copy_structure(value) if is_cache(value) else value
+        if isinstance(value, Tensor):
+            return value.clone()
+        other = copy_structure(value) if is_cache(value) else value
+        if other is value and callable(getattr(value, "update", None)):
+            raise UnreadableError(
+                f"{class_of(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
+                'again. Call the model without it (use_cache=False), record with keep="maps" in eval mode, or describe the map '
+                "with @hookattn.recipe."
+            )
+        return other
 
     both: tuple[Any, Any] = pytree.tree_map(copied, (args, kwargs))
     return both

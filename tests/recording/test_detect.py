@@ -179,6 +179,17 @@ def test_a_cache_that_a_forward_fills_is_read_as_it_was_and_left_alone() -> None
     assert len(cache.keys) == 2
 
 
+@pytest.mark.parametrize("bases", [(nn.Module,), (set,)], ids=["a module", "a set"])
+def test_a_cache_that_cannot_be_copied_is_left_alone_and_the_module_refused(bases: Any) -> None:
+    cache = type("Cache", (Cache, *bases), {"__hash__": object.__hash__})()
+    model = Decoder().eval()
+    with AttentionRecorder(model, "layer") as rec, torch.no_grad():
+        model(torch.randn(2, 7, 24), cache)
+    with pytest.raises(UnreadableError, match=r'with a Cache, which its forward changes.*use_cache=False.*keep="maps"'):
+        rec.maps[0][...]
+    assert len(cache.keys) == 1
+
+
 def test_maps_that_are_kept_look_at_what_a_cache_has_added() -> None:
     model, cache = Decoder().eval(), Cache()
     with AttentionRecorder(model, "layer", keep="maps", passes="all") as rec, torch.no_grad():
