@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -41,21 +41,23 @@ def is_cache(value: Any) -> bool:
     return callable(getattr(value, "update", None)) and not isinstance(value, (dict, set)) and hasattr(value, "__dict__")
 
 
-def copy_structure(value: Any, seen: dict[int, Any] | None = None) -> Any:
-    """A copy of objects, lists, tuples and dicts one inside the other, which holds the same tensors and all else as it is."""
+def copy_structure(value: Any, copied: Callable[[Tensor], Tensor] | None = None, seen: dict[int, Any] | None = None) -> Any:
+    """A copy of objects, lists, tuples and dicts one inside the other, with what `copied` makes of tensors; else as it is."""
     seen = {} if seen is None else seen
     if id(value) in seen:
         return seen[id(value)]
+    if isinstance(value, Tensor):
+        return value if copied is None else copied(value)
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)([copy_structure(each, seen) for each in value])
+        return type(value)([copy_structure(each, copied, seen) for each in value])
     if type(value) is dict:
-        return {key: copy_structure(each, seen) for key, each in value.items()}
-    if isinstance(value, (Tensor, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return {key: copy_structure(each, copied, seen) for key, each in value.items()}
+    if isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
         return value
-    copied = seen[id(value)] = copy.copy(value)
+    other = seen[id(value)] = copy.copy(value)
     for name, each in vars(value).items():
-        object.__setattr__(copied, name, copy_structure(each, seen))
-    return copied
+        object.__setattr__(other, name, copy_structure(each, copied, seen))
+    return other
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -139,20 +139,27 @@ class Samples:
 
     def _look_up(self) -> None:
         """Make views of the values to be read; anew whenever a parameter has got other memory, which views do not follow."""
-        self._parameters = [
-            p for p in self._of if p.dtype in _BITS and p.device.type != "meta" and _in_memory_order(p).is_contiguous()
-        ]
-        self._addresses = [p.data_ptr() for p in self._parameters]
-        few = [_few_bits(p) for p in self._parameters]
-        self._at_hand = [bits for bits in few if bits.device.type in _AT_HAND]
-        elsewhere: dict[Any, list[Tensor]] = {}
-        for bits in few:
-            if bits.device.type not in _AT_HAND:
-                elsewhere.setdefault((bits.dtype, bits.device), []).append(bits)
-        self._elsewhere = list(elsewhere.values())
+        with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
+            self._parameters = [
+                p for p in self._of if p.dtype in _BITS and p.device.type != "meta" and _in_memory_order(p).is_contiguous()
+            ]
+            self._addresses = [p.data_ptr() for p in self._parameters]
+            few = [_few_bits(p) for p in self._parameters]
+            self._at_hand = [bits for bits in few if bits.device.type in _AT_HAND]
+            elsewhere: dict[Any, list[Tensor]] = {}
+            for bits in few:
+                if bits.device.type not in _AT_HAND:
+                    elsewhere.setdefault((bits.dtype, bits.device), []).append(bits)
+            self._elsewhere = list(elsewhere.values())
 
     def take(self) -> tuple[list[list[int]], Values | None]:
         """Read the values as they are now; called at every recorded call, and again when its map is read."""
+        if torch._C._len_torch_function_stack():
+            with torch._C.DisableTorchFunction():
+                return self._take()
+        return self._take()
+
+    def _take(self) -> tuple[list[list[int]], Values | None]:
         if [*map(Tensor.data_ptr, self._parameters)] != self._addresses:  # the model was moved, or has got another dtype
             self._look_up()
         try:

@@ -8,8 +8,10 @@ From top to bottom, an import may only point down:
     gradient       dL/dA: what backward brings to a module's output, carried on to its map
     lazy           what is computed when it is sliced, a chunk of rows at a time
     replay         run a module's own forward again, watching or replacing the map it forms
+    established    where the map of a call stands in its forward: as its recipe has it, or as evidence has established it
+    evidence       axes by evidence: what multiplies the values, and which place of the output each row of it feeds
     sites          where a forward forms its map: watched, filled, or differentiated by
     intercept      the one mode that sees or replaces what a forward forms
-    axes           how modules fold the axes of their maps
-    evidence       axes by evidence: what multiplies the values, and which place of the output each row of it feeds
+    formed         a call of SDPA, a softmax or a factor of a product, with the rows that stand in it
+    arrangement    from rows in a module's own order to a map and back
 """

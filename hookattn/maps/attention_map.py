@@ -17,11 +17,13 @@ from ..errors import HookattnError, LayerNotFoundError, RecorderError, Unfaithfu
 from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
 from ..recipes.places import Places, find_tokens, name_axes, settle
+from .established import NotEstablishedError
 from .gradient import Gradient
 from .lazy import Delivery, LazyArray, Spec
 from .picture import draw_rows
-from .reading import Kept, Lost, Origin
+from .reading import Deferred, Kept, Lost, Origin, Watched
 from .replay import inject
+from .sites import Watch
 
 # Relative to the largest output. Maps that are right were seen to move it by up to 5e-13 in float64, 3e-6 in float32.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -197,11 +199,25 @@ class AttentionMap(LazyArray):
         return self._deliver(draw_rows(self, queries, keys, query, heads, size))
 
     def computed(self) -> AttentionMap:
-        """This map computed now, for keep="maps" while the call is at hand; or one that says why it could not be."""
+        """This map computed now, for keep="maps" while the call is at hand; or one that says why it could not be.
+
+        Inside of `deferring` it stays pending if its axes would have to be established.
+        """
         try:
             return self.kept(self.read(...))
+        except NotEstablishedError:
+            return self._from(Deferred(self.call))
         except Exception as reason:  # whatever it is, the user's forward goes on
             return self.lost(reason)
+
+    def watched(self, watch: Watch) -> AttentionMap:
+        """This map, to be computed of what was noted while its module ran."""
+        return self._from(Watched(self.call, watch))
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it was to be computed while the model ran, and waits for its axes to be established."""
+        return isinstance(self._origin, (Deferred, Watched))
 
     def kept(self, attention: Tensor) -> AttentionMap:
         """This map with its values, in place of the call that it was computed from."""

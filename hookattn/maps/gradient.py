@@ -18,7 +18,8 @@ from ..calls.restore import is_reading
 from ..conditions.checkpoints import checkpoint_around, fingerprint
 from ..conditions.dispatch_modes import unseen_by_modes
 from ..errors import HookattnError, NoGradientError, UnreadableError
-from .axes import class_of, interleave_heads
+from ..recipes.registry import qualified_name
+from .established import arrange, name_in_errors
 from .lazy import Delivery, LazyArray
 from .replay import run_under
 from .sites import Variables
@@ -212,18 +213,17 @@ def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
             not return all that it returned.
         StaleMapError: an input or a parameter has changed since the forward.
     """
-    module = call.layer.module
-    with call.resumed(), torch.enable_grad():
-        output, run = run_under(call, Variables(module, len(call.x)))
+    with call.resumed(), torch.enable_grad(), name_in_errors(call):
+        output, run = run_under(call, Variables())
+        arrangement = arrange(call, run)
+        if any(part.operand is not None for part in arrangement.parts):
+            output, run = run_under(call, Variables(arrangement.parts))
         outputs = pytree.tree_leaves(output)
-        if not run.sites or not all(isinstance(outputs[place], Tensor) for place in received):
-            raise UnreadableError(
-                f"{call.layer.name!r}: {class_of(module)} forms no map by scaled_dot_product_attention or softmax that all "
-                "of its output depends on, so there is no gradient to be had."
-            )
+        if not all(isinstance(outputs[place], Tensor) for place in received):
+            name = qualified_name(type(call.layer.module))
+            raise UnreadableError(f"{name} does not return what it returned, so there is no gradient to be had.")
         places = [place for place in received if outputs[place].requires_grad]  # the others are inputs that are handed on
         ends, brought = _from_outside([outputs[place] for place in places], [received[place] for place in places])
         # materialize_grads: an output need not depend on every map, and zero is then its gradient
-        grads = torch.autograd.grad(ends, run.variables, brought, materialize_grads=True)
-    slope: Source = interleave_heads([site.source(grad) for site, grad in zip(run.sites, grads)], module)
-    return slope
+        grads = torch.autograd.grad(ends, run.variables(arrangement), brought, materialize_grads=True)
+        return run.slope(arrangement, list(grads))

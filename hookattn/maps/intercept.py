@@ -15,9 +15,11 @@ from torch import Tensor
 from ..calls.restore import is_reading
 from ..conditions.function_modes import SDPA, OwnMode
 
-# One function under four names, each of which a mode sees as a function of its own.
-SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 Run = Callable[..., Any]
+# By name, since one function has many: of the module `torch`, of a tensor, of an operator, of aten.
+_SOFTMAX = {"softmax", "special_softmax", "_softmax", "_safe_softmax"}
+_MULTIPLY = {"matmul", "bmm", "mm", "mv", "dot", "einsum", "baddbmm", "addbmm", "addmm", "tensordot", "inner", "linear"}
+_MULTIPLY |= {"mul", "multiply", "__matmul__", "__rmatmul__", "__mul__", "__rmul__"}
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -26,11 +28,9 @@ class Sites:
 
     Attributes:
         as_called: whether PyTorch's own multi-head attention gives the weights that it was asked for.
-        packed: heads that PyTorch's own multi-head attention, which runs now, counts as images.
     """
 
     as_called = True
-    packed: int | None = None
 
     def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of `scaled_dot_product_attention`; `run` is the function itself, or what others make of it."""
@@ -40,8 +40,12 @@ class Sites:
         """A call of a softmax, whichever of PyTorch's names it was called by."""
         return run(*args, **kwargs)
 
-    def other(self, func: Run, args: tuple[Any, ...], out: Any) -> None:
-        """Told of any other function of torch that was called, with its arguments and what came out."""
+    def multiply(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a function that multiplies two tensors, as a matrix product or entry by entry."""
+        return run(*args, **kwargs)
+
+    def follow(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Told of every function of torch that was called, these among them, with its arguments and what came out."""
 
 
 class Intercept(OwnMode):
@@ -61,35 +65,34 @@ class Intercept(OwnMode):
     ) -> Any:
         kwargs = kwargs or {}
         # with keep="maps" the mode stays on between forwards, where there is mostly nothing to see
-        if not self.sites or (not self._reads and is_reading()):
+        if not self.sites or (not self._reads and is_reading()) or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._see_inside(func, args, kwargs)
-        if func is SDPA or func in SOFTMAX:
-            run = func
+        run, kind = func, _kind_of(func)
+        if kind is not None:
             for sites in self.sites:
-                run = _through(sites.fused if func is SDPA else sites.softmax, run)
-            return run(*args, **kwargs)
-        out = func(*args, **kwargs)
+                run = _through(getattr(sites, kind), run)
+        out = run(*args, **kwargs)
         for sites in self.sites:
-            sites.other(func, args, out)
+            sites.follow(func, args, kwargs, out)
         return out
 
     def _see_inside(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run PyTorch's own multi-head attention, which is one opaque call to a mode, line by line under this one."""
         named = inspect.signature(func).bind(*args, **kwargs).arguments
-        # Asked for no weights it goes through SDPA, as documented. Undocumented, torch 2.6 to 2.14: else it takes a softmax of
-        # (batch * heads, queries, keys), whose heads are told by `packed`.
+        # Asked for no weights it goes through SDPA, as documented.
         named["need_weights"] = all(sites.as_called for sites in self.sites) and named.get("need_weights", True)
-        sites = list(self.sites)
-        for each in sites:
-            each.packed = named["num_heads"]
-        try:
-            with self:  # on again: PyTorch switches a mode off while it handles a call
-                return _body(func)(**named)
-        finally:
-            for each in sites:
-                each.packed = None
+        with self:  # on again: PyTorch switches a mode off while it handles a call
+            return _body(func)(**named)
+
+
+def _kind_of(func: Run) -> str | None:
+    """Which method of sites a function is handed to."""
+    if func is SDPA:
+        return "fused"
+    name = getattr(func, "__name__", "").partition(".")[0]
+    return "softmax" if name in _SOFTMAX else "multiply" if name in _MULTIPLY else None
 
 
 def _through(handle: Callable[[Run, tuple[Any, ...], dict[str, Any]], Any], run: Run) -> Run:
@@ -102,9 +105,11 @@ def sdpa_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
     return {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
 
 
-def input_and_dim(input: Tensor, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:
-    """Find in the arguments of a softmax, by any of its four names, what it is taken of and over which axis."""
-    return input, dim
+def scores_and_axis(input: Tensor, dim: int | None = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:
+    """Find in the arguments of a softmax, by any of its names, what it is taken of and over which axis, counted from 0."""
+    if dim is None:  # deprecated, and still what `F.softmax` does without one
+        return input, 0 if input.dim() in (0, 1, 3) else 1
+    return input, dim % max(1, input.dim())
 
 
 @lru_cache

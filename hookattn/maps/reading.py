@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Union
 
@@ -13,13 +13,15 @@ from torch.utils import _pytree as pytree
 
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
-from ..calls.restore import restoring
-from ..conditions.function_modes import SDPA
 from ..conditions.transforms import is_left_behind
 from ..errors import RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
+from .established import arrange, as_in_training, name_in_errors, source_by_recipe
 from .lazy import Spec
-from .replay import replayed
+from .replay import replayed, source_of_watched
+from .sites import Watch
+
+_LET_GO = 'the input of {!r} was let go; record with AttentionRecorder(model, keep="inputs").'
 
 
 class Captured:
@@ -41,6 +43,35 @@ class Captured:
         return Spec(source.shape, source.dtype, self.call.x.device)
 
 
+class Deferred(Captured):
+    """A map that was to be computed while the model ran, and waits for its axes to be established, with its call."""
+
+
+class Watched:
+    """A map that waits for its axes to be established, with what was noted while its module ran."""
+
+    def __init__(self, call: Call, watch: Watch) -> None:
+        self._call, self._watch = call, watch
+
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """What was noted, arranged now."""
+        call = self._call
+        with call.in_its_modes(), name_in_errors(call):
+            yield source_of_watched(call, self._watch, arrange(call, self._watch))
+
+    @cached_property
+    def spec(self) -> Spec:
+        """Shape, dtype and device of the map."""
+        with self.open() as source:
+            return Spec(source.shape, source.dtype, source.device)
+
+    @property
+    def call(self) -> Call:
+        """Always raises: the call is let go when the map is computed."""
+        raise RecorderError(_LET_GO.format(self._call.layer.name))
+
+
 class Kept:
     """A map that was computed while the model ran; the call was let go."""
 
@@ -60,7 +91,7 @@ class Kept:
     @property
     def call(self) -> Call:
         """Always raises: the call was let go."""
-        raise RecorderError(f'the input of {self._name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+        raise RecorderError(_LET_GO.format(self._name))
 
 
 class Lost:
@@ -81,47 +112,17 @@ class Lost:
     @property
     def call(self) -> Call:
         """Always raises: the call was let go."""
-        raise RecorderError(f'the input of {self._name!r} was let go; record with AttentionRecorder(model, keep="inputs").')
+        raise RecorderError(_LET_GO.format(self._name))
 
 
-Origin = Union[Captured, Kept, Lost]
+Origin = Union[Captured, Watched, Kept, Lost]
 """Where a map comes from."""
 
 
 def source_of(call: Call) -> Source:
     """Make what the map of a call is computed from, by recipe or by replay; the modes of the call are on already."""
-    with name_in_errors(call), ExitStack() as stack:
-        # In train mode a projection may have dropout in it (LoRA) or take a step of its own (spectral norm).
-        if any(call.modes.training):
-            stack.enter_context(restoring(call.layer.module))
-            call.restore_random_streams()
-        return _by_recipe(call) or replayed(call.layer.module, *call.args, **call.kwargs)
-
-
-def source_by_recipe(call: Call) -> Source | None:
-    """Queries and keys of a call by recipe; None where its class has none, or one that declines such a call."""
-    with name_in_errors(call):
-        return _by_recipe(call)
-
-
-def _by_recipe(call: Call) -> Source | None:
-    if any(t.is_nested for t in call.tensors):
-        raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
-    # a recipe leaves out what it does not need, so it does not show what the user's modes, or an SDPA of theirs, make of it
-    as_written = not call.modes.functions and call.modes.sdpa is SDPA
-    recipe = find_recipe(call.layer.module) if as_written else None
-    source = NotImplemented if recipe is None else recipe(call.layer.module, *call.args, **call.kwargs)
-    return None if source is NotImplemented else source
-
-
-@contextmanager
-def name_in_errors(call: Call) -> Iterator[None]:
-    """Put the name of the layer before the reason why something in the block cannot be read."""
-    try:
-        yield
-    except UnreadableError as error:
-        # from None: the traceback of the error would keep what the module was called with
-        raise UnreadableError(f"{call.layer.name!r}: {error}") from None
+    with as_in_training(call):
+        return source_by_recipe(call) or replayed(call)
 
 
 def _source_of_shapes(call: Call) -> Source:

@@ -1,8 +1,8 @@
 """Run a module's own forward again, watching or replacing the map it forms.
 
-`replayed` is the recipe of every module that has none: it runs the forward and takes queries, keys, mask and scale from the
-`scaled_dot_product_attention` it reaches, or the scores from its softmax. `inject` is the same run with a given map in
-place of the one that would have been formed.
+`replayed` reads every module that has no recipe: it runs the forward and takes from it queries, keys, mask and scale, scores,
+or whatever else its map stands in, where evidence has found it. `inject` is the same run with a given map in place of the one
+that would have been formed.
 """
 
 from __future__ import annotations
@@ -19,28 +19,39 @@ from ..calls.call import Call
 from ..calls.restore import restoring
 from ..conditions.function_modes import lowest
 from ..errors import UnreadableError
-from .axes import class_of
+from ..recipes.registry import qualified_name
+from .arrangement import Arrangement
+from .established import arrange, arrange_by_evidence, name_in_errors
 from .intercept import Intercept, Sites
 from .sites import Inject, Watch
 
 S = TypeVar("S", bound=Sites)
 
 
-def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Source:
-    """Run a module's own forward on these arguments and take from it what its map is computed from.
-
-    A module that forms several maps of one shape has their heads dealt out in turn: head h of map i is head
-    h * maps + i, as differential attention orders them when it is not fused.
+def replayed(call: Call) -> Source:
+    """Run a call's forward again and take from it what its map is computed from; the modes of the call are on already.
 
     Raises:
-        UnreadableError: the forward forms no softmax map over (queries, keys), or several that do not fit together.
+        UnreadableError: evidence does not tell which map the forward forms, or of which axes; what was found is told.
     """
-    args, kwargs = copy_arguments(module, args, kwargs)
-    watch = Watch(module, (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
-    # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record this run
-    with restoring(module), lowest(Intercept([watch])):
-        module.forward(*args, **kwargs)
-    return watch.source()
+    with name_in_errors(call):
+        watch = run_under(call, Watch())[1]
+        return source_of_watched(call, watch, arrange(call, watch))
+
+
+def replayed_by_evidence(call: Call) -> Source:
+    """As `replayed`, with no regard to what a recipe tells of axes."""
+    with name_in_errors(call):
+        watch = run_under(call, Watch())[1]
+        return source_of_watched(call, watch, arrange_by_evidence(call, watch))
+
+
+def source_of_watched(call: Call, watch: Watch, arrangement: Arrangement) -> Source:
+    """What the map of a call that was watched is computed from; it runs once more where that was not noted."""
+    by_hand = any(part.operand is not None for part in arrangement.parts)
+    if by_hand or watch.is_overwritten():
+        watch = run_under(call, Watch(arrangement.parts, as_called=watch.as_called, copies=True))[1]
+    return watch.source(arrangement)
 
 
 def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
@@ -53,8 +64,8 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
         UnreadableError: the forward forms no map that another could be put in place of.
     """
     with call.resumed():
-        own, watch = run_under(call, Watch(call.layer.module))
-        return own, run_under(call, Inject(watch, attention))[0]
+        own, watch = run_under(call, Watch())
+        return own, run_under(call, Inject(watch, arrange(call, watch), attention))[0]
 
 
 def run_with_map(call: Call, attention: Tensor) -> Any:
@@ -64,17 +75,20 @@ def run_with_map(call: Call, attention: Tensor) -> Any:
     """
     with call.resumed():
         with torch.no_grad():  # nothing of this run is used but where maps are formed
-            watch = run_under(call, Watch(call.layer.module, as_called=True))[1]
-        return run_under(call, Inject(watch, attention, as_called=True))[0]
+            watch = run_under(call, Watch(as_called=True))[1]
+            arrangement = arrange(call, watch)
+        return run_under(call, Inject(watch, arrangement, attention, as_called=True))[0]
 
 
 def run_under(call: Call, sites: S) -> tuple[Any, S]:
     """Run a call's forward while its sites are seen or filled; what it returns, and the sites."""
     module = call.layer.module
-    with restoring(module), lowest(Intercept([sites])):
+    with restoring(module):
         call.restore_random_streams()
         args, kwargs = copy_arguments(module, call.args, call.kwargs)
-        return module.forward(*args, **kwargs), sites
+        with lowest(Intercept([sites])):
+            # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record it
+            return module.forward(*args, **kwargs), sites
 
 
 def copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -84,19 +98,23 @@ def copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         UnreadableError: one of them is changed by a forward, and cannot be copied: a cache that is a module, or has slots.
     """
 
+    copies: dict[int, Tensor] = {}  # one of each: some forwards ask whether queries and keys are made of one tensor
+
     def copied(value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, Tensor):
-            return value.clone()
-        other = copy_structure(value) if is_cache(value) else value
+            if id(value) not in copies:
+                copies[id(value)] = value.clone()
+            return copies[id(value)]
+        other = copy_structure(value, torch.clone) if is_cache(value) else value
         if other is value and callable(getattr(value, "update", None)):
             raise UnreadableError(
-                f"{class_of(module)} was called with a {type(value).__name__}, which its forward changes, so it cannot be run "
-                'again. Call the model without it (use_cache=False), record with keep="maps" in eval mode, or describe the map '
-                "with @hookattn.recipe."
+                f"{qualified_name(type(module))} was called with a {type(value).__name__}, which its forward changes, so it "
+                'cannot be run again. Call the model without it (use_cache=False), record with keep="maps" in eval mode, or '
+                "describe the map with @hookattn.recipe."
             )
         return other
 
-    both: tuple[Any, Any] = pytree.tree_map(copied, (args, kwargs))
+    both: tuple[Any, Any] = pytree.tree_map(copied, (args, kwargs), is_leaf=is_cache)
     return both

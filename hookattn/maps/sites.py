@@ -2,198 +2,240 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from ..attention.sources import QK, Dense, Outer, Scores, Source, exact_dtype, without_autocast
+from ..attention.sources import Source, without_autocast
 from ..errors import UnreadableError
-from ..recipes.registry import find_axes
-from .axes import check_softmax_axis, class_of, fold_axes, interleave_heads, unfold_axes
-from .intercept import Run, Sites, input_and_dim, sdpa_arguments
+from .arrangement import Arrangement, Part
+from .formed import Factor, Formed, Fused, Softmaxed, slope_of_rows, source_of_rows
+from .intercept import Run, Sites, scores_and_axis, sdpa_arguments
+
+WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-class Site(NamedTuple):
-    """One place where a forward forms a map, as it was seen in a run.
-
-    Attributes:
-        source: makes the source of the map, or that of dL/dA of dL/d(out).
-        dtype: of what came out there.
-        out: what came out, where something is differentiated by it.
-    """
-
-    # a partial of a plain function, no method or closure: it would hold the sites that hold it, and tensors in such a circle
-    # wait for the garbage collector
-    source: Callable[..., Source]
-    dtype: torch.dtype
-    out: Tensor | None = None
-
-
-class _Noted(Sites):
-    """Base of sites that are noted in the order they are met in; `batch` is the number of images, if that is known."""
-
-    def __init__(self, module: nn.Module, batch: int | None) -> None:
-        self.module, self.batch = module, batch
-        self.fused_sites: list[Site] = []
-        self.softmax_sites: list[Site] = []
-
-    @property
-    def sites(self) -> list[Site]:
-        """The sites that form the module's map: its SDPA calls, or its softmaxes if it makes none."""
-        # a softmax beside SDPA weighs something else: branches, experts, channels
-        return self.fused_sites or self.softmax_sites
-
-
-class Watch(_Noted):
-    """Notes what every SDPA call and every softmax is made of, and lets them run: without dropout of the map, or as called.
+class Following(Sites):
+    """Base of sites that number what a forward forms, and note the way that it takes.
 
     Args:
-        given: the tensors that the module is called with; the first tells how many images there are.
-        as_called: whether it is to return all that it would: dropout of the map is on, weights that were asked for are given.
+        factors: parts that are factors of products, to be noted too.
+        as_called: whether the forward is to return all that it would: dropout of the map is on, weights that were asked for are
+            given.
+
+    Attributes:
+        softmaxes: SDPA calls and softmaxes, in the order they are met in.
+        way: the functions of torch that were called, with sizes and settings. Calls that go the same way form their maps at the
+            same places.
     """
 
-    def __init__(self, module: nn.Module, given: Iterable[Tensor] = (), *, as_called: bool = False) -> None:
-        super().__init__(module, next((len(t) for t in given if t.dim()), None))
+    def __init__(self, factors: Iterable[Part] = (), *, as_called: bool = False) -> None:
         self.as_called = as_called
-
-    def source(self) -> Source:
-        """What the map is computed from, once the forward has run; see `replayed`."""
-        if not self.sites:
-            raise UnreadableError(
-                f"{class_of(self.module)} called neither scaled_dot_product_attention nor softmax: it forms no softmax map. "
-                "If it has a kernel of its own, describe the map with @hookattn.recipe."
-            )
-        source: Source = interleave_heads([site.source() for site in self.sites], self.module)
-        return source
-
-    def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        named = sdpa_arguments(args, kwargs)
-        # maps are those before dropout, so two runs are to be compared without it
-        dropped = named.get("dropout_p") and not self.as_called
-        out: Tensor = run(**{**named, "dropout_p": 0.0}) if dropped else run(*args, **kwargs)
-        self.fused_sites.append(Site(partial(_as_qk, self.module, self.batch, **named), out.dtype))
-        return out
-
-    def softmax(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        out: Tensor = run(*args, **kwargs)
-        scores, dim = input_and_dim(*args, **kwargs)
-        scores = scores if self.packed is None else scores.reshape(-1, self.packed, *scores.shape[-2:])
-        self.softmax_sites.append(Site(partial(_as_scores, self.module, self.batch, scores, dim), out.dtype))
-        return out
-
-
-class Inject(Sites):
-    """Puts a map where the sites of a watched run formed theirs.
-
-    That run was of the same call. The map is dropped out as the module would if `as_called`.
-    """
-
-    def __init__(self, watch: Watch, attention: Tensor, *, as_called: bool = False) -> None:
-        self.module, self.as_called = watch.module, as_called
-        if not watch.sites:
-            raise UnreadableError(
-                f"{class_of(watch.module)} called neither scaled_dot_product_attention nor softmax: there is nothing in its "
-                "forward to put a map into."
-            )
-        self.into_fused = bool(watch.fused_sites)  # decided by the run that was watched: this one is to fill the same sites
-        maps = (attention[:, i :: len(watch.sites)] for i in range(len(watch.sites)))
-        self.left = iter([(site.dtype, part) for site, part in zip(watch.sites, maps)])
-
-    def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        kwargs = sdpa_arguments(args, kwargs)
-        dtype, attention = next(self.left)
-        value, shape = kwargs["value"], (*kwargs["query"].shape[:-1], kwargs["key"].shape[-2])
-        attention = fold_axes(self.module, attention, shape)
-        if attention.dim() == 4:  # groups of heads may share values, which SDPA spreads by itself
-            value = value.repeat_interleave(attention.shape[1] // value.shape[1], dim=1)
-        attention = F.dropout(attention, kwargs.get("dropout_p", 0.0) if self.as_called else 0.0)
-        with without_autocast(value.device):
-            out: Tensor = (attention @ value.to(attention.dtype)).to(dtype)
-            return out
-
-    def softmax(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        out: Tensor = run(*args, **kwargs)
-        if self.into_fused:
-            return out
-        dtype, attention = next(self.left)
-        return fold_axes(self.module, attention, tuple(out.shape)).to(dtype)
-
-
-class Variables(_Noted):
-    """Makes what SDPA and softmax put out the variables that the module's output is differentiated by."""
-
-    as_called = False  # through SDPA, where PyTorch's own attention has the choice: a row is then had without the others
+        self.softmaxes: list[Fused | Softmaxed] = []
+        self.way: list[Any] = []
+        self._wanted = {part.number: part for part in factors if part.operand is not None}
+        self._factors: dict[int, Factor] = {}
+        self._products = -1
+        self._of_values: dict[int, Tensor] = {}  # whole numbers that were computed from others
 
     @property
-    def variables(self) -> list[Tensor]:
-        """What came out at each site, to be differentiated by."""
-        return [site.out for site in self.sites if site.out is not None]
+    def parts(self) -> list[Part]:
+        """What of it forms the map, by the rule that recipes go by: the SDPA calls, or the softmaxes if there are none."""
+        # a softmax beside SDPA weighs something else: branches, experts, channels
+        fused = any(isinstance(each, Fused) for each in self.softmaxes)
+        return [each.part(n) for n, each in enumerate(self.softmaxes) if isinstance(each, Fused) or not fused]
 
-    def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def formed(self, arrangement: Arrangement) -> list[Formed]:
+        """What holds the rows of the map, part by part."""
+        return [self.softmaxes[p.number] if p.operand is None else self._factors[p.number] for p in arrangement.parts]
+
+    def multiply(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Number a product, and hand the factor that is wanted of it to `see_factor`."""
+        self._products += 1
+        if (part := self._wanted.get(self._products)) is None:
+            return run(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        place = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)][part.operand or 0]
+        leaves[place] = self.see_factor(part, leaves[place])
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return run(*args, **kwargs)
+
+    def see_factor(self, part: Part, factor: Tensor) -> Tensor:
+        """Note a factor; what is returned is multiplied in its place."""
+        self._factors[part.number] = Factor(factor.clone(), part.axis)
+        return factor
+
+    def follow(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note that the forward came by here."""
+        made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        if made or out is None:
+            of = getattr(func, "__self__", None)  # of a property, such as `mT`: which
+            settings = (self._settings(args), self._settings(kwargs))
+            self.way.append((func.__name__, getattr(of, "__name__", None), *settings, *(tuple(t.shape) for t in made)))
+        whole = [t for t in made if not t.is_floating_point()]
+        if whole and any(isinstance(t, Tensor) and self._is_of_values(t) for t in pytree.tree_leaves((args, kwargs))):
+            self._of_values.update((id(t), t) for t in whole)
+
+    def _is_of_values(self, t: Tensor) -> bool:
+        return t.is_floating_point() or t.is_complex() or id(t) in self._of_values
+
+    def _settings(self, value: Any) -> Any:
+        """What of an argument may decide where things stand: whole numbers, words, indices; no other values, and no types."""
+        if isinstance(value, (tuple, list)):
+            return tuple([self._settings(each) for each in value])
+        if isinstance(value, dict):
+            return tuple([(key, self._settings(each)) for key, each in value.items()])
+        if isinstance(value, slice):
+            return "slice", self._settings((value.start, value.stop, value.step))
+        if isinstance(value, Tensor):
+            return "tensor" if self._is_of_values(value) else _code_of(value)
+        return value if isinstance(value, (int, str, type(None), type(...))) else type(value).__name__
+
+
+class Watch(Following):
+    """Notes what every SDPA call and every softmax is made of, and lets them run.
+
+    Args:
+        copies: whether to note copies, for a forward that writes into what it has formed its map of.
+    """
+
+    def __init__(self, factors: Iterable[Part] = (), *, as_called: bool = False, copies: bool = False) -> None:
+        super().__init__(factors, as_called=as_called)
+        self._copies = copies
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note queries, keys and values."""
         named = sdpa_arguments(args, kwargs)
-        if named.get("dropout_p"):
+        site = Fused(**named)
+        site.q, site.k = self._kept(site.q), self._kept(site.k)
+        site.mask = None if site.mask is None else self._kept(site.mask)
+        # maps are those before dropout, so two runs are to be compared without it
+        dropped = named.get("dropout_p") and not self.as_called
+        return self._ran(site, run(**{**named, "dropout_p": 0.0}) if dropped else run(*args, **kwargs))
+
+    def softmax(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note scores."""
+        scores, axis = scores_and_axis(*args, **kwargs)
+        # it may be about to be written into them
+        site = Softmaxed(scores.clone() if kwargs.get("out") is not None else self._kept(scores), axis)
+        return self._ran(site, run(*args, **kwargs))
+
+    def is_overwritten(self) -> bool:
+        """Whether something that was noted has been written into since."""
+        return any(t._version != version for t, version in self._versions)
+
+    def source(self, arrangement: Arrangement) -> Source:
+        """What the map is computed from."""
+        return source_of_rows(self.formed(arrangement), arrangement)
+
+    def _ran(self, site: Fused | Softmaxed, out: Tensor) -> Tensor:
+        site.dtype = out.dtype
+        self.softmaxes.append(site)
+        return out
+
+    def _kept(self, t: Tensor) -> Tensor:
+        if self._copies or t.is_inference():  # these do not count what is written into them
+            return t.clone()
+        self._versions.append((t, t._version))
+        return t
+
+
+class Inject(Following):
+    """Puts a map where a watched run of the same call formed its own, dropped out as the module would if `as_called`."""
+
+    def __init__(self, watch: Watch, arrangement: Arrangement, attention: Tensor, *, as_called: bool = False) -> None:
+        super().__init__(arrangement.parts, as_called=as_called)
+        self._dtypes = [site.dtype for site in watch.softmaxes]
+        self._numbers = {part.number: n for n, part in enumerate(arrangement.parts) if part.operand is None}
+        self._arrangement, self._attention = arrangement, attention
+
+    def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Multiply the map onto the values."""
+        site = Fused(**sdpa_arguments(args, kwargs))
+        self.softmaxes.append(site)
+        if (n := self._numbers.get(len(self.softmaxes) - 1)) is None:
+            return run(*args, **kwargs)
+        with without_autocast(site.v.device):
+            rows = self._arrangement.spread(self._attention, n, site.rows)
+            rows = F.dropout(rows, site.dropout_p if self.as_called else 0.0)
+            return site.multiplied(rows).to(self._dtypes[len(self.softmaxes) - 1])
+
+    def softmax(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Put the map in the place of what comes out."""
+        site = Softmaxed(*scores_and_axis(*args, **kwargs))
+        self.softmaxes.append(site)
+        out: Tensor = run(*args, **kwargs)
+        number = len(self.softmaxes) - 1
+        if (n := self._numbers.get(number)) is None:
+            return out
+        part = self._arrangement.parts[n]
+        other = part.of_rows(self._arrangement.spread(self._attention, n, lambda: part.as_rows(out))).to(out.dtype)
+        return other if kwargs.get("out") is None else out.copy_(other)
+
+    def see_factor(self, part: Part, factor: Tensor) -> Tensor:
+        """Multiply the map in place of the factor."""
+        n = self._arrangement.parts.index(part)
+        return part.of_rows(self._arrangement.spread(self._attention, n, lambda: part.as_rows(factor))).to(factor.dtype)
+
+
+class Variables(Following):
+    """Makes what SDPA and softmax put out the variables that the module's output is differentiated by.
+
+    `as_called` is off: PyTorch's own attention goes through SDPA where it has the choice, and a row is had without the others.
+    """
+
+    def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note values, and what came out."""
+        return self._noted(Fused(**sdpa_arguments(args, kwargs)), run(*args, **kwargs))
+
+    def softmax(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note what came out."""
+        return self._noted(Softmaxed(*scores_and_axis(*args, **kwargs)), run(*args, **kwargs))
+
+    def see_factor(self, part: Part, factor: Tensor) -> Tensor:
+        """Note the factor."""
+        site = self._factors[part.number] = Factor(factor, part.axis)
+        return self._variable(site, factor)
+
+    def variables(self, arrangement: Arrangement) -> list[Tensor]:
+        """What the output is differentiated by.
+
+        Raises:
+            UnreadableError: parts of a map are dropped out where it cannot be told which.
+        """
+        formed = self.formed(arrangement)
+        if any(isinstance(site, Fused) and site.dropout_p for site in formed):
             raise UnreadableError(
-                f"{class_of(self.module)} drops out parts of its map inside the fused kernel, which does not tell which. For "
-                "gradients of the map, set the dropout of attention to 0 (attn_drop_rate=0), or call the model in eval mode."
+                "it drops out parts of its map inside the fused kernel, which does not tell which. For gradients of the map, "
+                "set the dropout of attention to 0 (attn_drop_rate=0), or call the model in eval mode."
             )
-        source = partial(_as_outer, self.module, self.batch, named["value"].detach())
-        return _note_variable(self.fused_sites, source, run(*args, **kwargs))
+        return [site.out for site in formed if site.out is not None]
 
-    def softmax(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        source = partial(_as_dense, self.module, self.batch, input_and_dim(*args, **kwargs)[1])
-        return _note_variable(self.softmax_sites, source, run(*args, **kwargs))
+    def slope(self, arrangement: Arrangement, grads: list[Tensor]) -> Source:
+        """What the gradient of the map is computed from, out of those of the variables."""
+        return slope_of_rows(self.formed(arrangement), arrangement, grads)
 
+    def _noted(self, site: Fused | Softmaxed, out: Tensor) -> Tensor:
+        self.softmaxes.append(site)
+        return self._variable(site, out)
 
-def _note_variable(sites: list[Site], source: Callable[[Tensor], Source], out: Tensor) -> Tensor:
-    """Note a site and give the forward a copy to go on with, into which it may write."""
-    sites.append(Site(source, out.dtype, out if out.requires_grad else out.requires_grad_()))
-    return out.clone()
-
-
-def _as_qk(
-    module: nn.Module,
-    batch: int | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> QK:
-    """Queries and keys out of the arguments of `scaled_dot_product_attention`."""
-    q, k = unfold_axes(module, query, batch), unfold_axes(module, key, batch)
-    if attn_mask is not None and find_axes(module) is not None:
-        attn_mask = unfold_axes(module, attn_mask.expand(*query.shape[:-1], key.shape[-2]), batch)
-    elif attn_mask is not None and attn_mask.dim() == query.dim() == 3:
-        attn_mask = attn_mask.unsqueeze(1)
-    additive = attn_mask is not None and attn_mask.dtype != torch.bool
-    return QK(
-        q,
-        k.repeat_interleave(q.shape[1] // k.shape[1], dim=1),
-        scale=scale,
-        bias=attn_mask if additive else None,
-        mask=None if additive else attn_mask,
-        is_causal=is_causal,
-    )
+    def _variable(self, site: Formed, out: Tensor) -> Tensor:
+        """Give the forward a copy to go on with, into which it may write."""
+        site.out = out if out.requires_grad else out.detach().requires_grad_()
+        return site.out.clone()
 
 
-def _as_scores(module: nn.Module, batch: int | None, scores: Tensor, dim: int) -> Scores:
-    """Scores out of what a softmax is taken of."""
-    return Scores(check_softmax_axis(module, batch, scores, dim))
-
-
-def _as_outer(module: nn.Module, batch: int | None, value: Tensor, grad: Tensor) -> Outer:
-    """The gradient of a map out of that of what a fused call put out: dL/dA = dL/d(A v) v^T."""
-    grad, value = unfold_axes(module, grad, batch), unfold_axes(module, value, batch)
-    return Outer(grad, value.repeat_interleave(grad.shape[1] // value.shape[1], dim=1))
-
-
-def _as_dense(module: nn.Module, batch: int | None, dim: int, grad: Tensor) -> Dense:
-    """The gradient of a map out of that of what a softmax put out, which is the map."""
-    return Dense(check_softmax_axis(module, batch, grad, dim).to(exact_dtype(grad.dtype)))
+def _code_of(tensor: Tensor) -> Any:
+    """A number that tells indices apart; masks are not told apart."""
+    if tensor.dtype not in WHOLE:
+        return "mask"
+    try:
+        return zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes())
+    except (RuntimeError, TypeError):  # without values, or mapped over
+        return "indices"

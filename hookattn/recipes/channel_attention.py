@@ -20,6 +20,7 @@ register_channel_attention(
     "timm.models.edgenext.CrossCovarianceAttn",
     "timm.models.davit.ChannelAttention",
     "timm.models.davit.ChannelAttentionV2",
+    "vit_pytorch.xcit.XCAttention",
 )
 
 
@@ -28,6 +29,13 @@ def cross_covariance_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.num_heads)
     # (batch, heads, channels of a head, tokens); the temperature is (heads, 1, 1)
     return QK(F.normalize(q, dim=-1), F.normalize(k, dim=-1), scale=self.temperature)
+
+
+@recipe("vit_pytorch.xcit.XCAttention")
+def vit_pytorch_cross_covariance_attention(self: Any, x: Tensor) -> QK:
+    x = self.norm(x.flatten(1, -2))
+    q, k = project(self.to_qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.heads)
+    return QK(F.normalize(q, dim=-1), F.normalize(k, dim=-1), scale=self.temperature.exp())
 
 
 @recipe("timm.models.davit.ChannelAttention")

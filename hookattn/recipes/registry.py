@@ -96,6 +96,7 @@ _RECIPES: Registry[Recipe] = Registry("recipe")
 _AXES: Registry[str] = Registry("pattern of axes")
 _LAYOUTS: Registry[Layout] = Registry("layout")
 _PARTITIONS: Registry[Partition] = Registry("partition")
+_UNNAMED: Registry[bool] = Registry("note that it forms a map")
 _CHANNELS: Registry[bool] = Registry("note that it attends to channels")
 _WHERE: dict[Recipe, Callable[[nn.Module], bool]] = {}
 
@@ -119,7 +120,9 @@ def recipe(*classes: str | type, axes: str | None = None, where: Callable[[nn.Mo
     Args:
         classes: qualified names, or classes where they are at hand. A class of another version of a library that does not
             exist here costs nothing.
-        axes: see `register_axes`, for a class that lays out its own map in another way.
+        axes: how the class lays out the map it forms itself, where that is not (batch, head, query, key), whatever of it is
+            merged. In the notation of einops: b for images, w for windows, h for heads, q and k for queries and keys, such as
+            "b h w q k"; "b q k" for a class that forms its map head by head. `check_recipe` proves it.
         where: tells whether a module is described, for classes that other versions of a library have under the same name.
 
     Raises:
@@ -129,7 +132,7 @@ def recipe(*classes: str | type, axes: str | None = None, where: Callable[[nn.Mo
     def register(function: R) -> R:
         _RECIPES.register(function, *classes)
         if axes is not None:
-            register_axes(axes, *classes)
+            _AXES.register(axes, *classes)
         if where is not None:
             _WHERE[function] = where
         return function
@@ -148,8 +151,8 @@ def list_recipes() -> dict[str, Recipe]:
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a module's class, or one it is derived from, has a recipe or axes, be its forward another or not."""
-    return _if_described(module, _RECIPES.find_inherited(module)) is not None or _AXES.find_inherited(module) is not None
+    """Whether a module's class, or one it is derived from, is known to form a map, be its forward another or not."""
+    return _if_described(module, _RECIPES.find_inherited(module)) is not None or _UNNAMED.find_inherited(module) is not None
 
 
 def _if_described(module: nn.Module, found: Recipe | None) -> Recipe | None:
@@ -157,27 +160,14 @@ def _if_described(module: nn.Module, found: Recipe | None) -> Recipe | None:
     return None if found in _WHERE and not _WHERE[found](module) else found
 
 
-# Axes of the map that a class forms itself
-
-
-def register_axes(axes: str, *classes: str | type) -> None:
-    """Tell how a class lays out the axes of the map it forms itself, where that is not (batch, head, query, key).
-
-    Args:
-        axes: in the notation of einops: b for images, w for windows, h for heads, q and k for queries and keys;
-            "b h w q k", "(b h) q k", "b q k" for a class that forms its map head by head. Windows count as images to whoever
-            reads the map: (images * windows, heads, queries, keys).
-        classes: qualified names, or classes.
-
-    Raises:
-        ValueError: one of the classes has axes already.
-    """
-    _AXES.register(axes, *classes)
-
-
 def find_axes(module: nn.Module) -> str | None:
-    """The axes of the map that a module forms itself; None where none are registered."""
+    """The axes of the map that a module forms itself, as its recipe tells them; None where they are in order."""
     return _AXES.find(module)
+
+
+def register_attention(*classes: str) -> None:
+    """Note that modules of these classes form a map, where their names do not tell and they have no recipe."""
+    _UNNAMED.register(True, *classes)
 
 
 # Places of queries and keys on the image

@@ -7,13 +7,7 @@ from typing import Any
 from ..image.geometry import Geometry
 from ..image.tokens import Tokens
 from ..image.windows import cut_padded_windows, cut_windows
-from .registry import Shape, layout, partition, register_axes
-
-register_axes(
-    "b w h q k",
-    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention",
-    "vit_pytorch.mobile_vit.Attention",
-)
+from .registry import Shape, layout, partition
 
 
 @layout(

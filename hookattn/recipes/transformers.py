@@ -19,7 +19,7 @@ from ..image.tokens import Tokens
 from ..image.windows import cut_padded_windows
 from .mechanisms import append_tokens, cut_square_windows, group_in_mask_units, raise_shuffled, unroll_tokens
 from .places import find_queries
-from .registry import Shape, layout, partition, qualified_names, recipe, register_axes
+from .registry import Shape, layout, partition, qualified_names, recipe
 
 # Encoders
 
@@ -146,9 +146,6 @@ def transformers_sam_layer(self: Any, geometry: Geometry) -> Tokens:
 def transformers_vitdet_layer(self: Any, geometry: Geometry) -> Tokens:
     _, _, rows, columns = geometry.block_argument(self, "hidden_states")
     return cut_square_windows((rows, columns), self.window_size)
-
-
-register_axes("b h w q k", "transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention")
 
 
 @layout("transformers.models.hiera.modeling_hiera.HieraMaskUnitAttention")

@@ -24,36 +24,20 @@ from ..image.trunk import grid_size
 from ..image.windows import cut_windows, whole_grid
 from .mechanisms import append_tokens, cut_square_windows, raise_shuffled
 from .places import find_queries
-from .registry import Shape, layout, partition, qualified_names, recipe, register_axes, register_channel_attention
+from .registry import Shape, layout, partition, qualified_names, recipe, register_attention
 
-# Axes of the maps that classes form themselves
-
-
-register_axes("b h q k", "vit_pytorch.vit_for_small_dataset.LSA")
+register_attention("vit_pytorch.vit_for_small_dataset.LSA", "vit_pytorch.vit_with_patch_merger.PatchMerger")
 
 
-register_axes("b q k", "vit_pytorch.vit_with_patch_merger.PatchMerger")
-
-
-register_axes(
-    "(b h) q k",
-    "vit_pytorch.cvt.Attention",
-    "vit_pytorch.rvt.Attention",
-    "vit_pytorch.twins_svt.GlobalAttention",
-    "vit_pytorch.twins_svt.LocalAttention",
-    "transformers.models.deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionAttention",
-    "transformers.models.got_ocr2.modeling_got_ocr2.GotOcr2VisionAttention",
-    "transformers.models.groupvit.modeling_groupvit.GroupViTAttention",
-    "transformers.models.pp_formulanet.modeling_pp_formulanet.PPFormulaNetVisionAttention",
-    "transformers.models.sam.modeling_sam.SamVisionAttention",
-    "transformers.models.sam_hq.modeling_sam_hq.SamHQVisionAttention",
-    "transformers.models.slanext.modeling_slanext.SLANeXtVisionAttention",
-    "transformers.models.unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionAttention",
-    "transformers.models.vitdet.modeling_vitdet.VitDetAttention",
-)
-
-
-register_channel_attention("vit_pytorch.xcit.XCAttention")
+@recipe("vit_pytorch.ats_vit.Attention")
+def adaptive_token_sampling_attention(self: Any, x: Tensor, *, mask: Tensor | None) -> QK:
+    """The map from which rows are drawn at random, if any are; Fayyaz et al. 2022, arXiv 2111.15667."""
+    q, k = project(self.to_qkv, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.heads)
+    if mask is None:
+        return QK(q, k, scale=self.scale)
+    pairs = mask[:, None, :, None] & mask[:, None, None]
+    # as there: a query of which all keys are closed attends to all alike
+    return QK(q, k, scale=self.scale, bias=torch.zeros(()).masked_fill(~pairs, -torch.finfo(torch.float32).max))
 
 
 # Flex attention

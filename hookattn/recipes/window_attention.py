@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention.projection import project, scale_of
-from ..attention.sources import QK
+from ..attention.sources import QK, Scores
 from ..image.geometry import Geometry
 from ..image.sizes import size_after
 from ..image.tokens import Tokens
@@ -36,7 +36,7 @@ from .mechanisms import (
     resize_table,
     rotate,
 )
-from .registry import Shape, layout, partition, recipe, register_axes
+from .registry import Shape, layout, partition, recipe
 
 # Swin
 
@@ -178,9 +178,17 @@ def tiny_vit_block(self: Any, geometry: Geometry) -> Tokens:
     return cut_windows((rows, columns), self.window_size)
 
 
-# No recipe: queries and keys of a head are made of what the head before it gave out, values and all, so a recipe would have to
-# run the attention itself. Its windows are small.
-register_axes("b q k", "timm.models.efficientvit_msra.CascadedGroupAttention")
+@recipe("timm.models.efficientvit_msra.CascadedGroupAttention", axes="b q k")
+def cascaded_group_attention(self: Any, x: Tensor) -> Scores:
+    """Queries and keys of a head are made of what the head before it gave out, so the attention itself has to run."""
+    scores, head, biases = [], torch.zeros(()), self.get_attention_biases(x.device)  # (heads, queries, keys)
+    for n, (qkv, depthwise, part) in enumerate(zip(self.qkvs, self.dws, x.chunk(len(self.qkvs), dim=1))):
+        widths = (self.key_dim, self.key_dim, self.val_dim)
+        q, k, v = qkv(head + part if n else part).split(widths, dim=1)
+        q, k, v = depthwise(q).flatten(2) * self.scale, k.flatten(2), v.flatten(2)
+        scores.append(q.mT @ k + biases[n])
+        head = (v @ scores[-1].softmax(-1).mT).unflatten(2, x.shape[2:])
+    return Scores(torch.stack(scores, 1))
 
 
 @partition("timm.models.efficientvit_msra.LocalWindowAttention")

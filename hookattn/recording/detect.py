@@ -132,7 +132,7 @@ class _Formed(Sites):
             self._weights[out] = self._innermost()
         return out
 
-    def other(self, func: Run, args: Args, out: Any) -> None:
+    def follow(self, func: Run, args: Args, kwargs: Kwargs, out: Any) -> None:
         """A softmax that is multiplied onto values was a map; after dropout, a cast or a mask it is still looked for."""
         if not self._weights or not isinstance(out, Tensor):
             return

@@ -15,8 +15,9 @@ from ..calls.call import Call
 from ..calls.hooks import Hook
 from ..conditions.function_modes import put_below_others, take_off
 from ..maps.attention_map import AttentionMap
+from ..maps.established import NotEstablishedError, arrange, deferring, name_in_errors, source_by_recipe
 from ..maps.intercept import Intercept, Sites
-from ..maps.reading import name_in_errors, source_by_recipe
+from ..maps.replay import source_of_watched
 from ..maps.sites import Watch
 
 # Undocumented, torch 2.6 to 2.14: in eval mode these run as one kernel, but not under any function mode, which they take for
@@ -68,7 +69,7 @@ class KeepMaps:
                 _make_of_what_was_formed(awaited, awaited.watch)
         if awaited in self._waiting:
             self._waiting.discard(awaited)
-            awaited.put(awaited.m.computed())
+            _compute(awaited)
 
     def _go_on(self, awaited: Awaited) -> None:
         m, call = awaited.m, awaited.call
@@ -86,10 +87,10 @@ class KeepMaps:
             if attention is not None:
                 awaited.put(m.kept(attention))
             elif self._watches:
-                awaited.watch = Watch(call.layer.module, call.tensors, as_called=True)
+                awaited.watch = Watch(as_called=True)
                 self._watching().add(awaited.watch)
             else:
-                awaited.put(m.computed())
+                _compute(awaited)
 
     def _wait_for(self, layer: nn.Module, awaited: Awaited) -> None:
         # hooks stay on for the calls to come, which will wait for the same layers
@@ -120,11 +121,20 @@ class KeepMaps:
         return self._watched
 
 
+def _compute(awaited: Awaited) -> None:
+    """Make a map by running the module again, unless its axes would have to be established first."""
+    with deferring():
+        awaited.put(awaited.m.computed())
+
+
 def _make_of_what_was_formed(awaited: Awaited, watch: Watch) -> None:
     """Make the map of a module that was watched; one that formed none is lost, with the reason."""
     m, call = awaited.m, awaited.call
     try:
-        with name_in_errors(call), call.in_its_modes():
-            awaited.put(m.kept(watch.source().narrow().values()))
+        with name_in_errors(call), call.in_its_modes(), deferring():
+            source = source_of_watched(call, watch, arrange(call, watch))
+            awaited.put(m.kept(source.narrow().values()))
+    except NotEstablishedError:  # the first of its kind: made of what was noted when somebody asks, or at the end of the block
+        awaited.put(m.watched(watch))
     except Exception as reason:  # whatever it is, the user's forward goes on
         awaited.put(m.lost(reason))

@@ -131,12 +131,13 @@ class ForwardPasses(Around):
             maps = [m for key, m in forward.maps.items() if key == name or key.startswith(f"{name}#")]
             yield [gradient for m in maps if (gradient := m._gradient) is not None]
 
-    def close(self) -> None:
-        """Let go of the frame that a forward is a call of, and of the model where maps are kept."""
+    def close(self, *, compute: bool = False) -> None:
+        """Let go of the frame that a forward is a call of, and of the model where maps are kept, computed now if they wait."""
         super().close()
         self._call = self._announced = None
         for forward in self.all:
-            forward.maps = {name: m.settled() for name, m in forward.maps.items()}
+            for name, m in forward.maps.items():
+                forward.maps[name] = (m.computed() if compute and m.is_pending else m).settled()
 
     def _begin_pass(self, call: Running | None) -> ForwardPass:
         if not self._keep_all:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,9 +19,11 @@ from ..image.geometry import Geometry, measure_arguments, read_settings
 from ..image.images import images_in
 from ..image.trunk import stems_of
 from ..maps.attention_map import AttentionMap, reason_of
+from ..maps.established import deferring
 from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
 from ..maps.reading import Captured, Lost
+from ..recipes.registry import find_recipe
 from .edits import rehook_before_others
 from .follow import match_recomputed
 from .keep_maps import Awaited, KeepMaps
@@ -71,9 +73,20 @@ class Recording:
         name = forward.next_name(call.layer.name)
         gradient = self.gradient_of(name, forward)
         m = self.map_of(call, name, forward, site, gradient)
-        forward.maps[name] = m.computed() if self.wanted.maps else m
+        forward.maps[name] = self.compute(m)
         if gradient is not None:
             gradient.follow(call, output)
+
+    def compute(self, m: AttentionMap) -> AttentionMap:
+        """The map computed now, inside the user's forward, if maps are to be kept.
+
+        One whose axes would have to be established first stays as it is, and is computed at the end of the block.
+        """
+        if not self.wanted.maps:
+            return m
+        # in a graph it is computed whatever it costs: a checkpoint that runs the forward again must find it do the same
+        with deferring() if self.wanted.detach else nullcontext():
+            return m.computed()
 
     def map_of(
         self, call: Call, name: str, forward: ForwardPass, site: CallSite | None, gradient: Gradient | None
@@ -167,19 +180,19 @@ class _RecordedLayer(Around):
         awaited = None
         # What cannot wait for the module is computed before it runs: in train mode its projections draw other random numbers
         # than a recipe's, and hooks that come later may change what it is called with.
-        if recording.keep_maps is not None and not changes and True not in call.modes.training:
+        watched = True not in call.modes.training or find_recipe(self.module) is None
+        if recording.keep_maps is not None and not changes and watched:
             awaited = recording.keep_maps.begin(call, m, partial(forward.maps.__setitem__, name))
         elif wanted.maps:
-            forward.maps[name] = m.computed()
+            forward.maps[name] = recording.compute(m)
         if not changes and awaited is None and gradient is None:  # the usual call: nothing is held on to
             return None
         return _Begun(call, gradient, (m, forward), awaited)
 
     def _put_again(self, call: Call, m: AttentionMap, forward: ForwardPass) -> None:
         """Put the map of what the module received in place of the one of what our hook saw before others changed it."""
-        wanted = self._recording.wanted
         again = self._recording.map_of(call, m.name, forward, m._called_from, m._gradient)
-        forward.maps[m.name] = again.computed() if wanted.maps else again
+        forward.maps[m.name] = self._recording.compute(again)
 
     def _follow_recomputed(self, args: Args, kwargs: Kwargs) -> _Begun | None:
         """Follow a call that is not recorded, for checkpoints: save what forward and backward both must, find its gradient."""

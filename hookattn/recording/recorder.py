@@ -204,7 +204,7 @@ class AttentionRecorder:
             recording.hook([self._look_up(name) for name in self._modules], stack)
         else:
             self._detect(recording, stack)
-        stack.callback(self._passes.close)
+        stack.callback(self._passes.close, compute=self._wanted.maps)
         self._passes.hook(outermost=True)
         if origins is not None:
             for module in self.model.modules():

@@ -11,9 +11,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ModelError, UnfaithfulMapError, UnreadableError
 from ..maps.attention_map import AttentionMap
-from ..maps.evidence.establish import establish_axes
-from ..maps.reading import source_by_recipe
-from ..maps.replay import replayed
+from ..maps.established import source_by_recipe
+from ..maps.replay import replayed, replayed_by_evidence
 from ..recipes.places import find_block
 from ..recipes.registry import find_layout, find_recipe, qualified_name
 from ..recording.recorder import AttentionRecorder
@@ -103,8 +102,8 @@ def _check_map(m: AttentionMap, tolerance: float) -> None:
             if source_by_recipe(m.call) is None:
                 name = qualified_name(type(module))
                 raise UnreadableError(f"the recipe of {name} does not describe this call; check it on one that it describes.")
-            expected = replayed(module, *m.call.args, **m.call.kwargs).narrow().values()
-        _compare("the map", whole, expected, "what replay takes from the module's own forward", tolerance)
+            expected = replayed(m.call).narrow().values()
+        _compare("the map", whole, expected, "what the module's own forward forms", tolerance)
         _check_axes(m, whole, tolerance)
     m.verify()
     _compare("the sum of a row", whole.sum(-1), torch.ones_like(whole.sum(-1)), "1", tolerance)
@@ -115,11 +114,11 @@ def _check_map(m: AttentionMap, tolerance: float) -> None:
 def _check_axes(m: AttentionMap, whole: Tensor, tolerance: float) -> None:
     """Compare a map with what multiplies the values, found by derivatives of the module's forward alone.
 
-    Replay knows the shapes of what a module multiplies, but not what their axes mean: queries may stand where heads should.
+    Numbers and shapes alone do not tell what axes mean: queries may stand where heads should.
     """
-    call = m.call
     try:
-        found = establish_axes(call.layer.module, call.args, call.kwargs).read(call.layer.module, call.args, call.kwargs)
+        with m.call.resumed():
+            found = replayed_by_evidence(m.call).narrow().values()
     except UnreadableError:  # there is much that evidence cannot decide, such as attention between channels
         return
     if found.shape == whole.shape:  # two softmaxes a head are one map there, their weighted sum

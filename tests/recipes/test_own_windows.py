@@ -96,7 +96,7 @@ def test_a_recipe_inside_of_a_block_is_checked_with_its_places(prove: Callable[.
         q, k, _ = F.linear(x, self.qkv.weight).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return QK(q, k)
 
-    with pytest.raises(UnfaithfulMapError, match="the map differs from what replay takes"):
+    with pytest.raises(UnfaithfulMapError, match="the map differs from what the module's own forward"):
         check_recipe(block, x)
     del registry._RECIPES._facts[registry.qualified_name(TheirAttention)]
 

@@ -322,7 +322,7 @@ def test_what_cannot_be_edited_is_refused_and_nothing_is_left() -> None:
                 model(x)
         with pytest.raises(ValueError, match=r"but one of shape \(2, 17, 17\)"), rec.edit({0: lambda a: a[:, 0]}):
             model(x)
-        with pytest.raises(UnreadableError, match="forms no softmax map"), rec.edit({"norm": without_head}):
+        with pytest.raises(UnreadableError, match="multiplies no two activations"), rec.edit({"norm": without_head}):
             model(x)
         with rec.edit({}):
             expected = model(x)

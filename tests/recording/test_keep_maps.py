@@ -98,6 +98,9 @@ def own(**options: Any) -> tuple[nn.Module, Tensor]:
 def test_a_module_that_no_recipe_knows_is_run_once(fused: bool) -> None:
     model, x = own(fused=fused)
     with torch.no_grad():
+        with AttentionRecorder(model, "0.0") as first:
+            model(x)
+        assert first.maps[0].shape == (B, H, N, N)  # its axes are established by this reading, once
         alone = operations_of(lambda: model(x))
         with AttentionRecorder(model, "0.0", keep="maps") as rec:
             assert operations_of(lambda: model(x)) == alone + fused * B * H * SCORES
@@ -124,7 +127,7 @@ class Packed(nn.Module):
         x, layer, proj = x.transpose(0, 1), self.layer, self.proj
         own = (layer.weight, layer.bias, None, None, False, 0.0, proj.weight, proj.bias)
         y = F.multi_head_attention_forward(x, x, x, C, H, *own, False, *self.asked)[0].transpose(0, 1)
-        return y * y.mean(1).softmax(-1)[:, None] if self.asked else y
+        return y * x.mean(0).softmax(-1)[:, None] if self.asked else y
 
 
 @pytest.mark.parametrize("asked", [(), (None, False)], ids=["weights", "none, by position"])
@@ -166,10 +169,11 @@ def test_keys_that_are_projected_before_queries_are_taken_too(monkeypatch: pytes
 def test_another_thread_that_runs_the_module_leaves_the_map_alone() -> None:
     model, x = own()
     with AttentionRecorder(model, "0.0", keep="maps") as rec, torch.no_grad():
+        flipped = x.flip(0)
 
         def meanwhile(*_: Any) -> None:
             if current_thread() is main_thread():
-                other = Thread(target=model, args=(x.flip(0),))
+                other = Thread(target=model, args=(flipped,))
                 other.start()
                 other.join()
 

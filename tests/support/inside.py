@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,14 +16,16 @@ from hookattn import AttentionMap, UnreadableError
 from hookattn.analysis.statistics import Sum
 from hookattn.attention.projection import Projected, project_heads
 from hookattn.attention.sources import Scores
+from hookattn.calls.call import capture
+from hookattn.calls.layer import look_up
 from hookattn.calls.restore import is_reading, restoring
 from hookattn.conditions import changes
 from hookattn.figures.plot import _rollout_image as rollout_image
 from hookattn.image.sizes import size_after
-from hookattn.maps import lazy, reading
+from hookattn.maps import established, lazy, reading
 from hookattn.maps.evidence.establish import establish_axes
 from hookattn.maps.reading import source_of
-from hookattn.maps.replay import replayed
+from hookattn.maps.replay import replayed, replayed_by_evidence
 from hookattn.recipes import global_attention, registry, window_attention
 from hookattn.recipes.registry import find_recipe, list_recipes
 from support.oracle import own_softmax
@@ -50,13 +56,51 @@ def call_of(m: AttentionMap) -> tuple[Any, Any, Any]:
 def replay_of(m: AttentionMap) -> Tensor:
     """What the module forms when it runs again on what it was called with."""
     module, args, kwargs = call_of(m)
-    return replay(module, *args, **kwargs)
+    return formed_as_told(module, *args, **kwargs)
+
+
+@torch.no_grad()
+def formed_as_told(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What a module forms when it runs on these arguments, in the axes that its recipe tells."""
+    with (call := capture(look_up("module", module), args, kwargs, detach=False)).resumed():
+        return replayed(call).narrow().values()
 
 
 @torch.no_grad()
 def replay(module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """What a module forms when it runs on these arguments."""
-    return replayed(module, *args, **kwargs).narrow().values()
+    """What a module forms when it runs on these arguments, in axes that evidence tells."""
+    with (call := capture(look_up("module", module), args, kwargs, detach=False)).resumed():
+        return replayed_by_evidence(call).narrow().values()
+
+
+def forget_what_was_established() -> None:
+    """Let the next module that no recipe describes be looked at anew."""
+    established._KNOWN.clear()
+
+
+@contextmanager
+def no_more_evidence() -> Iterator[None]:
+    """Fail where evidence is looked for that is not there already."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("evidence is looked for")
+
+    with mock.patch.object(established, "establish_axes", fail):
+        yield
+
+
+@contextmanager
+def rearranged(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let what is established be wrong: another table of rows."""
+
+    def wrongly(*args: Any, **kwargs: Any) -> Any:
+        arrangement, way = establish_axes(*args, **kwargs)
+        return replace(arrangement, index=change(arrangement.index)), way
+
+    forget_what_was_established()
+    with mock.patch.object(established, "establish_axes", wrongly):
+        yield
+    forget_what_was_established()
 
 
 def form_of(m: AttentionMap) -> Any:
@@ -110,6 +154,7 @@ def refile(patch: pytest.MonkeyPatch, name: str, recipe: Any) -> None:
 def read_by(patch: pytest.MonkeyPatch, recipe: Any = global_attention.attention) -> None:
     """Read every module by one recipe: that of timm's `Attention`, or another."""
     patch.setattr(reading, "find_recipe", lambda _: recipe)
+    patch.setattr(established, "find_recipe", lambda _: recipe)
 
 
 def ignore_shift_masks(patch: pytest.MonkeyPatch) -> None:

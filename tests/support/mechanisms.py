@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
     "davit_v2": ("davit_base_fl", DAVIT, 64, ("davit.ChannelAttentionV2",)),
     "twins_svt": ("twins_svt_small", SVT, 64, ("twins.LocallyGroupedAttn", "twins.GlobalSubSampleAttn")),
     "twins_pcpvt": ("twins_pcpvt_small", {**PYRAMID, "img_size": 64}, 64, ("twins.GlobalSubSampleAttn",)),
+    "efficientvit": ("efficientvit_m0", {}, 224, ("efficientvit_msra.CascadedGroupAttention",)),
     "nest": (
         "timm.models.nest.Nest",
         {"img_size": 64, "embed_dims": (24, 48, 96), "depths": (1, 1, 1), "num_heads": (2, 3, 4)},

@@ -83,6 +83,8 @@ def as_read(module: Any, maps: list[Tensor]) -> Tensor:
     """Softmaxes of one call of a module as (images * windows, heads, queries, keys); heads of two softmaxes in turn."""
     if len(maps) > 1 and maps[0].dim() == 4:
         return rearrange(maps, "two b h q k -> b (h two) q k")
+    if len(maps) > 1:  # one head after the other
+        return torch.stack(maps, dim=1)
     pattern = LAYOUTS.get(short_name(module))
     if pattern is None or maps[0].dim() != len(pattern.split(" -> ")[0].replace("(b h)", "bh").split()):
         return maps[0]

@@ -4,10 +4,12 @@ Nothing is looked up by name and no shape is trusted: everything comes from deri
 bottom, an import may only point down:
 
     establish  from a module and a call to the arrangement of its map, or the reason why there is none
+    locate     where the rows of products stand among what functions of PyTorch form
     unmix      a softmax that is mixed over its heads before it multiplies
     table      rows of the products arranged as (images * windows, heads, queries, keys)
     judge      which product is a map: each row feeds one place, each column carries another token
     probe      derivatives: what a row feeds, what a column depends on
     product    two activations that are multiplied, as matrices
     tape       a forward as the list of aten operations it is, which can be run again with something else in it
+    seen       what functions of PyTorch show of it: softmaxes, factors of products, and the operations they are
 """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,17 +60,42 @@ def find_maps(tape: Tape) -> tuple[list[Candidate], Sources]:
 
 
 def _candidate(sources: Sources, product: Product, feeds: Places) -> Candidate:
+    local, vary = _local_axes(feeds)
+    if not vary and (flattened := _axis_of_blocks(feeds)) is not None:
+        feeds = replace(feeds, index=_number_blocks(feeds, flattened))
+        local, vary = _local_axes(feeds)
+    return Candidate(product, feeds, *matrices(sources.run, product), local, vary)
+
+
+def _local_axes(feeds: Places) -> tuple[tuple[int, ...], frozenset[int]]:
+    """Axes along which each row feeds one index, and those of them along which rows of one g differ."""
     index, fed = feeds.index, feeds.fed
     local = [a for a in range(index.shape[-1]) if (a == 0 or feeds.sizes[a - 1] > 1) and (index[..., a][fed] > SEVERAL).all()]
     least, most = torch.where(fed[..., None], index, 1 << 40).amin(1), torch.where(fed[..., None], index, SEVERAL).amax(1)
-    vary = {a for a in local if (most[:, a] > least[:, a]).any()}
-    return Candidate(product, feeds, *matrices(sources.run, product), tuple(local), frozenset(vary))
+    return tuple(local), frozenset(a for a in local if (most[:, a] > least[:, a]).any())
+
+
+def _axis_of_blocks(feeds: Places) -> int | None:
+    """The axis, if any, of an output that was flattened, along which the rows of each g feed blocks that do not overlap."""
+    several = [a for a in range(1, feeds.index.shape[-1]) if (feeds.ends[..., a][:, feeds.fed] >= 0).all()]
+    for axis in several if feeds.index.shape[1] > 1 else ():
+        first, last = (end.sort(1).values for end in feeds.ends[..., axis])
+        if (feeds.index[..., axis][feeds.fed] == SEVERAL).all() and (last[:, :-1] < first[:, 1:]).all():
+            return axis
+    return None
+
+
+def _number_blocks(feeds: Places, axis: int) -> Tensor:
+    """The index with the number of the block in place of what is fed along an axis."""
+    index = feeds.index.clone()
+    index[..., axis] = feeds.ends[0, ..., axis].argsort(1).argsort(1)
+    return index
 
 
 def _reason_against(sources: Sources, c: Candidate, everything: Sequence[Product]) -> str | None:
     """Why a product is no map, if it is none."""
     n = c.product.step
-    if len(c.local) < sum(size > 1 for size in c.places.sizes):  # only along channels may a row feed several
+    if sum(a > 0 for a in c.local) < sum(size > 1 for size in c.places.sizes) - 1:  # only along channels may a row feed several
         return f"each row of product {n} {tuple(c.m.shape)} feeds many places of the output: channels, or a context for all"
     if not c.vary and c.places.fed.sum(1).max() > 1 and not _rows_are_heads(sources, c, everything):
         return f"rows of product {n} {tuple(c.m.shape)} feed no place of the output each"
@@ -111,9 +136,15 @@ def _overlap(masks: Tensor) -> Tensor:
 
 def _rows_are_heads(sources: Sources, c: Candidate, everything: Sequence[Product]) -> bool:
     """Whether rows of M that feed the same place come from the same place of the arguments: heads of one query."""
-    for p in reversed([p for p in everything if p.step < c.product.step]):
+    for _, queries in queries_of(sources, c) if everything else ():
+        ends = [m.flatten(1) for m in sources.of(queries[0, [0, -1]])]
+        return any(m.any() for m in ends) and all(torch.equal(m[0], m[1]) for m in ends)
+    return False
+
+
+def queries_of(sources: Sources, c: Candidate) -> Iterator[tuple[Product, Tensor]]:
+    """Products before a map that have its shape, the last one first, with a factor (G, I, D): queries, if it is the scores."""
+    for p in reversed([p for p in sources.products if p.step < c.product.step]):
         queries, keys = matrices(sources.run, p)
         if (*queries.shape[:2], keys.shape[2]) == c.m.shape:
-            ends = [m.flatten(1) for m in sources.of(queries[0, [0, -1]])]
-            return any(m.any() for m in ends) and all(torch.equal(m[0], m[1]) for m in ends)
-    return False
+            yield p, queries

@@ -22,11 +22,14 @@ class Places:
         index: (G, I, 1 + axes of the output): which output, and the index along each of its axes; NOTHING or SEVERAL.
         slope: (G, I, E), a gradient at the result.
         sizes: of the output along each of its axes.
+        ends: (2, G, I, 1 + axes of the output), the first and the last index that a row feeds; SEVERAL where its entries feed
+            several each.
     """
 
     index: Tensor
     slope: Tensor
     sizes: tuple[int, ...]
+    ends: Tensor
 
     @property
     def fed(self) -> Tensor:
@@ -35,7 +38,7 @@ class Places:
 
 def pull(y: Tensor, of: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
     """Gradients of what `y` is a function of for each of a stack of cotangents; zeros where it is no function."""
-    if not y.requires_grad:
+    if not y.requires_grad or not of or not len(cotangents):
         return [x.new_zeros(len(cotangents), *x.shape) for x in of]
     grads = [torch.autograd.grad(y, of, c, retain_graph=True, allow_unused=True) for c in cotangents]
     return [torch.stack([torch.zeros_like(x) if g is None else g for g in each]) for x, each in zip(of, zip(*grads))]
@@ -55,9 +58,9 @@ def places(tape: Tape, products: Sequence[Product]) -> dict[Product, Places]:
         fed = [n for n, g in slopes.items() if g.any() and (n not in found or len(found[n].sizes) == y.dim())]
         for n, index in zip(fed, _indices(y, [run.leaves[n] for n in fed])):
             index = torch.cat([torch.where(index[..., :1] == NOTHING, NOTHING, k), index], -1)
-            old = found.get(n, Places(index, torch.zeros_like(slopes[n]), tuple(y.shape)))
+            old = found.get(n, Places(index, torch.zeros_like(slopes[n]), tuple(y.shape), index))
             both = torch.where(old.index[..., :1] == NOTHING, index, old.index)  # the first output that a row feeds
-            found[n] = Places(both, old.slope + slopes[n], tuple(map(max, y.shape, old.sizes)))
+            found[n] = Places(both, old.slope + slopes[n], tuple(map(max, y.shape, old.sizes)), both)
     return {p: _of_rows(run, p, found[p.step]) for p in products if p.step in found}
 
 
@@ -91,13 +94,15 @@ def _of_rows(run: Run, product: Product, feeds: Places) -> Places:
     least, most = torch.where(fed, each, 1 << 40).amin(2), torch.where(fed, each, NOTHING).amax(2)
     of_rows = torch.where(least == most, most, SEVERAL)
     of_rows[~fed.any(2).expand_as(of_rows)] = NOTHING
-    return Places(of_rows, product.result(feeds.slope, m, w), feeds.sizes)
+    ends = torch.where(least == SEVERAL, SEVERAL, torch.stack([least, most]))
+    return Places(of_rows, product.result(feeds.slope, m, w), feeds.sizes, ends)
 
 
 class Sources:
     """What factors of products depend on among the arguments, past other products: whole tokens, not what attention mixed."""
 
     def __init__(self, tape: Tape, products: Sequence[Product]) -> None:
+        self.products = products
         self.inputs = [tape.of(s).detach().clone().requires_grad_() for s in tape.inputs]
         given = {s: x.clone() for s, x in zip(tape.inputs, self.inputs)}
         self.run = tape.rerun(given, hold={p.step for p in products}, catch={p.at for p in products})

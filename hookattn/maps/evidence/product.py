@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tape import Run, Slot, Tape, aten
+from .seen import SOFTMAX
+from .tape import Run, Slot, Step, Tape, aten
 
 _FIRST = {  # operations that multiply matrices: where the first of the two factors stands
     aten.bmm: 0, aten.mm: 0, aten.mv: 0, aten.dot: 0, aten.baddbmm: 1, aten.addmm: 1, aten.addmv: 1,
+}  # fmt: skip
+
+
+_AS_IT_IS = {  # operations that lay the same values out in another way
+    aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.view.default, aten.clone.default,
+    aten._unsafe_view.default, aten._to_copy.default, aten.detach.default, aten.expand.default,
 }  # fmt: skip
 
 
@@ -73,27 +80,35 @@ def _one_of(axes: Sequence[int], rank: int) -> tuple[slice, ...]:
 def products_in(tape: Tape) -> Iterator[Product]:
     """Products of two factors that both depend on the arguments, each with either factor as M."""
     multiplied: dict[Slot | None, int] = {}
+    single: set[Slot | None] = set()  # softmaxes over one key, which einsum multiplies entry by entry, without a sum
     for n, step in enumerate(tape.steps):
+        if _is_of_one_key(tape, step) or (step.func in _AS_IT_IS and step.args[0] in single):
+            single.add(step.outs[0])
         first = _FIRST.get(step.func.overloadpacket)
         if step.func is aten.mul.Tensor and all(step.live[:2]):
             multiplied[step.outs[0]] = n
+            yield from (_broadcast(tape, n, n, [], flipped=k == 1) for k in range(2) if step.args[k] in single)
         if first is not None and all(step.live[first : first + 2]):
             yield Product(n, n, first)
             yield Product(n, n, first, flipped=True)
         if step.func is aten.sum.dim_IntList and step.args[0] in multiplied and step.args[1]:
-            yield from _summed(tape, n, multiplied[step.args[0]])
+            at = multiplied[step.args[0]]
+            yield from (_broadcast(tape, n, at, step.args[1], flipped=flipped) for flipped in (False, True))
 
 
-def _summed(tape: Tape, n: int, at: int) -> Iterator[Product]:
+def _is_of_one_key(tape: Tape, step: Step) -> bool:
+    return step.func in SOFTMAX and tape.of(step.args[0]).shape[step.args[1]] == 1
+
+
+def _broadcast(tape: Tape, n: int, at: int, summed: Sequence[int], *, flipped: bool) -> Product:
     """A broadcast product that is summed: axes that both factors have, that one has, that are summed."""
     factors = [tape.of(a) for a in tape.steps[at].args[:2]]
     shape = torch.broadcast_shapes(*[f.shape for f in factors])  # type: ignore[no-untyped-call]
     x, y = (_own_axes(f, shape) for f in factors)
-    j = sorted(a % len(shape) for a in tape.steps[n].args[1])
+    j = sorted(a % len(shape) for a in summed)
     rest = [a for a in range(len(shape)) if a not in j]
     g, i, e = ([a for a in rest if x[a] - y[a] == d] for d in (0, 1, -1))
-    yield Product(n, at, 0, (g, i, e, j), tuple(shape))
-    yield Product(n, at, 0, (g, i, e, j), tuple(shape), flipped=True)
+    return Product(n, at, 0, (g, i, e, j), tuple(shape), flipped)
 
 
 def _own_axes(t: Tensor, shape: Sequence[int]) -> list[bool]:

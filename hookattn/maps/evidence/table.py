@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnreadableError
-from .judge import Candidate
+from .judge import Candidate, queries_of
 from .probe import Sources, pull, reach, weights_like
 from .product import matrices
 from .tape import Tape, storage_of
@@ -37,7 +37,7 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     values = list({slabs[n, g]: maps[n].w[g] for n, g, _ in row}.values())
     _refuse_other_tokens(sources, values)
     if whole:
-        _refuse_another_order(sources, values[0], windows[0])
+        _refuse_another_order(tape, sources, maps, values[0], windows[0])
     for c in maps:
         _refuse_scaled_later(tape, c)
     heads = _order_of_heads(maps, slabs, row)
@@ -84,7 +84,7 @@ def _axes(tape: Tape, sources: Sources, maps: Sequence[Candidate], slabs: Slabs)
     others = [a for a in maps[0].local if a and a not in queries]
     if len(queries) > 1 and not others and 1 not in first.sizes:
         raise UnreadableError("all images have one set of keys, or its output has no axis of images")
-    apart = {a: reach(tape, int(first.index[..., 0].max()), a - 1) for a in others}
+    apart = {a: reach(tape, max(0, int(first.index[..., 0].max())), a - 1) for a in others}
     apart |= {a: "separate" for a in others if apart[a] == "equal" and not _share_tokens(sources, _along(maps, a))}
     if not queries:  # each has keys of its own
         queries = frozenset(a for a in others if apart[a] == "overlapping")
@@ -189,14 +189,33 @@ def _indices_of(masks: list[Tensor]) -> dict[tuple[int, int], list[tuple[int, ..
     }
 
 
-def _refuse_another_order(sources: Sources, w: Tensor, window: Window) -> None:
-    """Queries stand in the order of the output, so keys must stand in the order of the tokens that they carry."""
+def _refuse_another_order(tape: Tape, sources: Sources, maps: Sequence[Candidate], w: Tensor, window: Window) -> None:
+    """Queries stand in the order of the output, so keys must stand in the order of the tokens that they carry.
+
+    Or queries, too, are made of tokens in that other order: then it is that of the output, and tokens were moved before.
+    """
     carried = sources.carried(w)
     moved = any(r[0] < before[0] for (_, before), (_, r) in pairwise(window))
     in_order = all(at is None or (at.diff() > 0).all() for at in carried)
+    if not in_order and not moved:
+        n, g, _ = window[0][1][0]
+        asked = sources.carried(_queries(tape, sources, maps[n], g))
+        pairs = list(zip(asked, carried))
+        in_order = len(asked) == len(carried) and all(a is not None and k is not None and torch.equal(a, k) for a, k in pairs)
     # Where the module has its queries in another order, nothing but one whole argument tells the order of its keys.
     if not in_order or (moved and (len(carried) != 1 or carried[0] is None)):
         raise UnreadableError("its keys stand in another order than the tokens they carry, or than its queries")
+
+
+def _queries(tape: Tape, sources: Sources, c: Candidate, g: int) -> Tensor:
+    """The queries (I, D) that the rows of one g come from; none where that is not seen."""
+    for p, queries in queries_of(sources, c):
+        run = tape.rerun(cut=[p.step], catch={c.product.at})
+        first = matrices(run, c.product)[0][g, :1]
+        slope = p.result(pull(first, [run.leaves[p.step]], weights_like(first)[None])[0][0], *matrices(sources.run, p))
+        if slope[g, 0].any() and slope.count_nonzero() == slope[g, 0].count_nonzero():  # and not a column of its own
+            return queries[g]
+    return c.m.new_zeros(0, 0)
 
 
 def _refuse_scaled_later(tape: Tape, c: Candidate) -> None:

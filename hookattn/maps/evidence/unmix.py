@@ -9,14 +9,13 @@ from torch import Tensor
 
 from .probe import pull
 from .product import Product, matrices
-from .tape import Tape, aten
-
-_SOFTMAX = (aten._softmax.default, aten._safe_softmax.default)
+from .seen import SOFTMAX
+from .tape import Tape
 
 
 def softmax_before_mixing(tape: Tape, products: Sequence[Product], index: Tensor) -> tuple[int, tuple[int, ...]] | None:
     """If the map is a mixture of heads of a softmax: its step, and its axes as (windows, heads, queries, keys)."""
-    made = [n for n, s in enumerate(tape.steps) if s.func in _SOFTMAX and n < products[0].at]
+    made = [n for n, s in enumerate(tape.steps) if s.func in SOFTMAX and n < products[0].at]
     if len(products) > 1 or not made or index.shape[1] == 1:
         return None
     run = tape.rerun(cut=made[-1:], catch={products[0].at})

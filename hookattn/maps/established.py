@@ -1,0 +1,128 @@
+"""Where the map of a call stands in its module's forward: as its recipe has it, or as evidence has established it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ..attention.sources import Source
+from ..calls.call import Call
+from ..calls.restore import restoring
+from ..conditions.function_modes import SDPA
+from ..errors import UnreadableError
+from ..recipes.registry import find_axes, find_recipe, qualified_name
+from .arrangement import Arrangement, arrange_by_recipe
+from .evidence.establish import establish_axes, form_of
+from .sites import Following
+
+_MOST = 64  # arrangements that are remembered of a class
+# By class, then by what was called with what and went which way: an arrangement, or why there is none.
+_KNOWN: WeakKeyDictionary[type, dict[Any, Arrangement | str]] = WeakKeyDictionary()
+_deferred: ContextVar[bool] = ContextVar("deferred", default=False)
+
+
+class NotEstablishedError(Exception):
+    """Raised in `deferring` where derivatives of a forward would be taken."""
+
+
+@contextmanager
+def deferring() -> Iterator[None]:
+    """A block, inside of the user's forward, in which no evidence is looked for that is not there yet."""
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
+
+
+def source_by_recipe(call: Call) -> Source | None:
+    """Queries and keys of a call by recipe; None where its class has none, or one that declines such a call.
+
+    None, too, under modes of the user's or an SDPA of theirs: a recipe leaves out what it does not need, so it does not show
+    what they make of it.
+    """
+    as_written = not call.modes.functions and call.modes.sdpa is SDPA
+    return _described(call) if as_written else None
+
+
+def _described(call: Call) -> Source | None:
+    with name_in_errors(call):
+        if any(t.is_nested for t in call.tensors):
+            raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
+        recipe = find_recipe(call.layer.module)
+        source = NotImplemented if recipe is None else recipe(call.layer.module, *call.args, **call.kwargs)
+        return None if source is NotImplemented else source
+
+
+@contextmanager
+def as_in_training(call: Call) -> Iterator[None]:
+    """Set random streams as they were in a call in train mode, and put back what a recipe changes there."""
+    # A projection may have dropout in it (LoRA) or take a step of its own (spectral norm).
+    if not any(call.modes.training):
+        yield
+        return
+    with restoring(call.layer.module):
+        call.restore_random_streams()
+        yield
+
+
+@contextmanager
+def name_in_errors(call: Call) -> Iterator[None]:
+    """Put the name of the layer before the reason why something in the block cannot be read."""
+    try:
+        yield
+    except UnreadableError as error:
+        if str(error).startswith(repr(call.layer.name)):
+            raise
+        # from None: the traceback of the error would keep what the module was called with
+        raise UnreadableError(f"{call.layer.name!r}: {error}") from None
+
+
+def arrange(call: Call, sites: Following) -> Arrangement:
+    """Find where in a forward of a call, which has run with these sites, its map stands.
+
+    Raises:
+        UnreadableError: its forward forms something else than its recipe tells, or evidence does not tell what it forms.
+    """
+    with name_in_errors(call):
+        with as_in_training(call):
+            source = _described(call)
+        if source is None:
+            return arrange_by_evidence(call, sites)
+        if not sites.parts:
+            raise UnreadableError(
+                f"{qualified_name(type(call.layer.module))} calls neither scaled_dot_product_attention nor softmax: there is "
+                "nothing in its forward to put a map into."
+            )
+        return arrange_by_recipe(sites.parts, find_axes(call.layer.module), source.shape)
+
+
+def arrange_by_evidence(call: Call, sites: Following) -> Arrangement:
+    """As `arrange`, for a call that no recipe describes; remembered for calls of its class that go the same way.
+
+    Raises:
+        UnreadableError: evidence does not tell what it forms.
+        NotEstablishedError: it would have to be looked for, inside of `deferring`.
+    """
+    module, known = call.layer.module, _KNOWN.setdefault(type(call.layer.module), {})
+    key = (form_of(call.args, call.kwargs), tuple(sites.way))
+    if key not in known:
+        if _deferred.get():
+            raise NotEstablishedError
+        while len(known) >= _MOST:
+            known.pop(next(iter(known)), None)
+        try:
+            found, way = establish_axes(module, call.args, call.kwargs, as_called=sites.as_called)
+            # what came after its forward, such as hooks on the module itself, is no part of it
+            same = way == sites.way[: len(way)]
+            known[key] = found if same else "its forward takes another way when its numbers are moved a little"
+        except UnreadableError as reason:
+            known[key] = str(reason)
+    found_or_not = known[key]
+    if isinstance(found_or_not, str):
+        name = type(module).__qualname__.split(".<locals>.")[-1]
+        raise UnreadableError(f"{name}: {found_or_not}; describe its map with @hookattn.recipe.")
+    return found_or_not

@@ -1,0 +1,118 @@
+"""Where rows of products stand among what functions of PyTorch form: in softmaxes, inside of SDPA, or as factors."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import UnreadableError
+from ..arrangement import Arrangement, Part
+from .probe import pull
+from .product import Product, matrices
+from .tape import Tape
+
+
+class _Held(NamedTuple):
+    """Rows (rows, keys) that stand in a part; `step` of the tape has made them, if they are those of a softmax."""
+
+    part: Part
+    rows: Tensor
+    step: int | None
+
+
+def locate(tape: Tape, products: Sequence[Product], index: Tensor, mixed: tuple[int, tuple[int, ...]] | None) -> Arrangement:
+    """The arrangement of a map among what the forward forms, out of that among the rows of products.
+
+    Args:
+        index: (windows, heads, queries), which of the rows of all products stands there.
+        mixed: for a map that is a softmax before its heads are mixed: its step, and its axes as (windows, heads, queries,
+            keys).
+
+    Raises:
+        UnreadableError: its rows are not seen outside of the products.
+    """
+    softmaxes = [_Held(*each) for each in tape.seen.rows_of_softmaxes(tape.of)]
+    if mixed is not None:
+        return _before_mixing(softmaxes, index, *mixed)
+    run = tape.rerun(catch={p.at for p in products}, exactly=True)
+    blocks = [matrices(run, p)[0].flatten(0, 1) for p in products]
+    used = index[index < sum(map(len, blocks))]
+    wanted = torch.cat([_codes(rows) for rows in blocks])[used.to(blocks[0].device)].tolist()
+    if _is_ambiguous(softmaxes):  # one of them may be taken for something else
+        softmaxes = [held for held in softmaxes if _feeds(tape, held, products)]
+    found = _match(wanted, softmaxes)
+    if found is None:
+        found = _match(wanted, list(_factors(tape, products, {rows.shape[1] for rows in blocks}, set(wanted))))
+    if found is None:
+        raise UnreadableError("what multiplies its values is made where no function of PyTorch can be seen to take it")
+    parts, numbers = found
+    rows = torch.full_like(index, sum(part.rows for part in parts))
+    rows[index < sum(map(len, blocks))] = torch.tensor(numbers)
+    return Arrangement(tuple(parts), rows)
+
+
+def _before_mixing(softmaxes: list[_Held], index: Tensor, step: int, order: tuple[int, ...]) -> Arrangement:
+    for held in softmaxes:
+        if held.step == step:
+            lead = [a for a in range(len(held.part.shape)) if a != held.part.axis]
+            places = torch.arange(held.part.rows).view([held.part.shape[a] for a in lead])
+            places = places.permute([lead.index(a) for a in order if a != held.part.axis])
+            return Arrangement((held.part._replace(number=held.part.number),), places.reshape(index.shape))
+    raise UnreadableError("its softmax is taken where no function of PyTorch can be seen to take it")
+
+
+def _match(wanted: list[int], helds: Sequence[_Held]) -> tuple[list[Part], list[int]] | None:
+    """Parts that hold all of the rows that are wanted, and where; rows that are the same in the order they come in."""
+    places: dict[int, deque[tuple[int, int]]] = defaultdict(deque)
+    for n, held in enumerate(helds):
+        for row, code in enumerate(_codes(held.rows).tolist()):
+            places[code].append((n, row))
+    if any(not places.get(code) for code in wanted):
+        return None
+    at = [places[code].popleft() if len(places[code]) > 1 else places[code][0] for code in wanted]
+    used = sorted({n for n, _ in at})
+    start, starts = 0, {}
+    for n in used:
+        starts[n] = start
+        start += helds[n].part.rows
+    return [helds[n].part for n in used], [starts[n] + row for n, row in at]
+
+
+def _is_ambiguous(helds: Sequence[_Held]) -> bool:
+    """Whether rows stand in several parts."""
+    seen: set[int] = set()
+    for held in helds:
+        codes = set(_codes(held.rows).tolist())
+        if codes & seen:
+            return True
+        seen |= codes
+    return False
+
+
+def _feeds(tape: Tape, held: _Held, products: Sequence[Product]) -> bool:
+    """Whether the products are made of a softmax."""
+    if held.step is None:
+        return True
+    run = tape.rerun(cut=[held.step], catch={p.at for p in products})
+    leaf = run.leaves[held.step]
+    return any(g.any() for p in products for m in matrices(run, p)[:1] for g in pull(m, [leaf], torch.ones_like(m)[None]))
+
+
+def _factors(tape: Tape, products: Sequence[Product], keys: set[int], wanted: set[int]) -> Iterator[_Held]:
+    """Factors of the multiplications that are the products, each along the axis in which most rows are wanted ones."""
+    for number, operand, factor in tape.seen.factors_of([p.at for p in products]):
+        parts = [Part(number, operand, tuple(factor.shape), axis) for axis, n in enumerate(factor.shape) if n in keys]
+        helds = [_Held(part, part.as_rows(factor), None) for part in parts]
+        if helds:
+            yield max(helds, key=lambda held: sum(code in wanted for code in _codes(held.rows).tolist()))
+
+
+def _codes(rows: Tensor) -> Tensor:
+    """A number for each row (rows, keys), the same for those that are the same to the last bit."""
+    bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32).long()
+    odd = torch.randint(1 << 62, (rows.shape[1],), generator=torch.Generator().manual_seed(2)) * 2 + 1
+    return (bits * odd.to(bits.device)).sum(1) + rows.shape[1]
