@@ -71,6 +71,11 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _held_by(value, set())
 
 
+def tensors_held_by(output: Any) -> list[Tensor]:
+    """The tensors in what a module returned, be it a tree that PyTorch knows or an object of somebody's."""
+    return [t for leaf in pytree.tree_leaves(output) for t in _held_by(leaf, set())]
+
+
 def _held_by(value: Any, seen: set[int]) -> Iterator[Tensor]:
     """The tensors that an object holds, and the objects in it."""
     if isinstance(value, Tensor):

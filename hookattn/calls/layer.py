@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2.14: what batch and instance norms derive from
@@ -162,6 +163,15 @@ def stamps_of(
 
     `Call.check_fresh` names what has changed by their order.
     """
+    if torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
+        with torch._C.DisableTorchFunction():
+            return _stamps_of(layer, tensors, state, held)
+    return _stamps_of(layer, tensors, state, held)
+
+
+def _stamps_of(
+    layer: Layer, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...], held: tuple[Any, ...]
+) -> tuple[Any, ...]:
     hooks, steps = _hooks_of_others(layer), layer.steps
     filled = [value for _, _, value in held if value is not None]
     cached = list(tensors_in(filled)) if filled else filled

@@ -65,11 +65,21 @@ def stamps(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[int, int, int]
 
 
 def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[Any, ...]]:
-    """Stamps of what a module was called with: as `stamps`, and up to 4096 values of tensors that count no versions."""
+    """Stamps of what a module was called with: as `stamps`, and values of those that are written to without being counted.
+
+    These are tensors in memory that PyTorch has not allocated, such as an array of NumPy, and tensors made in inference mode.
+    """
     try:
-        return [*_quick_stamps(tensors, steps.taken)]
+        quick: list[tuple[Any, ...]] = [*_quick_stamps(tensors, steps.taken)]
+        for tensor in tensors:
+            # Undocumented, torch 2.6 to 2.14: a storage around memory of somebody else's cannot be resized.
+            if not tensor.untyped_storage().resizable():
+                break
+        else:
+            return quick
     except RuntimeError:
-        return [(_many_values(t), *_stamp(t, steps)) for t in tensors]
+        pass
+    return [(*_stamp(t, steps), _many_values(t)) for t in tensors]
 
 
 def _quick_stamps(tensors: Sequence[Tensor], taken: dict[int, int]) -> list[tuple[int, int, int]]:
@@ -88,11 +98,18 @@ def _quick_stamps(tensors: Sequence[Tensor], taken: dict[int, int]) -> list[tupl
 
 
 def _many_values(tensor: Tensor) -> Values | None:
-    # only of inference tensors, which nothing else tells apart; a copy of values costs an operator, which others are spared
-    if not tensor.is_inference() or tensor.device.type == "meta" or tensor.is_nested:
+    """Up to 4096 values of a tensor that nothing else tells apart; a copy costs an operator, which other tensors are spared."""
+    if tensor.device.type == "meta" or tensor.is_nested or not (tensor.is_inference() or _is_of_others(tensor)):
         return None
-    values = tensor.reshape(-1)
+    values = tensor.detach().reshape(-1)
     return Values(values[:: max(1, values.numel() // SAMPLES)].clone())
+
+
+def _is_of_others(tensor: Tensor) -> bool:
+    try:
+        return not tensor.untyped_storage().resizable()
+    except (RuntimeError, NotImplementedError):  # without storage
+        return False
 
 
 def _stamp(tensor: Tensor, steps: Steps) -> tuple[int, int, int]:
@@ -154,14 +171,9 @@ class Samples:
 
     def take(self) -> tuple[list[list[int]], Values | None]:
         """Read the values as they are now; called at every recorded call, and again when its map is read."""
-        if torch._C._len_torch_function_stack():
-            with torch._C.DisableTorchFunction():
-                return self._take()
-        return self._take()
-
-    def _take(self) -> tuple[list[list[int]], Values | None]:
         if [*map(Tensor.data_ptr, self._parameters)] != self._addresses:  # the model was moved, or has got another dtype
             self._look_up()
+        # not by NumPy, which is faster: PyTorch cannot free or resize memory that was shown to it, as FSDP does
         try:
             numbers: list[list[int]] = [*map(Tensor.tolist, self._at_hand)]
         except RuntimeError:

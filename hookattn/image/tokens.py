@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
@@ -30,12 +30,15 @@ class Tokens:
             padding. None where one window holds all patches row by row.
         spread: how many places, one after the other, a token stands for: more than 1 where it was pooled of patches that
             form no cell of a coarser grid.
+        extent: how much of the height and the width of the image the grid covers: less than 1 where a rest is left out that
+            fills no patch, more where the image is padded.
     """
 
     prefix: tuple[str, ...]
     grid_size: Size
     places: Tensor | None = None
     spread: int = 1
+    extent: tuple[float, float] = (1.0, 1.0)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -70,7 +73,7 @@ class Tokens:
         if isinstance(query, tuple) and len(query) == 2 and all(isinstance(i, Real) for i in query):
             if _is_point(query) and not all(0 <= fraction <= 1 for fraction in query):
                 raise TokenError(f"the point {query} is not in the image: fractions run from 0.0 to 1.0. {self.choices()}")
-            row, column = _patch_at(query, self.grid_size) if _is_point(query) else map(int, query)
+            row, column = self._patch_at(query) if _is_point(query) else map(int, query)
             if not (-rows <= row < rows and -columns <= column < columns):
                 raise TokenError(f"there is no patch {query}. {self.choices()}")
             return self.num_prefix_tokens + row % rows * columns + column % columns
@@ -172,6 +175,14 @@ class Tokens:
         shown = [places[places >= 0] for places in self.patches]
         return [(int((places // columns).max()) + 1, int((places % columns).max()) + 1) for places in shown]
 
+    def _patch_at(self, point: tuple[float, float]) -> Size:
+        if any(fraction > reach for fraction, reach in zip(point, self.extent)):
+            raise TokenError(
+                f"the point {point} lies where no patch does: patches end at {tuple(round(reach, 3) for reach in self.extent)} "
+                f"of the image, and the rest, which fills none, is left out. {self.choices()}"
+            )
+        return _patch_at(tuple(fraction / reach for fraction, reach in zip(point, self.extent)), self.grid_size)
+
     def _index_by_image(self, query: Query) -> int | Tensor:
         """The number of a token, image by image where a point lies on another patch in each: (images, 1, 1)."""
         index = self.index(query)
@@ -188,8 +199,8 @@ def _is_point(query: Query) -> bool:
     return isinstance(query, tuple) and not all(isinstance(i, Integral) for i in query)
 
 
-def _patch_at(point: tuple[float, float], grid_size: Size) -> Size:
-    """The patch (row, col) under a point of the image in fractions of its height and width."""
+def _patch_at(point: Sequence[float], grid_size: Size) -> Size:
+    """The patch (row, col) under a point of a grid in fractions of its height and width."""
     # the lower right border belongs to the last patch
     row, column = (min(int(fraction * n), n - 1) for fraction, n in zip(point, grid_size))
     return row, column

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +13,13 @@ from torch.utils import _pytree as pytree
 from ..attention.sources import Source, largest_difference
 from ..calls.call import Call
 from ..calls.callsite import CallSite
-from ..errors import HookattnError, LayerNotFoundError, RecorderError, UnfaithfulMapError, did_you_mean
+from ..errors import (
+    HookattnError,
+    RecorderError,
+    StaleMapError,
+    UnfaithfulMapError,
+    UnreadableError,
+)
 from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
 from ..recipes.places import Places, find_tokens, name_axes, settle
@@ -215,6 +221,11 @@ class AttentionMap(LazyArray):
         return self._from(Watched(self.call, watch))
 
     @property
+    def why_unreadable(self) -> str:
+        """Why its module forms no map that could be read; nothing if it does."""
+        return self._origin.why_unreadable
+
+    @property
     def is_pending(self) -> bool:
         """Whether it was to be computed while the model ran, and waits for its axes to be established."""
         return isinstance(self._origin, (Deferred, Watched))
@@ -226,7 +237,8 @@ class AttentionMap(LazyArray):
     def lost(self, reason: Exception) -> AttentionMap:
         """This map without values or call, where it could not be computed: reading it tells the reason."""
         # the text alone: the error holds frames, and these what the module was called with
-        return self._from(Lost(self.name, reason_of(reason)))
+        always = isinstance(reason, UnreadableError) and not isinstance(reason, StaleMapError)
+        return self._from(Lost(self.name, reason_of(reason), always=always))
 
     def settled(self) -> AttentionMap:
         """The same without the model, once the recorder's block has ended, if it was computed: it keeps nothing else alive."""
@@ -261,30 +273,3 @@ def _floats(output: Any) -> Iterator[Tensor]:
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.detach().abs().nan_to_num(0.0).max()) if tensor.numel() else 0.0
-
-
-class Maps(Mapping[str, AttentionMap]):
-    """The maps of one forward, in the order the modules ran, by name; by position (negative too) and by slice as well."""
-
-    def __init__(self, maps: Mapping[str, AttentionMap]) -> None:
-        self._maps = dict(maps)
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            return list(self._maps.values())[key]
-        if isinstance(key, int):
-            if not -len(self) <= key < len(self):
-                raise LayerNotFoundError(f"there is no map {key}: {len(self)} were recorded.")
-            return list(self._maps.values())[key]
-        if key not in self._maps:
-            raise LayerNotFoundError(f"no map was recorded of {key!r}. {did_you_mean(str(key), self._maps)}")
-        return self._maps[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._maps)
-
-    def __len__(self) -> int:
-        return len(self._maps)
-
-    def __repr__(self) -> str:
-        return "\n".join(["Maps:", *(f"  {m!r}" for m in self._maps.values())])

@@ -109,20 +109,24 @@ def arrange_by_evidence(call: Call, sites: Following) -> Arrangement:
     """
     module, known = call.layer.module, _KNOWN.setdefault(type(call.layer.module), {})
     key = (form_of(call.args, call.kwargs), tuple(sites.way))
-    if key not in known:
+    found = known.get(key)
+    if found is None:
         if _deferred.get():
             raise NotEstablishedError
         while len(known) >= _MOST:
             known.pop(next(iter(known)), None)
-        try:
-            found, way = establish_axes(module, call.args, call.kwargs, as_called=sites.as_called)
-            # what came after its forward, such as hooks on the module itself, is no part of it
-            same = way == sites.way[: len(way)]
-            known[key] = found if same else "its forward takes another way when its numbers are moved a little"
-        except UnreadableError as reason:
-            known[key] = str(reason)
-    found_or_not = known[key]
-    if isinstance(found_or_not, str):
+        found = known[key] = _establish(call, sites)
+    if isinstance(found, str):
         name = type(module).__qualname__.split(".<locals>.")[-1]
-        raise UnreadableError(f"{name}: {found_or_not}; describe its map with @hookattn.recipe.")
-    return found_or_not
+        raise UnreadableError(f"{name}: {found}; describe its map with @hookattn.recipe.")
+    return found
+
+
+def _establish(call: Call, sites: Following) -> Arrangement | str:
+    try:
+        found, way = establish_axes(call.layer.module, call.args, call.kwargs, as_called=sites.as_called)
+    except UnreadableError as reason:
+        return str(reason)
+    # what came after its forward, such as hooks on the module itself, is no part of it; on the meta device there are no indices
+    same = way == sites.way[: len(way)] or (call.tensors and call.tensors[0].is_meta and len(way) == len(sites.way))
+    return found if same else "its forward takes another way when its numbers are moved a little"

@@ -18,7 +18,7 @@ from ..errors import RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
 from .established import arrange, as_in_training, name_in_errors, source_by_recipe
 from .lazy import Spec
-from .replay import replayed, source_of_watched
+from .replay import replayed, source_of_watched, why_unreadable
 from .sites import Watch
 
 _LET_GO = 'the input of {!r} was let go; record with AttentionRecorder(model, keep="inputs").'
@@ -29,6 +29,11 @@ class Captured:
 
     def __init__(self, call: Call) -> None:
         self.call = call
+
+    @cached_property
+    def why_unreadable(self) -> str:
+        """Why there is no such map, if it cannot be read."""
+        return why_unreadable(self.call)
 
     @contextmanager
     def open(self) -> Iterator[Source]:
@@ -61,8 +66,20 @@ class Watched:
             yield source_of_watched(call, self._watch, arrange(call, self._watch))
 
     @cached_property
+    def why_unreadable(self) -> str:
+        """Why there is no such map, if it cannot be read."""
+        try:
+            self._spec_now()
+        except UnreadableError as reason:
+            return str(reason)
+        return ""
+
+    @cached_property
     def spec(self) -> Spec:
         """Shape, dtype and device of the map."""
+        return self._spec_now()
+
+    def _spec_now(self) -> Spec:
         with self.open() as source:
             return Spec(source.shape, source.dtype, source.device)
 
@@ -74,6 +91,8 @@ class Watched:
 
 class Kept:
     """A map that was computed while the model ran; the call was let go."""
+
+    why_unreadable = ""
 
     def __init__(self, name: str, attention: Tensor) -> None:
         self._name, self._attention = name, attention
@@ -95,10 +114,14 @@ class Kept:
 
 
 class Lost:
-    """A map that should have been computed while the model ran, and could not be, for the reason given."""
+    """A map that should have been computed while the model ran, and could not be, for the reason given.
 
-    def __init__(self, name: str, reason: str) -> None:
-        self._name, self._reason = name, reason
+    Attributes:
+        why_unreadable: the reason, if it is that of every other such call: its module forms no map that can be read.
+    """
+
+    def __init__(self, name: str, reason: str, *, always: bool = False) -> None:
+        self._name, self._reason, self.why_unreadable = name, reason, reason if always else ""
 
     def open(self) -> AbstractContextManager[Source]:
         """Always raises, with the reason."""

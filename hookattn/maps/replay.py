@@ -8,6 +8,7 @@ that would have been formed.
 from __future__ import annotations
 
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,16 @@ from ..calls.call import Call
 from ..calls.restore import restoring
 from ..conditions.function_modes import lowest
 from ..errors import UnreadableError
-from ..recipes.registry import qualified_name
+from ..recipes.registry import find_recipe, qualified_name
 from .arrangement import Arrangement
 from .established import arrange, arrange_by_evidence, name_in_errors
+from .evidence.establish import form_of
 from .intercept import Intercept, Sites
 from .sites import Inject, Watch
 
 S = TypeVar("S", bound=Sites)
+_MOST = 64  # sizes of arguments that are remembered of a module
+_TOLD: WeakKeyDictionary[nn.Module, dict[Any, str]] = WeakKeyDictionary()
 
 
 def replayed(call: Call) -> Source:
@@ -44,6 +48,29 @@ def replayed_by_evidence(call: Call) -> Source:
     with name_in_errors(call):
         watch = run_under(call, Watch())[1]
         return source_of_watched(call, watch, arrange_by_evidence(call, watch))
+
+
+def why_unreadable(call: Call) -> str:
+    """Why no map of a call can be read, as evidence of its module and such arguments has it; nothing if one can.
+
+    Told once for all such calls, by running the first again, whatever has become of its input.
+    """
+    module = call.layer.module
+    if find_recipe(module) is not None:
+        return ""
+    told, form = _TOLD.setdefault(module, {}), form_of(call.args, call.kwargs)
+    if form not in told:
+        while len(told) >= _MOST:
+            told.pop(next(iter(told)), None)
+        try:
+            with call.in_its_modes():
+                arrange(call, run_under(call, Watch())[1])
+            told[form] = ""
+        except UnreadableError as reason:
+            told[form] = str(reason).removeprefix(f"{call.layer.name!r}: ")
+        except Exception:  # such as an input that is gone: told when the map is read
+            return ""
+    return told[form] and f"{call.layer.name!r}: {told[form]}"
 
 
 def source_of_watched(call: Call, watch: Watch, arrangement: Arrangement) -> Source:

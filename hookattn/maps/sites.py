@@ -73,7 +73,7 @@ class Following(Sites):
     def follow(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note that the forward came by here."""
         made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        if made or out is None:
+        if made or func.__name__ == "__setitem__":
             of = getattr(func, "__self__", None)  # of a property, such as `mT`: which
             settings = (self._settings(args), self._settings(kwargs))
             self.way.append((func.__name__, getattr(of, "__name__", None), *settings, *(tuple(t.shape) for t in made)))
@@ -236,6 +236,6 @@ def _code_of(tensor: Tensor) -> Any:
     if tensor.dtype not in WHOLE:
         return "mask"
     try:
-        return zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return zlib.crc32(tensor.detach().cpu().clone().contiguous().numpy().tobytes())
     except (RuntimeError, TypeError):  # without values, or mapped over
         return "indices"

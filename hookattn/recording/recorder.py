@@ -22,13 +22,14 @@ from ..errors import NoMapError, RecorderError
 from ..image.geometry import Geometry
 from ..image.images import images_in
 from ..image.trunk import stems_of, trunk_of
-from ..maps.attention_map import AttentionMap, Maps
+from ..maps.attention_map import AttentionMap
 from ..maps.lazy import Delivery
 from ..maps.reading import Lost
 from ..recipes.places import find_block
 from .detect import Detection
 from .edits import Edit, Edits
 from .keep_maps import KeepMaps
+from .maps import Maps
 from .passes import ForwardPass, ForwardPasses, why_empty
 from .record import Recording, Wanted
 from .selection import Layers, choose, find_replaced
@@ -53,9 +54,8 @@ class AttentionRecorder:
     Args:
         model: any `nn.Module`. timm's attention classes are known, others are found by the name of their class. Where none is
             named like attention, the first forward is watched for the modules that form maps.
-        layers: which attention modules: names, globs ("blocks.*.attn"), names of modules that hold them ("blocks.3"),
-            positions (-1 is the last), a list of these, or a predicate of (name, module). None for all. A module that is
-            not known as attention is recorded if it is called by its name.
+        layers: which attention modules: names, globs ("blocks.*.attn", "blocks.3.*"), positions (-1 is the last), a list of
+            these, or a predicate of (name, module). None for all. A name is that very module, known as attention or not.
         keep: "inputs" keeps what a module was called with (a reference, no copy) and computes maps when asked; "maps" computes
             them while the model runs and lets the input go.
         passes: "last" keeps the last forward only, "all" keeps each, as `rec.passes[i]`.
@@ -95,7 +95,7 @@ class AttentionRecorder:
             raise ValueError(f"dtype={dtype!r} holds no probabilities: dtype=torch.float32, torch.float16, or None.")
         self.model = recordable(model)
         found = choose(self.model, layers)
-        self.skipped: dict[str, str] = found.skipped
+        self._skipped = found.skipped
         self._modules = dict(found.readable)
         deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._wanted = Wanted(maps=keep == "maps", detach=detach, gradients=gradients, deliver=deliver)
@@ -129,7 +129,7 @@ class AttentionRecorder:
 
     @property
     def maps(self) -> Maps:
-        """The maps of the last forward, in the order the modules ran.
+        """The maps of the last forward that can be read, in the order the modules ran; `skipped` names the others.
 
         Raises:
             NoMapError: no forward has run, or none that called an attention module.
@@ -137,6 +137,16 @@ class AttentionRecorder:
         if not self._passes.all or not self._passes.all[-1].maps:
             raise NoMapError(why_empty(self.model, self._passes, self.layers))
         return Maps(self._passes.all[-1].maps)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Names of modules that form no map which could be read, each with the reason; of the last forward, what it showed.
+
+        A map between channels, a linear attention or points that are sampled may be found in the forward only, and are not
+        among `maps` then. A forward of a class that has no recipe is run again for that, the first time.
+        """
+        ran = Maps(self._passes.all[-1].maps).skipped if self._passes.all else {}
+        return {**self._skipped, **ran}
 
     @property
     def passes(self) -> list[Maps]:
@@ -181,7 +191,9 @@ class AttentionRecorder:
         Returns:
             The largest absolute difference of all.
         """
-        return max(m.verify(tolerance) for m in self.maps.values())
+        if not (maps := self.maps):
+            raise NoMapError(f"no map that was recorded can be read. {'; '.join(list(maps.skipped.values())[:3])}")
+        return max(m.verify(tolerance) for m in maps.values())
 
     def __repr__(self) -> str:
         state = "open" if self._hooks is not None else "closed"

@@ -52,7 +52,7 @@ def choose(model: nn.Module, layers: Layers) -> Found:
 
     Raises:
         ModelError: all attention of the model is of a kind that forms no map.
-        LayerNotFoundError: a name, pattern or index fits nothing.
+        LayerNotFoundError: a name, pattern or index fits nothing, or a name is that of a module around attention.
         UnreadableError: a name asks for a module that forms no readable map.
     """
     found = find_attention(model)
@@ -92,9 +92,15 @@ def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:
         return [layer]
     if layer in found.skipped:
         raise UnreadableError(f"{layer!r} has no map to read. {found.skipped[layer]}.")
-    matches = fnmatch.filter(names, layer) or [name for name in names if name.startswith(f"{layer}.")]
-    if not matches and layer and layer in dict(model.named_modules()):
+    if layer and (module := dict(model.named_modules()).get(layer)) is not None:
+        inside = [name for name in names if name.startswith(f"{layer}.")]
+        if inside and not _is_attention(module):
+            raise LayerNotFoundError(
+                f"{layer!r} is a {type(module).__name__}, and attention is inside: {listed(inside)}. Name that, or all of it, "
+                f"{layer + '.*'!r}."
+            )
         return [layer]
+    matches = fnmatch.filter(names, layer)
     if not matches and not names:
         raise _nothing(model, found)
     if not matches:

@@ -249,3 +249,19 @@ def test_a_cache_that_is_written_into_after_the_call_makes_its_map_stale() -> No
     attn.cache["offset"].add_(1)
     with pytest.raises(StaleMapError, match="a cache inside the module changed"):
         rec.maps[0][0]
+
+
+@pytest.mark.parametrize("where", [slice(None), (1, 3, 5), (0, 0, 0)], ids=str)
+def test_a_map_is_stale_when_an_array_of_numpy_that_x_shares_is_used_again(where: Any) -> None:
+    attn, array = Attention(16, 4).eval(), torch.randn(2, 5, 16).numpy().copy()
+    x = torch.from_numpy(array)
+    for given in (x, x.mT.contiguous().mT, x[:1], x.expand(2, -1, -1)):
+        with AttentionRecorder(attn) as rec, torch.no_grad():
+            attn(given)
+        before = rec.maps[0][...]
+        array[where] += 1
+        if given.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and (where != (1, 3, 5) or len(given) > 1):
+            with pytest.raises(StaleMapError, match="x changed in place"):
+                rec.maps[0][...]
+        else:
+            assert torch.equal(rec.maps[0][...], before)

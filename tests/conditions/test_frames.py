@@ -225,7 +225,7 @@ def test_each_map_knows_the_size_of_its_own_image() -> None:
             return self.forward(first, second)
 
     model = Pair()
-    with AttentionRecorder(model, "trunk.blocks.0", passes="all") as rec, torch.no_grad():
+    with AttentionRecorder(model, "trunk.blocks.0.*", passes="all") as rec, torch.no_grad():
         model(torch.randn(1, 3, 64, 32), torch.randn(1, 3, 32, 64))
         model.compare(torch.randn(1, 3, 48, 48), torch.randn(1, 3, 16, 64))
     grids = [[m.tokens.grid_size for m in maps.values()] for maps in rec.passes]

@@ -10,7 +10,7 @@ from support.image import MAXVIT, MVIT, SAM, SHRUNK, SWIN, Place, Size, build, m
 from support.reading import record
 from torch import Tensor
 
-from hookattn import AttentionMap
+from hookattn import AttentionMap, TokenError
 from hookattn.image import cut_windows
 
 
@@ -157,3 +157,24 @@ def test_a_grid_that_is_resized_to_whole_patches_is_the_one_that_is_cut() -> Non
     picture = m.image((3, 5))
     assert (picture > 0).sum() == 2 * 20
     assert (picture[:, 1::2, 1::2] > 0).all()
+
+
+@pytest.mark.parametrize("size", [(159, 96), (80, 95), (96, 64)], ids=str)
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_point_is_the_patch_under_it_where_patches_leave_a_rest_or_reach_over_the_border(
+    architecture: str, size: Size
+) -> None:
+    """Patches have their size, wherever the image ends; a point where there is none is told."""
+    patch = 16 if architecture.startswith("vit") else 4
+    options = {"depth": 1} if patch == 16 else {**SWIN, "window_size": 2}
+    m = record(build(architecture, **options, img_size=size), torch.randn(1, 3, *size).double()).maps[0]
+    rows, columns = m.tokens.grid_size
+    for y in range(0, size[0], 3):
+        for x in (0, size[1] // 2, size[1] - 1):
+            point = ((y + 0.5) / size[0], (x + 0.5) / size[1])
+            row, column = y // patch, x // patch
+            if row < rows and column < columns:
+                assert m.tokens.index(point) == m.tokens.index((row, column))
+            else:
+                with pytest.raises(TokenError, match="where no patch does"):
+                    m.tokens.index(point)

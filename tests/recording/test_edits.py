@@ -103,7 +103,7 @@ def test_an_edit_of_some_layers_leaves_the_maps_before_it_alone_and_moves_those_
     model, x = tiny("vit", depth=3)
     with torch.no_grad(), AttentionRecorder(model, passes="all") as rec:
         model(x)
-        with rec.edit({"blocks.1": without_head}):
+        with rec.edit({"blocks.1.*": without_head}):
             model(x)
     own, edited = rec.passes
     assert torch.equal(own[0][...], edited[0][...])
@@ -268,7 +268,7 @@ def test_edits_of_two_recorders_follow_each_other_and_gradients_are_those_of_wha
 
 def test_positions_count_what_is_recorded() -> None:
     model, x = tiny("vit", depth=3)
-    with torch.no_grad(), AttentionRecorder(model, layers=["blocks.2"]) as rec:
+    with torch.no_grad(), AttentionRecorder(model, layers=["blocks.2.*"]) as rec:
         with rec.edit({0: cubed}):
             got = model(x)
         with rec.edit({"blocks.2.attn": cubed}):

@@ -25,14 +25,14 @@ CHOICES: list[tuple[Any, list[int]]] = [
     ("blocks.*.attn", [0, 1, 2]),
     ("blocks.[02].attn", [0, 2]),
     ("*2*", [2]),
-    ("blocks.0", [0]),
-    ("blocks", [0, 1, 2]),
+    ("blocks.0.*", [0]),
+    ("blocks.*", [0, 1, 2]),
     (0, [0]),
     (-1, [2]),
     (-3, [0]),
-    ([-1, "blocks.0"], [0, 2]),
+    ([-1, "blocks.0.*"], [0, 2]),
     ((1,), [1]),
-    (["blocks.1", "blocks.1.attn", 1], [1]),
+    (["blocks.1.*", "blocks.1.attn", 1], [1]),
     (lambda name, _: name.startswith("blocks.1."), [1]),
     (lambda _, module: isinstance(module, Attention), [0, 1, 2]),
 ]
@@ -48,9 +48,11 @@ def test_layers_narrows_by_name_glob_container_index_list_and_predicate(layers: 
     assert list(rec.maps) == names
 
 
-def test_a_container_is_not_taken_for_another_whose_name_begins_alike() -> None:
+def test_a_name_is_not_taken_for_what_is_inside_of_the_module() -> None:
     model, _ = tiny("vit", depth=11)
-    assert AttentionRecorder(model, "blocks.1").layers == ["blocks.1.attn"]
+    for name, inside in (("blocks.1", "blocks.1.attn"), ("blocks", "blocks.0.attn")):
+        with pytest.raises(LayerNotFoundError, match=rf"{name}' is a .*attention is inside: {inside}.*'{name}\.\*'"):
+            AttentionRecorder(model, name)
 
 
 def test_a_module_that_is_not_known_as_attention_is_recorded_when_it_is_called_by_its_name() -> None:
@@ -58,7 +60,8 @@ def test_a_module_that_is_not_known_as_attention_is_recorded_when_it_is_called_b
     with AttentionRecorder(model, ["blocks.1.attn", "blocks.0.mlp"]) as rec, torch.no_grad():
         model(x)
     assert set(rec.layers) == {"blocks.0.mlp", "blocks.1.attn"}
-    assert list(rec.maps) == ["blocks.0.mlp", "blocks.1.attn"]
+    assert list(rec.maps) == ["blocks.1.attn"]
+    assert set(rec.skipped) == {"blocks.0.mlp"}  # it ran, and forms no map
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_repr_never_raises(keep: Any) -> None:
     with AttentionRecorder(model, ["blocks.0.mlp", "blocks.1.attn"], keep=keep) as rec, torch.no_grad():
         model(x)
     model.double()  # the maps are stale now, and one was never readable
-    assert "blocks.0.mlp" in repr(rec.maps)
+    assert repr(rec.maps).startswith("Maps:")
     assert "blocks.1.attn" in repr(rec.maps["blocks.1.attn"])
 
 

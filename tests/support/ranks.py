@@ -33,6 +33,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def distance(recorder: AttentionRecorder, expected: dict[str, Tensor]) -> Any:
     """How far maps are from the expected, or the error that says why there are none."""
     try:
+        if reasons := list(recorder.skipped.values()):
+            return f"UnreadableError: {reasons[0]}"
         got = {name.replace("_fsdp_wrapped_module.", ""): m[...] for name, m in recorder.maps.items()}
         return furthest(got, expected)
     except (StaleMapError, UnreadableError) as error:

@@ -105,6 +105,20 @@ def own(run: Callable[..., Any], f: Callable[[Tensor, int], Tensor] | None = Non
     return style(make)
 
 
+def bare(run: Callable[..., Any]) -> Callable[[Sizes], Any]:
+    """Register self-attention that does `run` and puts out what comes of it, without a projection."""
+    made = own(run)
+
+    def make(s: Sizes) -> Any:
+        module, args, true = made(s)
+        module.out = nn.Identity()
+        return module, args, true
+
+    make.__name__ = run.__name__
+    STYLES.pop(run.__name__)
+    return style(make)
+
+
 def no_map(run: Callable[..., Any]) -> Callable[[Sizes], Any]:
     """Register self-attention that has no map over pairs of tokens."""
 
@@ -1361,3 +1375,40 @@ def sum_of_an_expanded_product(q, k, v):
     a = (torch.einsum("bqhd,bkhd->bqkh", q, k) * q.shape[-1] ** -0.5).softmax(2)
     shape = (*a.shape, v.shape[-1])
     return (a[..., None].expand(shape) * v[:, None].expand(shape)).sum(2).flatten(2)
+
+
+# --- Outputs and keys of odd shapes ------------------------------------------------------------------------------------
+
+
+@bare
+def heads_queries_and_channels_in_one_axis(q, k, v):
+    return F.scaled_dot_product_attention(*first(q, k, v)).flatten(1)
+
+
+@bare
+def queries_and_channels_in_one_axis(q, k, v):
+    return merged(F.scaled_dot_product_attention(*first(q, k, v))).flatten(1)
+
+
+@bare
+def outputs_of_half_the_channels_each(q, k, v):
+    y = F.scaled_dot_product_attention(*first(q, k, v))
+    return y[..., :2], y[..., 2:].sin()
+
+
+@style
+def one_key(s):
+    def run(q, k, v):
+        q, k, v = first(q, k, v)
+        a = torch.einsum("bhid,bhjd->bhij", q, k[:, :, :1]).softmax(-1)
+        return merged(torch.einsum("bhij,bhjd->bhid", a, v[:, :, :1]))
+
+    module, x = Own(s, run), torch.randn(s.batch, s.tokens, s.heads * s.dim)
+    return module, (x,), torch.ones(s.batch, s.heads, s.tokens, 1, dtype=torch.float64)
+
+
+@own
+def softmax_by_a_sum_of_exponentials_times_mask(q, k, v):
+    q, k, v = first(q, k, v)
+    e = scores_of(q, k).exp() * torch.ones(q.shape[-2], k.shape[-2])
+    return merged((e / e.sum(-1, keepdim=True)) @ v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
 def _form(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value if isinstance(value, (int, float, str, type(None))) else type(value)
-    return (tuple(value.shape), str(value.tolist()) if value.dtype in WHOLE else None)
+    return (tuple(value.shape), str(value.tolist()) if value.dtype in WHOLE and not value.is_meta else None)
 
 
 def establish_axes(
@@ -45,6 +46,8 @@ def establish_axes(
     Raises:
         UnreadableError: it forms no map over pairs of tokens, or evidence does not tell; what was found is told.
     """
+    if any(t.is_meta for t in (*module.parameters(), *tensors_in((args, kwargs)))):
+        module, args, kwargs = _with_values(module, args, kwargs)
     with _plainly(module, args, kwargs), ExitStack() as stack:
         tape = Tape(module, args, kwargs, as_called=as_called)
         if tape.mutates:
@@ -55,6 +58,21 @@ def establish_axes(
         if drawn and not any(m.training for m in module.modules()):  # in train mode random streams are set back
             raise UnreadableError("its map is made of random numbers")
         return locate(tape, products, index, softmax_before_mixing(tape, products, index)), tape.seen.way
+
+
+def _with_values(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, Any, Any]:
+    """A copy of a module on the meta device, and of its arguments, with some values: where things stand depends on none."""
+    module = copy.deepcopy(module).to_empty(device="cpu")
+    random = torch.Generator().manual_seed(4)
+
+    def fill(t: Tensor) -> Tensor:
+        return t.normal_(generator=random) if t.is_floating_point() else t.zero_()
+
+    with torch.no_grad():
+        for t in (*module.parameters(), *module.buffers()):
+            fill(t)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: fill(torch.empty_like(t, device="cpu")), (args, kwargs))
+    return module, args, kwargs
 
 
 def _map_of(tape: Tape, product: Product) -> Slot:
@@ -74,7 +92,7 @@ def _plainly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             stack.enter_context(torch.enable_grad())
             yield
     except (RuntimeError, NotImplementedError) as error:  # such as an operation that has no derivative
-        if isinstance(error, UnreadableError):
+        if isinstance(error, (UnreadableError, torch.OutOfMemoryError)):
             raise
         raise UnreadableError(
             f"evidence of its axes ends at {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]

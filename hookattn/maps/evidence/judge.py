@@ -123,6 +123,8 @@ def _are_tokens(sources: Sources, w: Tensor) -> bool:
         return any(len(first) for first in carried if first is not None)
     some = sorted({*spread(len(w), 5), *(int((i + 0.5) * len(w) / 5) for i in range(5))})
     masks = [m.flatten(1).float() for m in sources.of(w[some])]
+    if not masks:
+        return False
     depends = torch.stack([m.any(1) for m in masks]).any(0)  # padding depends on nothing
     pairs = torch.stack([_overlap(m[depends]) for m in masks]).any(0).tril(-1)
     return bool(pairs.sum() <= depends.sum() * (depends.sum() - 1) / 4)  # neighbours, pooled places may overlap, but not most

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...calls.arguments import copy_structure, is_cache
+from ...calls.arguments import copy_structure, is_cache, tensors_held_by
 from ...calls.restore import restoring
 from ...conditions.function_modes import lowest
 from ...errors import UnreadableError
@@ -137,7 +137,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise UnreadableError(
                 f"its forward cannot be taken apart: {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
             ) from error
-        return [self.own.get(id(t), t) for t in tensors_in(out) if t.is_floating_point()]
+        return [self.own.get(id(t), t) for t in tensors_held_by(out) if t.is_floating_point()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map(self._ours, (args, kwargs or {}))
