@@ -12,6 +12,13 @@ is float64. The reference is what each softmax of the model puts out when every 
     empty    no map and no error
     raises   an error instead of maps; of hookattn: refused, with the reason
     none     no softmax, and hookattn refuses
+
+The axes of the first map of each class are looked at as well, with no regard to its recipe: what multiplies the values is
+found by derivatives of the module's forward (hookattn.maps.evidence), and must be the map, axis by axis.
+
+    proven       it is
+    undecided    evidence does not tell, such as between channels, or where values are mixed over places after the map
+    other        it is something else: a sum of several maps of one head
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ import re
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,15 +43,16 @@ import torch
 from command import plain_parser, say
 from coverage_table import PAIRLESS, RESULTS, TOOLS, Record, read_records, tables
 from machine import describe_machine, installed_versions
-from oracle import Call, largest_difference, softmaxes_by_call
+from oracle import Call, kind_of, largest_difference, softmaxes_by_call
 from peers import recomputed
 from smallest import build, in_full, smallest
 from timm.utils.attention_extract import AttentionExtract
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hookattn import AttentionRecorder
+from hookattn import AttentionMap, AttentionRecorder
 from hookattn.errors import HookattnError, UnreadableError
+from hookattn.maps.replay import replayed_by_evidence
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 PEERS: dict[str, Callable[[nn.Module, Tensor], dict[str, Tensor]]] = {
@@ -83,11 +91,28 @@ def read(model: nn.Module, x: Tensor, record: Record) -> tuple[dict[str, Any], d
             maps.setdefault(name, str(error))
         except Exception as error:  # nothing else is expected here
             record.notes.append(f"{name}: {error!r}")
+    record.axes = {} if x.is_meta else prove_axes(recorded, maps)
     with torch.no_grad():
         again = pytree.tree_leaves(model(x))
     record.same_output = x.is_meta or all(torch.equal(a, b) for a, b in zip(output, again))
     record.notes += [] if record.same_output else ["the output is another one while the recorder is open"]
     return maps, rec.skipped
+
+
+def prove_axes(recorded: Mapping[str, AttentionMap], maps: dict[str, Any]) -> dict[str, str]:
+    """By class, whether evidence finds the first map of it with the same axes."""
+    found: dict[str, str] = {}
+    for name, m in recorded.items():
+        kind = kind_of(m.call.layer.module)
+        if kind not in found and isinstance(maps.get(name), Tensor):
+            try:
+                with m.call.resumed():
+                    evident = replayed_by_evidence(m.call).narrow().values()
+                same = evident.shape == m.shape and largest_difference(evident, maps[name]) <= TOLERANCE[evident.dtype]
+                found[kind] = "proven" if same else "other"
+            except UnreadableError:
+                found[kind] = "undecided"
+    return found
 
 
 def reason(call: Call, skipped: dict[str, str]) -> str:

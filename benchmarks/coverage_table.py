@@ -41,6 +41,7 @@ class Record:
     entropy: float | None = None  # mean of the reference maps, of the largest there can be; None: no map over pairs
     classes: dict[str, dict[str, int]] = field(default_factory=dict)  # class: {verdict: calls that form a softmax}
     reasons: dict[str, str] = field(default_factory=dict)  # class: why it is refused, or what is wrong
+    axes: dict[str, str] = field(default_factory=dict)  # class: whether evidence finds its first map with the same axes
     notes: list[str] = field(default_factory=list)
     extract_hook: str = ""
     extract_fx: str = ""
@@ -81,14 +82,20 @@ def the_others(records: Sequence[Record]) -> str:
 
 
 def table_by_class(records: Sequence[Record]) -> str:
-    lines = ["| class | architectures | calls | exact | refused | wrong | why |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| class | architectures | calls | exact | refused | wrong | axes proven | why |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     why: dict[str, str] = {}
     for record in records:
         for kind, verdicts in record.classes.items():
             kinds[kind].update(["architectures"], calls=sum(verdicts.values()), **verdicts)
             why[kind] = why.get(kind) or record.reasons.get(kind, "")
+        for kind, verdict in record.axes.items():
+            kinds[kind].update(looked_at=1, proven=verdict == "proven", other=verdict == "other")
     for kind, counted in sorted(kinds.items(), key=lambda item: -item[1]["architectures"]):
         numbers = [str(counted[word]) for word in ("architectures", "calls", "exact", "refused", "wrong")]
-        lines.append(f"| `{kind}` | {' | '.join(numbers)} | {why[kind]} |")
+        axes = f"{counted['proven']} of {counted['looked_at']}" if counted["looked_at"] else ""
+        lines.append(f"| `{kind}` | {' | '.join(numbers)} | {axes} | {why.get(kind, '')} |")
     return "\n".join(lines)

@@ -47,6 +47,11 @@ def unfuse(model: Any) -> Any:
     return model
 
 
+def kind_of(module: nn.Module) -> str:
+    """The class of a module, without the name of timm."""
+    return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("timm.")
+
+
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """For as long as the block lasts, every `fused_attn` flag is off."""
@@ -95,7 +100,7 @@ class Call:
 
     @property
     def kind(self) -> str:
-        return f"{type(self.module).__module__}.{type(self.module).__qualname__}".removeprefix("timm.")
+        return kind_of(self.module)
 
     def canonical(self) -> Tensor:
         """(images * windows, heads, queries, keys); the heads of several softmaxes in turn."""
