@@ -82,10 +82,8 @@ def the_others(records: Sequence[Record]) -> str:
 
 
 def table_by_class(records: Sequence[Record]) -> str:
-    lines = [
-        "| class | architectures | calls | exact | refused | wrong | axes proven | why |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """By class of attention; with how often evidence proves the axes of its maps, if that was looked at."""
+    heads = ["class", "architectures", "calls", "exact", "refused", "wrong", "axes proven", "why"]
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     why: dict[str, str] = {}
     for record in records:
@@ -94,8 +92,13 @@ def table_by_class(records: Sequence[Record]) -> str:
             why[kind] = why.get(kind) or record.reasons.get(kind, "")
         for kind, verdict in record.axes.items():
             kinds[kind].update(looked_at=1, proven=verdict == "proven", other=verdict == "other")
+    rows = [heads]
     for kind, counted in sorted(kinds.items(), key=lambda item: -item[1]["architectures"]):
-        numbers = [str(counted[word]) for word in ("architectures", "calls", "exact", "refused", "wrong")]
+        numbers = [str(counted[word]) for word in heads[1:6]]
         axes = f"{counted['proven']} of {counted['looked_at']}" if counted["looked_at"] else ""
-        lines.append(f"| `{kind}` | {' | '.join(numbers)} | {axes} | {why.get(kind, '')} |")
+        rows.append([f"`{kind}`", *numbers, axes, why.get(kind, "")])
+    if not any(record.axes for record in records):
+        rows = [[*row[:6], row[7]] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)

@@ -42,7 +42,7 @@ def is_cache(value: Any) -> bool:
 
 
 def copy_structure(value: Any, copied: Callable[[Tensor], Tensor] | None = None, seen: dict[int, Any] | None = None) -> Any:
-    """A copy of objects, lists, tuples and dicts one inside the other, with what `copied` makes of tensors; else as it is."""
+    """A copy of objects, lists, tuples and dicts one inside the other, what `copied` makes of tensors, else as it is."""
     seen = {} if seen is None else seen
     if id(value) in seen:
         return seen[id(value)]

@@ -133,7 +133,8 @@ def _nothing(model: nn.Module, found: Found) -> LayerNotFoundError:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return is_known(module) or _LOOKS_LIKE_ATTENTION.search(type(module).__name__) is not None
+    name = type(module).__name__  # what projects queries or keys is named after the attention that it belongs to
+    return is_known(module) or (_LOOKS_LIKE_ATTENTION.search(name) is not None and not name.endswith("Projection"))
 
 
 def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:

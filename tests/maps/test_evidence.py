@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.inside import forget_what_was_established, no_more_evidence, rearranged, replay
-from support.styles import SIZES, STYLES
+from support.styles import SIZES, STYLES, Sizes
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -55,6 +55,13 @@ FEW = [
 @pytest.mark.parametrize("name", FEW)
 def test_one_image_alone(name: str) -> None:
     module, args, true = STYLES[name].make(SIZES["one"])
+    torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fused", "heads_third"])
+def test_many_tokens_are_told_apart(name: str) -> None:
+    """By numbers that are ratios of gradients, in float32."""
+    module, args, true = STYLES[name].make(Sizes(1, 2, 1100, 3))
     torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-5, rtol=1e-4)
 
 

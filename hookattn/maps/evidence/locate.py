@@ -17,11 +17,11 @@ from .tape import Tape
 
 
 class _Held(NamedTuple):
-    """Rows (rows, keys) that stand in a part; `step` of the tape has made them, if they are those of a softmax."""
+    """Rows (rows, keys) that stand in a part; `step` of the tape has made them, -1 for those of a factor."""
 
     part: Part
     rows: Tensor
-    step: int | None
+    step: int
 
 
 def locate(tape: Tape, products: Sequence[Product], index: Tensor, mixed: tuple[int, tuple[int, ...]] | None) -> Arrangement:
@@ -45,8 +45,12 @@ def locate(tape: Tape, products: Sequence[Product], index: Tensor, mixed: tuple[
     if _is_ambiguous(softmaxes):  # one of them may be taken for something else
         softmaxes = [held for held in softmaxes if _feeds(tape, held, products)]
     found = _match(wanted, softmaxes)
+    if found is not None and len(set(wanted)) < len(wanted):  # rows that are the same do not tell their order
+        found = _match_others(tape, products, used, softmaxes)
     if found is None:
         found = _match(wanted, list(_factors(tape, products, {rows.shape[1] for rows in blocks}, set(wanted))))
+        if found is not None and len(set(wanted)) < len(wanted) and found[1] != sorted(found[1]):
+            raise UnreadableError("rows of its map are the same, and it is not told in which order they stand")
     if found is None:
         raise UnreadableError("what multiplies its values is made where no function of PyTorch can be seen to take it")
     parts, numbers = found
@@ -82,6 +86,17 @@ def _match(wanted: list[int], helds: Sequence[_Held]) -> tuple[list[Part], list[
     return [helds[n].part for n in used], [starts[n] + row for n, row in at]
 
 
+def _match_others(
+    tape: Tape, products: Sequence[Product], used: Tensor, softmaxes: Sequence[_Held]
+) -> tuple[list[Part], list[int]] | None:
+    """As `_match`, with random numbers in place of what the softmaxes put out, no two rows of which are the same."""
+    random, device = torch.Generator().manual_seed(5), softmaxes[0].rows.device
+    others = {held.step: torch.rand(held.part.shape, generator=random).to(held.rows) for held in softmaxes}
+    run = tape.rerun(catch={p.at for p in products}, exactly=True, put=others)
+    wanted = torch.cat([_codes(matrices(run, p)[0].flatten(0, 1)) for p in products])[used.to(device)]
+    return _match(wanted.tolist(), [held._replace(rows=held.part.as_rows(others[held.step])) for held in softmaxes])
+
+
 def _is_ambiguous(helds: Sequence[_Held]) -> bool:
     """Whether rows stand in several parts."""
     seen: set[int] = set()
@@ -95,8 +110,6 @@ def _is_ambiguous(helds: Sequence[_Held]) -> bool:
 
 def _feeds(tape: Tape, held: _Held, products: Sequence[Product]) -> bool:
     """Whether the products are made of a softmax."""
-    if held.step is None:
-        return True
     run = tape.rerun(cut=[held.step], catch={p.at for p in products})
     leaf = run.leaves[held.step]
     return any(g.any() for p in products for m in matrices(run, p)[:1] for g in pull(m, [leaf], torch.ones_like(m)[None]))
@@ -106,7 +119,7 @@ def _factors(tape: Tape, products: Sequence[Product], keys: set[int], wanted: se
     """Factors of the multiplications that are the products, each along the axis in which most rows are wanted ones."""
     for number, operand, factor in tape.seen.factors_of([p.at for p in products]):
         parts = [Part(number, operand, tuple(factor.shape), axis) for axis, n in enumerate(factor.shape) if n in keys]
-        helds = [_Held(part, part.as_rows(factor), None) for part in parts]
+        helds = [_Held(part, part.as_rows(factor), -1) for part in parts]
         if helds:
             yield max(helds, key=lambda held: sum(code in wanted for code in _codes(held.rows).tolist()))
 

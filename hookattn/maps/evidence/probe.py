@@ -114,24 +114,38 @@ class Sources:
         return [g != 0 for g in pull(rows, self.inputs, each)]
 
     def carried(self, rows: Tensor) -> list[Tensor | None]:
-        """For each argument that rows (rows, width) depend on: where the first entry stands that each row alone depends on.
+        """For each argument that rows (rows, width) depend on: where the entries stand that each row alone depends on.
 
-        One gradient counts each row once, another as often as its number: where one row alone depends on an entry, the number
-        is their ratio. None for an argument of which most entries have an effect on several rows.
+        That is the place along the axes that tell tokens apart, counted on. One gradient counts each row once, another as often
+        as its number: where one row alone depends on an entry, the number is their ratio. None for an argument of which most
+        entries have an effect on several rows.
         """
         weights, found = weights_like(rows), list[Tensor | None]()
         numbers = torch.arange(len(rows), device=rows.device, dtype=rows.dtype)
         for total, weighted in pull(rows, self.inputs, torch.stack([weights, weights * numbers[:, None]])):
-            at = total.flatten().nonzero()[:, 0]
-            number = weighted.flatten()[at] / total.flatten()[at]
-            alone = (number - number.round()).abs() < 1e-4 * (1 + number)
+            # small ones are sums that nearly cancel, and their ratio is off
+            at = (total.abs() > 0.01 * total.abs().max()).nonzero()
+            number = weighted[tuple(at.T)] / total[tuple(at.T)]
+            alone = (number - number.round()).abs() < 0.01 + 1e-5 * number
             if alone.sum() > 0.9 * len(at):
-                first = at.new_full((len(rows),), total.numel())
-                first.scatter_reduce_(0, number[alone].round().long(), at[alone], "amin")
-                found.append(first[first < total.numel()])
+                found.append(_stand(at[alone], number[alone].round().long(), len(rows), total.shape))
             elif len(at):
                 found.append(None)
         return found
+
+
+def _stand(at: Tensor, row: Tensor, rows: int, shape: Sequence[int]) -> Tensor:
+    """Where the entries of each row begin, those of (entries, axes) `at`, along the axes that tell rows apart."""
+    count = torch.zeros(rows, device=at.device).index_add(0, row, torch.ones(len(row), device=at.device))
+    place = torch.zeros(rows, dtype=torch.long, device=at.device)
+    for axis, size in enumerate(shape):
+        index = at[:, axis].to(count.dtype)
+        mean = torch.zeros_like(count).index_add(0, row, index) / count.clamp(min=1)
+        within, over_all = (index - mean[row]).abs().mean(), (index - index.mean()).abs().mean()
+        if within < 0.75 * over_all:  # along others, such as channels, those of one row lie as far apart as all do
+            begin = torch.full_like(place, size).scatter_reduce(0, row, at[:, axis], "amin")
+            place = place * (size + 1) + begin
+    return place[count > 0]
 
 
 def reach(tape: Tape, output: int, axis: int) -> str:
@@ -141,7 +155,10 @@ def reach(tape: Tape, output: int, axis: int) -> str:
     at = torch.tensor(sorted({0, 1, y.shape[axis] // 2, y.shape[axis] - 1}), device=y.device)
     index = torch.arange(y.shape[axis], device=y.device).view([-1 if a == axis else 1 for a in range(y.dim())])
     parts = weights_like(y) * (index == at.view(-1, *[1] * y.dim()))
-    masks = torch.cat([(g != 0).flatten(1) for g in pull(y, list(inputs.values()), parts)], 1)
-    if (masks == masks[0]).all():
+    each = [(g != 0).flatten(1) for g in pull(y, list(inputs.values()), parts)]
+    # an argument that all share, such as angles of positions, tells nothing of what each has for itself
+    own = [mask for mask in each if (mask != mask[0]).any()]
+    if not own:
         return "equal"
+    masks = torch.cat(own, 1)
     return "overlapping" if (masks[1:] & masks[:-1]).any() else "separate"

@@ -14,7 +14,7 @@ from ...errors import UnreadableError
 from .judge import Candidate, queries_of
 from .probe import Sources, pull, reach, weights_like
 from .product import matrices
-from .tape import Tape, storage_of
+from .tape import Slot, Tape, storage_of
 
 Row = tuple[int, int, int]  # which map, g, i
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # image, query
@@ -28,7 +28,7 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     Raises:
         UnreadableError: rows do not fit together as a map.
     """
-    maps = _alike(maps)
+    maps = _alike(tape, maps)
     _refuse_steps(tape, maps)
     slabs = _number_slabs(maps)
     windows, whole = _windows(maps, slabs, *_axes(tape, sources, maps, slabs))
@@ -47,17 +47,29 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     return maps, torch.tensor([[*t, *[missing] * (max(map(len, table)) - len(t))] for t in table]).transpose(1, 2)
 
 
-def _alike(maps: Sequence[Candidate]) -> list[Candidate]:
+def _alike(tape: Tape, maps: Sequence[Candidate]) -> list[Candidate]:
     """Each map once, and if there are such, only those that have rows for each query."""
     once: list[Candidate] = []
     for c in maps:  # values may be multiplied in parts
-        if not any(torch.equal(c.m, d.m) and torch.equal(_where(c), _where(d)) for d in once):
+        if not any(torch.equal(c.m, d.m) and torch.equal(_where(c), _where(d)) and _are_one(tape, c, d) for d in once):
             once.append(c)
     if any(c.vary for c in once):
         once = [c for c in once if c.vary or c.m.shape[1] == 1]  # a chunk of a single query has nothing that varies
     if len({c.local for c in once}) > 1:
         raise UnreadableError("it forms several maps that feed different axes of the output")
+    if not any(0 in c.vary for c in once) and len({int(n) for c in once for n in c.places.index[..., 0][c.places.fed]}) > 1:
+        raise UnreadableError("it forms several maps, one for each of several outputs")
     return once
+
+
+def _are_one(tape: Tape, c: Candidate, d: Candidate) -> bool:
+    """Whether two maps of equal values are one and the same; those over a single key are all alike."""
+    return c.m.shape[2] > 1 or storage_of(tape.of(_factor(tape, c))) == storage_of(tape.of(_factor(tape, d)))
+
+
+def _factor(tape: Tape, c: Candidate) -> Slot:
+    slot: Slot = tape.steps[c.product.at].args[c.product.first + c.product.flipped]
+    return slot
 
 
 def _where(c: Candidate) -> Tensor:
@@ -222,7 +234,7 @@ def _refuse_scaled_later(tape: Tape, c: Candidate) -> None:
     """Rows that do not sum to 1 must have no other influence on the output: their sum would divide it."""
     if ((c.m.sum(-1) - 1).abs() < 1e-4).all():
         return
-    m = storage_of(tape.of(tape.steps[c.product.at].args[c.product.first + c.product.flipped]))
+    m = storage_of(tape.of(_factor(tape, c)))
     written = [n for n, s in enumerate(tape.steps) if any(o is not None and storage_of(tape.of(o)) == m for o in s.outs)]
     if not written:
         return

@@ -61,6 +61,13 @@ def own_arguments(args: Any, kwargs: Any, copied: Callable[[Tensor], Tensor]) ->
     return args, kwargs, list(copies.values())
 
 
+def _varied_or_all(tensors: list[Tensor]) -> set[int]:
+    """Ids of tensors of more than a few values, or of all if there are none: a mask of zeros may be asked where it is zero."""
+    floats = [t for t in tensors if t.is_floating_point() and not t.is_nested and t.layout is torch.strided]
+    varied = [t for t in floats if torch.unique(t.detach().flatten()[:4096]).numel() > 3]
+    return set(map(id, varied or floats))
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where in a tape a tensor stands."""
@@ -115,7 +122,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.mutates = False
         self.seen = Seen(self.steps, as_called=as_called)
         self.random = torch.Generator().manual_seed(0)
-        args, kwargs, given = own_arguments(args, kwargs, self._moved)
+        moved = _varied_or_all(tensors_in((args, kwargs)))
+        args, kwargs, given = own_arguments(args, kwargs, lambda t: self._moved(t) if id(t) in moved else exact(t))
         given = [self.keep(t, t) for t in given]
         self.untouched = {self._slot(t): t.clone() for t in given}
         self.inputs = [self._slot(t) for t in given if t.is_floating_point()]
@@ -230,6 +238,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         hold: Collection[int] = (),
         catch: Collection[int] = (),
         exactly: bool = False,
+        put: Mapping[int, Tensor] | None = None,
     ) -> Run:
         """Run it again, with gradients, as far as it depends on what is put in.
 
@@ -239,6 +248,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             hold: steps of which the result is made a constant.
             catch: steps of which the arguments are kept, as they are at that moment.
             exactly: whether values are wanted that are the same to the last bit, and no derivatives.
+            put: steps of which the result is another one.
         """
         # Where a forward writes into tensors, what the tape holds is what was written last: all is run again.
         run = Run({slot: t.clone() for slot, t in self.untouched.items()} if self.mutates else {})
@@ -250,7 +260,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 args, kwargs = pytree.tree_map_only(Slot, lambda s: run.values.get(s, self.of(s)), (step.args, step.kwargs))
                 if n in catch:
                     run.caught[n] = [a.clone() if isinstance(a, Tensor) else a for a in args]
-                if changed and n not in cut and n not in hold:
+                if put is not None and n in put:
+                    slot = step.outs[0]
+                    assert slot is not None
+                    run.values[slot] = put[n].clone()
+                elif changed and n not in cut and n not in hold:
                     out = pytree.tree_leaves(call(step.func, args, kwargs))
                     run.values.update({slot: t for slot, t in zip(step.outs, out) if slot is not None})
                 elif changed or n in cut:
