@@ -104,3 +104,12 @@ def test_what_a_module_forms_without_functions_of_pytorch_is_refused_and_skipped
         rec.maps["attn"]
     with pytest.raises(UnreadableError, match="0 can be read"):
         rec.maps[0]
+
+
+def test_a_mask_that_hides_nothing_at_first_is_in_the_map_later() -> None:
+    module, (x, hidden), true = STYLES["a_mask_after_the_softmax"].make(SIZES["odd"])
+    for mask in (torch.zeros_like(hidden), hidden):
+        with AttentionRecorder(Block(module), layers="attn") as rec, torch.no_grad():
+            rec.model(x, mask)
+        m = rec.maps[0][...]
+    torch.testing.assert_close(m, true, rtol=0, atol=1e-12)

@@ -1412,3 +1412,17 @@ def softmax_by_a_sum_of_exponentials_times_mask(q, k, v):
     q, k, v = first(q, k, v)
     e = scores_of(q, k).exp() * torch.ones(q.shape[-2], k.shape[-2])
     return merged((e / e.sum(-1, keepdim=True)) @ v)
+
+
+@style
+def a_mask_after_the_softmax(s):
+    class Masked(Own):
+        def forward(self, x, hidden):
+            q, k, v = first(*self.split(x))
+            return self.out(merged(scores_of(q, k).softmax(-1).masked_fill(hidden[:, None, None], 0.0) @ v))
+
+    module, x = Masked(s, None), torch.randn(s.batch, s.tokens, s.heads * s.dim)
+    q, k, _ = module.split(x)
+    hidden = torch.zeros(s.batch, s.tokens, dtype=torch.bool)
+    hidden[:, -1] = True
+    return module, (x, hidden), rows(q, k) * ~hidden[:, None, None]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ...errors import UnreadableError
 from ..arrangement import Arrangement, Part
-from .probe import pull
-from .product import Product, matrices
+from .product import AS_IT_IS, Product, matrices
 from .tape import Tape
 
 
@@ -42,8 +41,8 @@ def locate(tape: Tape, products: Sequence[Product], index: Tensor, mixed: tuple[
     blocks = [matrices(run, p)[0].flatten(0, 1) for p in products]
     used = index[index < sum(map(len, blocks))]
     wanted = torch.cat([_codes(rows) for rows in blocks])[used.to(blocks[0].device)].tolist()
-    if _is_ambiguous(softmaxes):  # one of them may be taken for something else
-        softmaxes = [held for held in softmaxes if _feeds(tape, held, products)]
+    # others are taken for something else, or changed before they multiply, if only by a mask that hides nothing in this call
+    softmaxes = [held for held in softmaxes if _is_what_multiplies(tape, held.step, products)]
     found = _match(wanted, softmaxes)
     if found is not None and len(set(wanted)) < len(wanted):  # rows that are the same do not tell their order
         found = _match_others(tape, products, used, softmaxes)
@@ -65,7 +64,7 @@ def _before_mixing(softmaxes: list[_Held], index: Tensor, step: int, order: tupl
             lead = [a for a in range(len(held.part.shape)) if a != held.part.axis]
             places = torch.arange(held.part.rows).view([held.part.shape[a] for a in lead])
             places = places.permute([lead.index(a) for a in order if a != held.part.axis])
-            return Arrangement((held.part._replace(number=held.part.number),), places.reshape(index.shape))
+            return Arrangement((held.part,), places.reshape(index.shape))
     raise UnreadableError("its softmax is taken where no function of PyTorch can be seen to take it")
 
 
@@ -97,22 +96,13 @@ def _match_others(
     return _match(wanted.tolist(), [held._replace(rows=held.part.as_rows(others[held.step])) for held in softmaxes])
 
 
-def _is_ambiguous(helds: Sequence[_Held]) -> bool:
-    """Whether rows stand in several parts."""
-    seen: set[int] = set()
-    for held in helds:
-        codes = set(_codes(held.rows).tolist())
-        if codes & seen:
-            return True
-        seen |= codes
-    return False
-
-
-def _feeds(tape: Tape, held: _Held, products: Sequence[Product]) -> bool:
-    """Whether the products are made of a softmax."""
-    run = tape.rerun(cut=[held.step], catch={p.at for p in products})
-    leaf = run.leaves[held.step]
-    return any(g.any() for p in products for m in matrices(run, p)[:1] for g in pull(m, [leaf], torch.ones_like(m)[None]))
+def _is_what_multiplies(tape: Tape, made: int, products: Sequence[Product]) -> bool:
+    """Whether what a step puts out is a map of the products as it is, only laid out in another way."""
+    unchanged = set(tape.steps[made].outs)
+    for step in tape.steps[made + 1 : 1 + max(p.at for p in products)]:
+        if not unchanged.isdisjoint(step.slots()) and step.func.overloadpacket in AS_IT_IS:
+            unchanged |= set(step.outs)
+    return any(tape.steps[p.at].args[p.first + p.flipped] in unchanged for p in products)
 
 
 def _factors(tape: Tape, products: Sequence[Product], keys: set[int], wanted: set[int]) -> Iterator[_Held]:

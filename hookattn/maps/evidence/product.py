@@ -18,9 +18,10 @@ _FIRST = {  # operations that multiply matrices: where the first of the two fact
 }  # fmt: skip
 
 
-_AS_IT_IS = {  # operations that lay the same values out in another way
-    aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.view.default, aten.clone.default,
-    aten._unsafe_view.default, aten._to_copy.default, aten.detach.default, aten.expand.default,
+AS_IT_IS = {  # operations that lay the same values out in another way, or a part of them
+    aten.unsqueeze, aten.squeeze, aten.permute, aten.transpose, aten.t, aten.view, aten._unsafe_view, aten.reshape, aten.clone,
+    aten._to_copy, aten.detach, aten.expand, aten.alias, aten.select, aten.slice, aten.split, aten.split_with_sizes,
+    aten.unbind, aten.chunk, aten.cat, aten.stack, aten.repeat, aten.copy_,
 }  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def products_in(tape: Tape) -> Iterator[Product]:
     multiplied: dict[Slot | None, int] = {}
     single: set[Slot | None] = set()  # softmaxes over one key, which einsum multiplies entry by entry, without a sum
     for n, step in enumerate(tape.steps):
-        if _is_of_one_key(tape, step) or (step.func in _AS_IT_IS and step.args[0] in single):
+        if _is_of_one_key(tape, step) or (step.func.overloadpacket in AS_IT_IS and not single.isdisjoint(step.slots())):
             single.add(step.outs[0])
         first = _FIRST.get(step.func.overloadpacket)
         if step.func is aten.mul.Tensor and all(step.live[:2]):
