@@ -35,7 +35,7 @@ class Fused:
         enable_gqa: bool = False,
     ) -> None:
         self.q, self.k, self.v = query, *(_for_each_head(query, t) for t in (key, value))
-        self.mask, self.scale, self.is_causal, self.dropout_p = _as_tensor(attn_mask), scale, is_causal, dropout_p
+        self.mask, self.scale, self.is_causal, self.dropout_p = _as_tensor(attn_mask, query), scale, is_causal, dropout_p
         leads = (t.shape[:-2] for t in (self.q, self.k, self.v))
         self.lead: tuple[int, ...] = torch.broadcast_shapes(*leads)  # type: ignore[no-untyped-call]
 
@@ -210,7 +210,7 @@ def _for_each_head(query: Tensor, t: Tensor) -> Tensor:
     return t
 
 
-def _as_tensor(mask: Any) -> Any:
+def _as_tensor(mask: Any, query: Tensor) -> Any:
     """A mask as a plain tensor: those of `torch.nn.attention.bias` are tensors of another class, without values."""
     # Undocumented, torch 2.6 to 2.14: how they are made.
-    return mask._materialize(mask.device) if hasattr(mask, "_materialize") else mask
+    return mask._materialize(query.device) if hasattr(mask, "_materialize") else mask

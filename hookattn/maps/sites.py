@@ -82,7 +82,8 @@ class Following(Sites):
             self._of_values.update((id(t), t) for t in whole)
 
     def _is_of_values(self, t: Tensor) -> bool:
-        return t.is_floating_point() or t.is_complex() or id(t) in self._of_values
+        # in torch 2.6 masks without values, see `Fused`, answer no question
+        return hasattr(t, "_materialize") or t.is_floating_point() or t.is_complex() or id(t) in self._of_values
 
     def _settings(self, value: Any) -> Any:
         """What of an argument may decide where things stand: whole numbers, words, indices; no other values, and no types."""

@@ -123,7 +123,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
     ),
 }
 
-MODELS = {name: case for name, case in MODELS.items() if timm.is_model(case[0]) or exists(case[0])}  # older timm has fewer
+MODELS = {
+    name: case for name, case in MODELS.items() if timm.is_model(case[0]) or ("." in case[0] and exists(case[0]))
+}  # older timm has fewer
 
 
 def made(option: Any) -> Any:
