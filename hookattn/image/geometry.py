@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -85,6 +86,17 @@ class Geometry(NamedTuple):
         if patch and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, self.image_size, patch)):
             return patch
         return height, width
+
+    def measured(self, tokens: Tokens) -> Tokens:
+        """Tokens with how much of the image their grid covers, where that is known."""
+        try:
+            cell = self.cell_size(tokens.grid_size) if all(tokens.grid_size) else None
+        except TokenError:
+            cell = None
+        if self.image_size is None or cell is None:
+            return tokens
+        height, width = (n * side / all_of_it for n, side, all_of_it in zip(tokens.grid_size, cell, self.image_size))
+        return replace(tokens, extent=(height, width))
 
     def path(self) -> Iterator[nn.Module]:
         """The module and all that hold it, outwards to the model."""

@@ -45,16 +45,17 @@ def source_by_recipe(call: Call) -> Source | None:
     what they make of it.
     """
     as_written = not call.modes.functions and call.modes.sdpa is SDPA
-    return _described(call) if as_written else None
+    return _described(call)[0] if as_written else None
 
 
-def _described(call: Call) -> Source | None:
+def _described(call: Call) -> tuple[Source | None, str | None]:
+    """What a recipe makes of a call, if it describes it; and how the class lays out its map, see `recipe`."""
     with name_in_errors(call):
         if any(t.is_nested for t in call.tensors):
             raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
-        recipe = find_recipe(call.layer.module)
+        recipe, axes = find_recipe(call.layer.module), find_axes(call.layer.module)
         source = NotImplemented if recipe is None else recipe(call.layer.module, *call.args, **call.kwargs)
-        return None if source is NotImplemented else source
+        return None if source is NotImplemented else source, axes
 
 
 @contextmanager
@@ -89,7 +90,7 @@ def arrange(call: Call, sites: Following) -> Arrangement:
     """
     with name_in_errors(call):
         with as_in_training(call):
-            source = _described(call)
+            source, axes = _described(call)
         if source is None:
             return arrange_by_evidence(call, sites)
         if not sites.parts:
@@ -97,7 +98,7 @@ def arrange(call: Call, sites: Following) -> Arrangement:
                 f"{qualified_name(type(call.layer.module))} calls neither scaled_dot_product_attention nor softmax: there is "
                 "nothing in its forward to put a map into."
             )
-        return arrange_by_recipe(sites.parts, find_axes(call.layer.module), source.shape)
+        return arrange_by_recipe(sites.parts, axes, source.shape)
 
 
 def arrange_by_evidence(call: Call, sites: Following) -> Arrangement:

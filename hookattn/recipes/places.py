@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -121,19 +121,8 @@ def find_tokens(geometry: Geometry | Places, shape: Shape) -> tuple[Tokens, Toke
             f"{geometry.name!r} has {shape[2]} queries and {shape[3]} keys, not the {len(queries)} and {len(keys)} that its "
             "image makes; slice the map itself, m[...]."
         )
-    return _measure(geometry, queries), _measure(geometry, keys)
-
-
-def _measure(geometry: Geometry, tokens: Tokens) -> Tokens:
-    """Tokens with how much of the image their grid covers, where that is known."""
-    try:
-        cell = geometry.cell_size(tokens.grid_size) if all(tokens.grid_size) else None
-    except TokenError:
-        cell = None
-    if geometry.image_size is None or cell is None:
-        return tokens
-    height, width = (n * side / all_of_it for n, side, all_of_it in zip(tokens.grid_size, cell, geometry.image_size))
-    return replace(tokens, extent=(height, width))
+    measured = geometry.measured(keys)
+    return measured if queries is keys else geometry.measured(queries), measured
 
 
 def name_axes(geometry: Geometry | Places, shape: Shape) -> tuple[str, str, str, str]:

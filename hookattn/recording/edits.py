@@ -129,7 +129,8 @@ class _Editing(Around):
         if changed:
             call = recaptured(call, args, kwargs, detach=False)
         call = call.restamped()
-        with call.resumed():
+        call.check_at_hand()
+        with call.in_its_modes():  # whether it is stale is asked when the module runs once more
             attention = source_of(call).narrow().values()
         return run_with_map(call, self._edited(attention, edits))
 
