@@ -14,9 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import UnreadableError
-
-Shape = tuple[int, int, int, int]
-"""Of a map: (batch, heads, queries, keys), windows counted as images."""
+from ..recipes.registry import Shape
 
 
 class Part(NamedTuple):

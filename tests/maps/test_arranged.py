@@ -18,7 +18,8 @@ MANY = [
     "one_image_after_the_other", "chunks_of_queries", "one_query_after_the_other", "a_second_softmax_for_logging",
     "exp_by_sum", "softmax_into_its_scores", "sum_of_a_broadcast_product", "causal", "queries_of_one_image",
     "groups_in_the_fused_kernel", "talking_heads", "windows_that_are_padded", "windows_of_different_sizes",
-    "packed_sequences_as_qwen_has_them", "lower_right_causal", "values_in_two_parts", "heads_queries_and_channels_in_one_axis",
+    "packed_sequences_as_qwen_has_them", "lower_right_causal", "values_in_two_parts",
+    "heads_queries_and_channels_in_one_axis", "rows_of_the_softmax_beside_the_map",
 ]  # fmt: skip
 
 

@@ -1426,3 +1426,10 @@ def a_mask_after_the_softmax(s):
     hidden = torch.zeros(s.batch, s.tokens, dtype=torch.bool)
     hidden[:, -1] = True
     return module, (x, hidden), rows(q, k) * ~hidden[:, None, None]
+
+
+@own
+def rows_of_the_softmax_beside_the_map(q, k, v):
+    q, k, v = first(q, k, v)
+    a = scores_of(torch.cat([q, q.mean(2, keepdim=True)], 2), k).softmax(-1)
+    return merged(a[:, :, :-1] @ v) * (1 + a[:, :, -1].square().sum())

@@ -16,10 +16,9 @@ from ..arrangement import Arrangement
 from ..sites import WHOLE
 from .judge import find_maps
 from .locate import locate
-from .product import Product
 from .seen import tensors_in
 from .table import arrange
-from .tape import Slot, Tape, storage_of
+from .tape import Tape, storage_of
 from .unmix import softmax_before_mixing
 
 
@@ -54,7 +53,7 @@ def establish_axes(
             stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
         maps, index = arrange(tape, *find_maps(tape))
         products = [c.product for c in maps]
-        drawn = any(storage_of(tape.of(slot)) in tape.drawn for c in maps for slot in [_map_of(tape, c.product)])
+        drawn = any(storage_of(tape.of(product.map_in(tape.steps))) in tape.drawn for product in products)
         if drawn and not any(m.training for m in module.modules()):  # in train mode random streams are set back
             raise UnreadableError("its map is made of random numbers")
         return locate(tape, products, index, softmax_before_mixing(tape, products, index)), tape.seen.way
@@ -73,12 +72,6 @@ def _with_values(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             fill(t)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: fill(torch.empty_like(t, device="cpu")), (args, kwargs))
     return module, args, kwargs
-
-
-def _map_of(tape: Tape, product: Product) -> Slot:
-    """The factor that is the map."""
-    slot: Slot = tape.steps[product.at].args[product.first + product.flipped]
-    return slot
 
 
 @contextmanager

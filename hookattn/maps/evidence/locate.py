@@ -102,7 +102,7 @@ def _is_what_multiplies(tape: Tape, made: int, products: Sequence[Product]) -> b
     for step in tape.steps[made + 1 : 1 + max(p.at for p in products)]:
         if not unchanged.isdisjoint(step.slots()) and step.func.overloadpacket in AS_IT_IS:
             unchanged |= set(step.outs)
-    return any(tape.steps[p.at].args[p.first + p.flipped] in unchanged for p in products)
+    return any(p.map_in(tape.steps) in unchanged for p in products)
 
 
 def _factors(tape: Tape, products: Sequence[Product], keys: set[int], wanted: set[int]) -> Iterator[_Held]:

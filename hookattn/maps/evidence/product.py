@@ -44,6 +44,11 @@ class Product:
     shape: tuple[int, ...] = ()
     flipped: bool = False
 
+    def map_in(self, steps: Sequence[Step]) -> Slot:
+        """Where the factor that is taken for M stands."""
+        slot: Slot = steps[self.at].args[self.first + self.flipped]
+        return slot
+
     def factors(self, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """M and W of the arguments of the step that multiplies."""
         x, y = args[self.first : self.first + 2]

@@ -14,7 +14,7 @@ from ...errors import UnreadableError
 from .judge import Candidate, queries_of
 from .probe import Sources, pull, reach, weights_like
 from .product import matrices
-from .tape import Slot, Tape, storage_of
+from .tape import Tape, storage_of
 
 Row = tuple[int, int, int]  # which map, g, i
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # image, query
@@ -64,12 +64,9 @@ def _alike(tape: Tape, maps: Sequence[Candidate]) -> list[Candidate]:
 
 def _are_one(tape: Tape, c: Candidate, d: Candidate) -> bool:
     """Whether two maps of equal values are one and the same; those over a single key are all alike."""
-    return c.m.shape[2] > 1 or storage_of(tape.of(_factor(tape, c))) == storage_of(tape.of(_factor(tape, d)))
-
-
-def _factor(tape: Tape, c: Candidate) -> Slot:
-    slot: Slot = tape.steps[c.product.at].args[c.product.first + c.product.flipped]
-    return slot
+    return c.m.shape[2] > 1 or storage_of(tape.of(c.product.map_in(tape.steps))) == storage_of(
+        tape.of(d.product.map_in(tape.steps))
+    )
 
 
 def _where(c: Candidate) -> Tensor:
@@ -234,7 +231,7 @@ def _refuse_scaled_later(tape: Tape, c: Candidate) -> None:
     """Rows that do not sum to 1 must have no other influence on the output: their sum would divide it."""
     if ((c.m.sum(-1) - 1).abs() < 1e-4).all():
         return
-    m = storage_of(tape.of(_factor(tape, c)))
+    m = storage_of(tape.of(c.product.map_in(tape.steps)))
     written = [n for n, s in enumerate(tape.steps) if any(o is not None and storage_of(tape.of(o)) == m for o in s.outs)]
     if not written:
         return
