@@ -245,7 +245,7 @@ def _is_untouched(layer: nn.Module) -> bool:
     # Undocumented, torch 2.6 to 2.14: the dicts of hooks of a module, and those of hooks on all modules in `nn.modules.module`.
     return (
         "forward" not in vars(layer)
-        and all(is_ours(hook) for hooks in (layer._forward_hooks, layer._forward_pre_hooks) for hook in hooks.values())
+        and all(is_ours(hook) for hooks in (layer._forward_hooks, layer._forward_pre_hooks) for hook in list(hooks.values()))
         and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
     )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from threading import get_ident
+from threading import RLock, get_ident
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..conditions.compiled import is_traced
 from ..conditions.dispatch_modes import unseen_by_modes
@@ -45,6 +46,17 @@ class Hook:
         return getattr, (nullcontext(), "__exit__")
 
 
+def put_on(register: Callable[..., RemovableHandle], hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+    """Put a hook on, by a method such as `register_forward_hook`, while no other recorder does, in whichever thread."""
+    # Undocumented, torch 2.6 to 2.14: hooks are counted by an attribute of a class, without a lock. Two that are put on at
+    # once may get one number, and where that is on one module, one of them is gone.
+    with _NUMBERING:
+        return register(hook, **options)
+
+
+_NUMBERING = RLock()
+
+
 def is_ours(hook: Any) -> bool:
     """Whether a hook was put on by a recorder, this one or another."""
     return isinstance(hook, Hook)
@@ -60,7 +72,8 @@ class Around:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._hooks = ExitStack()
-        self._begins, self._ends = -1, False
+        self._begins = -1
+        self._ends: int | None = None
         # by thread, calls that run, the innermost last, each with its arguments by identity
         self._running: dict[int, list[tuple[Any, list[Any]]]] = {}
 
@@ -83,24 +96,30 @@ class Around:
         """Something went wrong in `begin`, or in `end` of what it had returned: ours, so the user's forward goes on."""
 
     def hook(self, *, outermost: bool = False, ends: bool = True) -> None:
-        """Put the hooks on; again, to come last among hooks that others have put on since.
+        """Put the hooks on.
 
         Args:
             outermost: whether they come before and after all that are on already, and not between them and the module.
             ends: False leaves the second hook off until `begin` has returned something for the first time.
         """
-        self._hooks.close()
-        handle = self.module.register_forward_pre_hook(Hook(self._begin), prepend=outermost, with_kwargs=True)
+        handle = put_on(self.module.register_forward_pre_hook, Hook(self._begin), prepend=outermost, with_kwargs=True)
         # Undocumented, torch 2.6 to 2.14: the handle's `id` is the hook's key in `_forward_pre_hooks`, see `is_followed`.
-        self._begins, self._ends = handle.id, False
+        self._begins, self._ends = handle.id, None
         self._hooks.enter_context(handle)
         if ends:
             self._hook_end(prepend=not outermost)
 
+    def come_closest(self) -> None:
+        """Come between the module and all hooks that others have put on since; without a moment at which ours are off."""
+        # Undocumented, torch 2.6 to 2.14: ordered dicts by key of the hook, which PyTorch itself puts in order like this.
+        self.module._forward_pre_hooks.move_to_end(self._begins)  # type: ignore[attr-defined]
+        if self._ends is not None:
+            self.module._forward_hooks.move_to_end(self._ends, last=False)  # type: ignore[attr-defined]
+
     def close(self) -> None:
         """Take the hooks off, and drop what calls that were interrupted have left."""
         self._hooks.close()
-        self._ends = False
+        self._ends = None
         self._running.clear()
 
     def is_followed(self) -> bool:
@@ -118,8 +137,9 @@ class Around:
         # Undocumented, torch 2.6 to 2.14: "always" is where an `Exception` ends the forward. Where a KeyboardInterrupt does, no
         # hook is called, and the next `_begin` has to clear up.
         end = Hook(self._end, takes=4)
-        self._hooks.enter_context(self.module.register_forward_hook(end, prepend=prepend, with_kwargs=True, always_call=True))
-        self._ends = True
+        handle = put_on(self.module.register_forward_hook, end, prepend=prepend, with_kwargs=True, always_call=True)
+        self._hooks.enter_context(handle)
+        self._ends = handle.id
 
     def _begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         # Copies by copy.copy, and the replicas of DataParallel, share the module's dicts of hooks: ours are called with them.
@@ -129,11 +149,11 @@ class Around:
             state = self.begin(args, kwargs)
         except Exception as error:
             state = self.has_failed(error)
-        if state is None and not self._ends:
+        if state is None and self._ends is None:
             return
         # Undocumented, torch 2.6 to 2.14: which forward hooks to call is looked up after the forward, so one that is put on
         # now is called at the end of this very call.
-        if not self._ends:
+        if self._ends is None:
             self._hook_end(prepend=True)
         calls = self._running.setdefault(get_ident(), [])
         if calls:  # of calls around this one, or of some that were interrupted, which only the stack can tell apart

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import CheckpointFunction
 _REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 
 
-def checkpoint_around() -> int | None:
-    """A number for the activation checkpoint that the caller runs in, the same when backward runs it again; None outside.
+def checkpoint_around() -> Any:
+    """What stands for the activation checkpoint that the caller runs in, the same when backward runs it again; None outside.
 
-    Of checkpoints one inside the other it is that of the outermost. Numbers are used again when the graph of a forward is gone.
+    Of checkpoints one inside the other it is that of the outermost. It lives as long as the graph of its forward.
     """
     # The stack is walked since PyTorch tells nobody which checkpoint runs: there is no hook, and nothing to ask.
     frame: FrameType | None = sys._getframe(1)
@@ -29,7 +29,7 @@ def checkpoint_around() -> int | None:
         if frame.f_code.co_filename == checkpoint.__file__ and (one := _of(frame)) is not None:
             found = one
         frame = frame.f_back
-    return None if found is None else id(found)
+    return found
 
 
 def _of(frame: FrameType) -> Any:
@@ -51,13 +51,13 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def fingerprint(tensors: Sequence[Tensor], checkpoint: int) -> bytes:
+def fingerprint(tensors: Sequence[Tensor], checkpoint: object) -> bytes:
     """Bytes by which a call in a checkpoint is known when backward makes it again: its checkpoint, and values of its input."""
     # Values, since nothing else stays the same: the module may be called several times in a checkpoint, and the tensors it is
     # called with are others the second time. The step is odd, so that the values are not all of a few channels.
     values = tensors[0].detach().reshape(-1) if tensors else torch.empty(0)
     few = values[:: max(1, values.numel() // _FEW - 1 | 1)].contiguous()
-    return str((checkpoint, *values.shape)).encode() + bytes(few.view(torch.uint8).tolist())
+    return str((id(checkpoint), *values.shape)).encode() + bytes(few.view(torch.uint8).tolist())
 
 
 _FEW = 256

@@ -20,7 +20,13 @@ _top: Callable[[], TorchFunctionMode | None] = overrides._get_current_function_m
 
 
 class OwnMode(TorchFunctionMode):
-    """A mode of ours, which changes nothing of what the user's see."""
+    """A mode of ours, which changes nothing of what the user's see.
+
+    Attributes:
+        over: it was taken off, in another thread than it is on: it lies there, does nothing and goes with the next of ours.
+    """
+
+    over = False
 
 
 def modes_in_force() -> tuple[TorchFunctionMode, ...]:
@@ -47,17 +53,18 @@ def modes_resumed(modes: tuple[TorchFunctionMode, ...]) -> Iterator[None]:
         _put_all_on(stack)
 
 
-def put_below_others(mode: TorchFunctionMode) -> None:
+def put_below_others(mode: OwnMode) -> None:
     """Put a mode on this thread below all others, which may be taken off before it; above a device alone."""
     # Undocumented, torch 2.6 to 2.14: `with torch.device(...)` and set_default_device are a mode that puts itself lowest, and
     # fails on leaving if it is not.
-    stack = _take_all_off()
+    mode.over = False
+    stack = [each for each in _take_all_off() if not (isinstance(each, OwnMode) and each.over)]
     devices = [each for each in stack if isinstance(each, DeviceContext)]
     _put_all_on([*devices, mode, *[each for each in stack if each not in devices]])
 
 
 @contextmanager
-def lowest(mode: TorchFunctionMode) -> Iterator[None]:
+def lowest(mode: OwnMode) -> Iterator[None]:
     """Have a mode on that sees what the user's modes have made of a call, for as long as the block lasts."""
     put_below_others(mode)
     try:
@@ -66,8 +73,9 @@ def lowest(mode: TorchFunctionMode) -> Iterator[None]:
         take_off(mode)
 
 
-def take_off(mode: TorchFunctionMode) -> None:
+def take_off(mode: OwnMode) -> None:
     """Take a mode off this thread, wherever it stands among others; a device may have been put below it since."""
+    mode.over = True  # no thread can reach the stack of another, where a recorder that is closed elsewhere has put it
     _put_all_on([each for each in _take_all_off() if each is not mode])
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
+from ..calls.hooks import put_on
 from ..calls.restore import is_reading
 from ..conditions.checkpoints import checkpoint_around, fingerprint
 from ..conditions.dispatch_modes import unseen_by_modes
@@ -118,7 +119,7 @@ class Gradient(LazyArray):
                 gradient._receive(place, grad, kept, recomputed_in)
 
         for place, tensor in outputs.items():
-            tensor.register_hook(partial(receive, place))  # type: ignore[no-untyped-call]
+            put_on(tensor.register_hook, partial(receive, place))
 
     def matches(self, made_again: bytes) -> bool:
         """Whether this is the gradient of a call in a reentrant checkpoint that has this fingerprint."""

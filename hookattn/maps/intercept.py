@@ -65,7 +65,7 @@ class Intercept(OwnMode):
     ) -> Any:
         kwargs = kwargs or {}
         # with keep="maps" the mode stays on between forwards, where there is mostly nothing to see
-        if not self.sites or (not self._reads and is_reading()) or torch.compiler.is_compiling():
+        if self.over or not self.sites or (not self._reads and is_reading()) or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._see_inside(func, args, kwargs)

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..calls.hooks import Args, Around, Kwargs
 from ..conditions.checkpoints import in_backward
 from ..conditions.frames import Running, caller_of_hook
+from ..conditions.function_modes import lowest
 from ..conditions.threads import Here
 from ..maps.intercept import Intercept, Run, Sites
 
@@ -73,7 +74,7 @@ class Detection:
             self._on.close()
             self._running.clear()
             self._call = Running(caller_of_hook(), held=True)
-            self._on.enter_context(self._mode)
+            self._on.enter_context(lowest(self._mode))
         if module is not self._model and not self._running:
             return None
         self._running.append(_Entered(module, self._enter(module, args, kwargs)))

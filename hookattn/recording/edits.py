@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -68,22 +70,28 @@ class Edits:
 def _held(name: str, module: nn.Module) -> Iterator[None]:
     """Hold the pair of hooks that edits a module, which is put on by the first who asks and taken off with the last."""
     # one pair for all recorders: each pair would replace what the one before has made, and edits could not follow each other
-    editing = _ON.setdefault(module, _Editing(name, module))
-    editing.holders += 1
-    editing.hook()
+    with _CHANGING:
+        if module not in _ON:
+            _ON[module] = _Editing(name, module)
+            _ON[module].hook()
+        editing = _ON[module]
+        editing.holders += 1
+        editing.come_closest()
     try:
         yield
     finally:
-        editing.holders -= 1
-        if editing.holders == 0:
-            _ON.pop(module).close()
+        with _CHANGING:
+            editing.holders -= 1
+            if editing.holders == 0:
+                _ON.pop(module).close()
 
 
 def rehook_before_others(module: nn.Module) -> None:
     """Put the hooks that edit a module on again, so that hooks which were put on just now see its edited output."""
-    # Forward hooks are called in order, each with what the one before has returned. Ours is prepended when put on.
-    if (editing := _ON.get(module)) is not None:
-        editing.hook()
+    # Forward hooks are called in order, each with what the one before has returned.
+    with _CHANGING:
+        if (editing := _ON.get(module)) is not None:
+            editing.come_closest()
 
 
 class _Editing(Around):
@@ -96,29 +104,29 @@ class _Editing(Around):
         super().__init__(module)
         self.holders = 0
         self._name = name
-        self._open: list[tuple[Edit, Here]] = []
+        self._open: dict[object, tuple[Edit, Here]] = {}  # each put in and taken out in one step, for other threads
         # what was done in a forward, for when backward makes it again, be it in another thread or after the edit has closed
-        self._in_checkpoints: dict[bytes, list[Edit]] = {}
+        self._in_checkpoints: WeakKeyDictionary[Any, dict[bytes, list[Edit]]] = WeakKeyDictionary()
 
     @contextmanager
     def with_one_more(self, edit: Edit) -> Iterator[None]:
         """Edit the module in one more way, for as long as the block lasts."""
-        opened = (edit, Here())
-        self._open.append(opened)
+        key = object()
+        self._open[key] = (edit, Here())
         try:
             yield
         finally:
-            self._open = [each for each in self._open if each is not opened]
+            del self._open[key]
 
     def begin(self, args: Args, kwargs: Kwargs) -> tuple[Call, list[Edit]] | None:
         """Keep what the module is called with, if it is to be edited."""
-        edits = [edit for edit, is_here in self._open if is_here()]
+        edits = [edit for edit, is_here in list(self._open.values()) if is_here()]
         checkpoint = checkpoint_around()
         if not edits and checkpoint is None:
             return None
         call = capture(look_up(self._name, self.module), args, kwargs, detach=False)
         if checkpoint is not None:
-            edits = self._edits_in(fingerprint(call.tensors, checkpoint), edits)
+            edits = self._edits_in(checkpoint, fingerprint(call.tensors, checkpoint), edits)
         return (call, edits) if edits else None
 
     def end(self, state: tuple[Call, list[Edit]], args: Args, kwargs: Kwargs, changed: bool, output: Any) -> Any:
@@ -138,14 +146,12 @@ class _Editing(Around):
         """What an edit raises is the user's to see: a forward without it would be another one than was asked for."""
         raise error
 
-    def _edits_in(self, checkpoint: bytes, edits: list[Edit]) -> list[Edit]:
+    def _edits_in(self, checkpoint: Any, call: bytes, edits: list[Edit]) -> list[Edit]:
         """Edits of a call in a checkpoint: noted in the forward, and the same ones when backward makes it again."""
         if in_backward():
-            return self._in_checkpoints.get(checkpoint, [])
+            return self._in_checkpoints.get(checkpoint, {}).get(call, [])
         if edits:
-            self._in_checkpoints[checkpoint] = edits
-        else:
-            self._in_checkpoints.pop(checkpoint, None)  # left by one that is gone, whose number is used again
+            self._in_checkpoints.setdefault(checkpoint, {})[call] = edits
         return edits
 
     def _edited(self, attention: Tensor, edits: list[Edit]) -> Tensor:
@@ -163,3 +169,4 @@ class _Editing(Around):
 
 # One for the process: recorders that edit the same module share its hooks, which go with the last of them.
 _ON: dict[nn.Module, _Editing] = {}
+_CHANGING = RLock()  # while it is looked up who edits a module, and hooks are put on, in order or off

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..attention.overheard import AwaitedError, Heard, hearing
 from ..calls.call import Call
-from ..calls.hooks import Hook
+from ..calls.hooks import Hook, put_on
 from ..conditions.function_modes import put_below_others, take_off
 from ..maps.attention_map import AttentionMap
 from ..maps.established import NotEstablishedError, arrange, deferring, name_in_errors, source_by_recipe
@@ -96,7 +96,7 @@ class KeepMaps:
         # hooks stay on for the calls to come, which will wait for the same layers
         if layer not in self._hooked:
             self._hooked.add(layer)
-            self._stack.enter_context(layer.register_forward_hook(Hook(self._hear)))
+            self._stack.enter_context(put_on(layer.register_forward_hook, Hook(self._hear)))
         awaited.layer = layer
         self._waiting.add(awaited)
 

@@ -8,15 +8,24 @@ from typing import Any
 from ..errors import LayerNotFoundError, UnreadableError, did_you_mean
 from ..maps.attention_map import AttentionMap
 
+_NONE: Mapping[str, str] = {}
+
 
 class Maps(Mapping[str, AttentionMap]):
     """The maps of one forward, in the order the modules ran, by name; by position (negative too) and by slice as well.
 
+    Args:
+        maps: all that were recorded.
+        called: see attributes.
+        let_go: names of maps that forwards before the last had, each with what of the model was called there.
+
     Attributes:
         skipped: names of modules that ran and form no map that could be read, each with the reason.
+        called: what of the model was called: "forward", or another method of it; "" for modules called one by one.
     """
 
-    def __init__(self, maps: Mapping[str, AttentionMap]) -> None:
+    def __init__(self, maps: Mapping[str, AttentionMap], called: str = "", let_go: Mapping[str, str] = _NONE) -> None:
+        self.called, self._let_go = called, let_go
         self.skipped = {name: reason for name, m in maps.items() if (reason := m.why_unreadable)}
         self._maps = {name: m for name, m in maps.items() if name not in self.skipped}
 
@@ -34,7 +43,7 @@ class Maps(Mapping[str, AttentionMap]):
         if key in self.skipped:
             raise UnreadableError(self.skipped[key])
         if key not in self._maps:
-            raise LayerNotFoundError(f"no map was recorded of {key!r}. {did_you_mean(str(key), self._maps)}")
+            raise LayerNotFoundError(self._why_not(key))
         return self._maps[key]
 
     def __contains__(self, key: object) -> bool:
@@ -51,4 +60,14 @@ class Maps(Mapping[str, AttentionMap]):
         return len(self._maps)
 
     def __repr__(self) -> str:
-        return "\n".join(["Maps:", *(f"  {m!r}" for m in self._maps.values())])
+        of = f" of {self.called}" if self.called else ""
+        return "\n".join([f"Maps{of}:", *(f"  {m!r}" for m in self._maps.values())])
+
+    def _why_not(self, key: Any) -> str:
+        if key not in self._let_go:
+            return f"no map was recorded of {key!r}. {did_you_mean(str(key), self._maps)}"
+        ran, last = self._let_go[key] or "an earlier forward", self.called or "the last one"
+        return (
+            f"{key!r} ran in {ran}, whose maps were let go when {last} began: record with AttentionRecorder(model, "
+            'passes="all") and read rec.passes, or open a block for each.'
+        )

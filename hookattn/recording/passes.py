@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -18,9 +19,15 @@ from ..image.images import Images, images_in
 from ..maps.attention_map import AttentionMap
 from ..maps.gradient import Backwards, Gradient
 
+_TOLD = 4  # other threads that an error names
+
 
 class ForwardPass:
     """The maps of one forward, and what is known of its images, gathered while it runs.
+
+    Args:
+        called: what of the model was called: one of its methods by name; "" for modules that are called one by one.
+        modules: names of those that are recorded.
 
     Attributes:
         maps: by name, in the order the modules ran.
@@ -29,17 +36,24 @@ class ForwardPass:
         backwards: which backward was the last to reach it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, called: str = "", modules: Container[str] = ()) -> None:
+        self.called, self._modules = called, modules
         self.maps: dict[str, AttentionMap] = {}
+        self._names: dict[str, list[str]] = {}  # of the maps of each module
         self.images: dict[nn.Module | None, Images] = {}
         self.closed = False
         self.backwards = Backwards()
 
-    def next_name(self, name: str) -> str:
-        """What to call the map of a module's next call: `name`, then `name#1`, `name#2`, ..."""
-        if name not in self.maps:
-            return name
-        return next(n for i in range(1, len(self.maps) + 1) if (n := f"{name}#{i}") not in self.maps)
+    def next_name(self, module: str) -> str:
+        """What to call the map of a module's next call: as the module, then `name#1`, `name#2`, ...; never as another one."""
+        names = self._names.setdefault(module, [])
+        tried = (f"{module}#{i}" if i else module for i in count(len(names)))
+        names.append(next(n for n in tried if n not in self.maps and (n == module or n not in self._modules)))
+        return names[-1]
+
+    def maps_of(self, module: str) -> list[AttentionMap]:
+        """The maps of a module, call by call."""
+        return [self.maps[name] for name in self._names.get(module, ()) if name in self.maps]
 
 
 class ForwardPasses(Around):
@@ -52,12 +66,14 @@ class ForwardPasses(Around):
 
     Args:
         model: whose forwards they are.
+        modules: names of those that are recorded, which may become more.
         keep_all: whether the ones before the last are kept.
         here: the thread and the task that they run in; None for any.
         ended: called with each forward that was a call of the model, when it has ended.
 
     Attributes:
-        elsewhere: in which other threads and tasks the model was called, in words.
+        elsewhere: in which other threads and tasks the model was called, in words; some of them, if they are many.
+        let_go: names of maps of forwards before the last that are not kept, each with what of the model was called.
         images: the pictures that the maps to come are of, by the part of the model that looks at them.
         blocks: what blocks that cut windows were called with, tensors by their sizes.
     """
@@ -65,6 +81,7 @@ class ForwardPasses(Around):
     def __init__(
         self,
         model: nn.Module,
+        modules: Container[str] = (),
         *,
         keep_all: bool,
         here: Here | None = None,
@@ -73,9 +90,10 @@ class ForwardPasses(Around):
         super().__init__(model)
         self._ended = ended
         self.all: list[ForwardPass] = []
+        self.let_go: dict[str, str] = {}
         self.here, self.elsewhere = here, dict[str, None]()
         self.blocks: dict[nn.Module, ArgumentSizes] = {}
-        self._keep_all = keep_all
+        self._modules, self._keep_all = modules, keep_all
         self._methods = code_of_methods(model)
         self._call: Running | None = None
         # The call of the model that runs. `_call` may be of a method instead, in which each call of the model is a pass.
@@ -87,7 +105,8 @@ class ForwardPasses(Around):
         if in_backward():  # a checkpoint makes it again, in whichever thread autograd runs
             return False
         if self.here is not None and not self.here():
-            self.elsewhere[str(Here())] = None
+            if len(self.elsewhere) < _TOLD:
+                self.elsewhere[str(Here())] = None
             return False
         return True
 
@@ -102,7 +121,7 @@ class ForwardPasses(Around):
         begun = None
         # `_call` is false where the one that was announced was interrupted, and nobody has told that it ended
         if self._announced is None or not self._call:
-            begun = self._announced = self._begin_pass(Running(caller_of_hook(), held=True))
+            begun = self._announced = self._begin_pass(Running(caller_of_hook(), held=True), "forward")
             self.images.clear()
         if (images := images_in(args, kwargs)) is not None:
             self.images[None] = images
@@ -128,8 +147,7 @@ class ForwardPasses(Around):
     def gradients_of(self, name: str) -> Iterator[list[Gradient]]:
         """The gradients of the maps of a module, forward by forward, the last one first."""
         for forward in self.all[::-1]:
-            maps = [m for key, m in forward.maps.items() if key == name or key.startswith(f"{name}#")]
-            yield [gradient for m in maps if (gradient := m._gradient) is not None]
+            yield [gradient for m in forward.maps_of(name) if (gradient := m._gradient) is not None]
 
     def close(self, *, compute: bool = False) -> None:
         """Let go of the frame that a forward is a call of, and of the model where maps are kept, computed now if they wait."""
@@ -139,10 +157,11 @@ class ForwardPasses(Around):
             for name, m in forward.maps.items():
                 forward.maps[name] = (m.computed() if compute and m.is_pending else m).settled()
 
-    def _begin_pass(self, call: Running | None) -> ForwardPass:
+    def _begin_pass(self, call: Running | None, called: str) -> ForwardPass:
         if not self._keep_all:
+            self.let_go.update({name: last.called for last in self.all for name in last.maps})
             self.all.clear()
-        self.all.append(ForwardPass())
+        self.all.append(ForwardPass(called, self._modules))
         self._call = call
         return self.all[-1]
 
@@ -155,7 +174,9 @@ class ForwardPasses(Around):
         by_hand = frame is None and self._call is None
         if by_hand and last is not None and not last.closed and name not in last.maps:
             return last
-        return self._begin_pass(None if frame is None else Running(frame, held=False))
+        if frame is None:
+            return self._begin_pass(None, "")
+        return self._begin_pass(Running(frame, held=False), frame.f_code.co_name)
 
     def _outermost_method(self) -> FrameType | None:
         """The frame of the outermost method of the model on the stack, such as `forward_features`; None if none is called."""
@@ -171,7 +192,7 @@ def why_empty(model: nn.Module, passes: ForwardPasses, layers: list[str]) -> str
     """Words of the error that says why there is no map, and what to type next."""
     if not passes.all and passes.elsewhere:
         return (
-            f"a forward ran in {' and in '.join(list(passes.elsewhere)[:4])}, but this recorder was opened in "
+            f"a forward ran in {' and in '.join(passes.elsewhere)}, but this recorder was opened in "
             f"{passes.here} and records what runs there alone. Open it where the model is called: put `with "
             "AttentionRecorder(model) as rec:` into the function that the other thread or task runs."
         )

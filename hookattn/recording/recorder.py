@@ -13,7 +13,7 @@ from torch import nn
 
 from ..calls.call import Call, capture
 from ..calls.callsite import CallSite, Origins
-from ..calls.hooks import Args, Hook, Kwargs
+from ..calls.hooks import Args, Hook, Kwargs, put_on
 from ..calls.layer import Layer, look_up
 from ..conditions.compiled import EAGER, INSIDE
 from ..conditions.threads import Here
@@ -100,7 +100,7 @@ class AttentionRecorder:
         deliver = Delivery(dtype, None if device is None else torch.device(device))
         self._wanted = Wanted(maps=keep == "maps", detach=detach, gradients=gradients, deliver=deliver)
         self._keep_all, self._called_from = passes == "all", called_from
-        self._passes = ForwardPasses(self.model, keep_all=self._keep_all)
+        self._passes = ForwardPasses(self.model, self._modules, keep_all=self._keep_all)
         self._edits = Edits(self.model)
         self._hooks: ExitStack | None = None
 
@@ -111,7 +111,7 @@ class AttentionRecorder:
         with ExitStack() as stack:
             stack.enter_context(EAGER)
             ended = partial(_record_replaced_layers, self.model, self._modules, self._wanted.deliver)
-            self._passes = ForwardPasses(self.model, keep_all=self._keep_all, here=Here(), ended=ended)
+            self._passes = ForwardPasses(self.model, self._modules, keep_all=self._keep_all, here=Here(), ended=ended)
             self._hook(stack)
             self._hooks = stack.pop_all()
         return self
@@ -136,7 +136,7 @@ class AttentionRecorder:
         """
         if not self._passes.all or not self._passes.all[-1].maps:
             raise NoMapError(why_empty(self.model, self._passes, self.layers))
-        return Maps(self._passes.all[-1].maps)
+        return self._maps_of(self._passes.all[-1])
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -145,7 +145,7 @@ class AttentionRecorder:
         A map between channels, a linear attention or points that are sampled may be found in the forward only, and are not
         among `maps` then. A forward of a class that has no recipe is run again for that, the first time.
         """
-        ran = Maps(self._passes.all[-1].maps).skipped if self._passes.all else {}
+        ran = self._maps_of(self._passes.all[-1]).skipped if self._passes.all else {}
         return {**self._skipped, **ran}
 
     @property
@@ -155,7 +155,7 @@ class AttentionRecorder:
         Raises:
             NoMapError: no forward has run, or none that called an attention module.
         """
-        filled = [Maps(forward.maps) for forward in self._passes.all if forward.maps]
+        filled = [self._maps_of(forward) for forward in self._passes.all if forward.maps]
         if not filled:
             raise NoMapError(why_empty(self.model, self._passes, self.layers))
         return filled
@@ -197,11 +197,15 @@ class AttentionRecorder:
 
     def __repr__(self) -> str:
         state = "open" if self._hooks is not None else "closed"
-        recorded = len(self._passes.all[-1].maps) if self._passes.all else 0
+        last = self._passes.all[-1] if self._passes.all else ForwardPass()
+        of = f" of {last.called}" if last.called else ""
         return (
             f"AttentionRecorder({type(self.model).__name__}, {len(self._modules)} attention modules, {state}, "
-            f"{recorded} maps recorded)"
+            f"{len(last.maps)} maps{of} recorded)"
         )
+
+    def _maps_of(self, forward: ForwardPass) -> Maps:
+        return Maps(forward.maps, forward.called, self._passes.let_go)
 
     def _hook(self, stack: ExitStack) -> None:
         """Put all hooks on the model, to come off with the stack."""
@@ -220,7 +224,7 @@ class AttentionRecorder:
         self._passes.hook(outermost=True)
         if origins is not None:
             for module in self.model.modules():
-                stack.enter_context(module.register_forward_hook(Hook(partial(_note, origins, self._passes))))
+                stack.enter_context(put_on(module.register_forward_hook, Hook(partial(_note, origins, self._passes))))
 
     def _look_up(self, name: str) -> Layer:
         return look_up(name, self._modules[name], trunk_of(self.model, name), find_block(self.model, name))

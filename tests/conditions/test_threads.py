@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.inside import restoring
+from support.inside import restoring, sweep_modes
 from support.models import by_hand, randomise, tiny
 from support.oracle import unfused
-from support.reading import NAMES, at_once, elsewhere, furthest, maps_of, own_softmaxes, read, same
+from support.reading import NAMES, at_once, attention_after, elsewhere, furthest, maps_of, own_softmaxes, read, same
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder, NoMapError
@@ -274,3 +275,81 @@ def test_a_recorder_opened_in_a_task_that_is_over_goes_on_in_its_thread() -> Non
     model(x)
     rec.__exit__(None, None, None)
     assert same(read(rec), maps_of(model, x))
+
+
+# What threads change at once
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    """Threads take turns every few instructions, so that what is not one step is seen half done."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_edits_of_several_threads_are_each_done_in_their_own_forwards() -> None:
+    model, x = tiny("vit")
+    edits: list[Callable[[Tensor], Tensor]] = [torch.zeros_like, lambda a: a.flip(-1), torch.ones_like, lambda a: a * 2]
+
+    def logits(edit: Callable[[Tensor], Tensor], times: int = 1) -> list[Tensor]:
+        found = []
+        for _ in range(times):
+            with AttentionRecorder(model) as rec, torch.no_grad(), rec.edit({0: edit}):
+                found.append(model(x))
+        return found
+
+    expected = [logits(edit)[0] for edit in edits]
+    with switching_often():
+        got = at_once(*[lambda edit=edit: logits(edit, times=10) for edit in edits])
+    for mine, own in zip(got, expected):
+        assert all(torch.allclose(each, own, atol=1e-6) for each in mine)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_recorders_of_several_threads_are_opened_and_closed_at_once() -> None:
+    model, x = tiny("vit")
+    expected = maps_of(model, x)
+    options: list[dict[str, Any]] = [{}, {"keep": "maps"}, {"gradients": True}, {"called_from": True}]
+
+    def maps(given: dict[str, Any]) -> list[dict[str, Tensor]]:
+        found = []
+        for _ in range(10):
+            with AttentionRecorder(model, **given) as rec:
+                model(x)
+            found.append(read(rec))
+        return found
+
+    with switching_often():
+        got = at_once(*[lambda given=given: maps(given) for given in options])
+    assert all(furthest(each, expected) < 1e-6 for mine in got for each in mine)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "watched"])
+def test_a_recorder_that_is_closed_in_another_thread_leaves_nothing_that_acts(named: bool) -> None:
+    model, x = (nn.Sequential(Mixer()), torch.randn(2, 5, 8)) if named else (Unnamed(), torch.randn(2, 5, 8))
+    recorder = AttentionRecorder(model, layers="0" if named else None, keep="maps")
+    recorder.__enter__()
+    out = model(x)
+    elsewhere(lambda: recorder.__exit__(None, None, None))
+    kept = recorder.maps[0][...]
+    assert torch.equal(model(x), out)
+    assert len(recorder.maps) == len(recorder.passes[-1])
+    assert torch.allclose(attention_after(model, x, layers=recorder.layers)[...], kept, atol=1e-6)
+    assert sweep_modes() == 0  # it goes with the next
+
+
+def test_names_of_threads_that_are_not_recorded_do_not_pile_up() -> None:
+    model, x = tiny("vit", depth=1)
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        for _ in range(20):
+            thread = threading.Thread(target=lambda: torch.no_grad()(model)(x))
+            thread.start()
+            thread.join()
+    assert len(rec._passes.elsewhere) < 10
+    with pytest.raises(NoMapError, match="a forward ran in thread 'Thread-"):
+        rec.maps  # noqa: B018

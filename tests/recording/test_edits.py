@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from support.inside import find_recipe
+from support.inside import edits_in_checkpoints, find_recipe
 from support.mechanisms import MODELS, lively
 from support.models import ANY_DTYPE, TINY, tiny
 from support.oracle import unfused
@@ -328,3 +329,18 @@ def test_what_cannot_be_edited_is_refused_and_nothing_is_left() -> None:
             expected = model(x)
     assert torch.equal(model(x), expected)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_was_edited_in_checkpoints_is_forgotten_with_their_graph(reentrant: bool) -> None:
+    model, x = tiny("vit", depth=1)
+    block = model.blocks[0]
+    block.forward = lambda x, own=block.forward, **_: checkpoint(own, x, use_reentrant=reentrant)
+    with AttentionRecorder(model) as rec, rec.edit({0: without_head}):
+        for _ in range(3):
+            loss = model(x).sum()
+            assert edits_in_checkpoints() == 1
+            loss.backward()
+            del loss
+            gc.collect()
+            assert edits_in_checkpoints() == 0

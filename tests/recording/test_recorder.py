@@ -159,7 +159,7 @@ def test_a_repr_never_raises(keep: Any) -> None:
     with AttentionRecorder(model, ["blocks.0.mlp", "blocks.1.attn"], keep=keep) as rec, torch.no_grad():
         model(x)
     model.double()  # the maps are stale now, and one was never readable
-    assert repr(rec.maps).startswith("Maps:")
+    assert repr(rec.maps).startswith("Maps of forward:")
     assert "blocks.1.attn" in repr(rec.maps["blocks.1.attn"])
 
 
@@ -170,3 +170,59 @@ def test_a_map_is_an_attention_map_and_tells_name_shape_dtype_and_device() -> No
     m = rec.maps[0]
     assert isinstance(m, AttentionMap)
     assert repr(m) == "AttentionMap('blocks.0.attn', shape=(2, 3, 17, 17), dtype=float32, device=cpu)"
+
+
+# Two towers, names
+
+
+class Towers(nn.Module):
+    """Two encoders that are called by methods of their own, as CLIP's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.text = Attention(16, num_heads=2), Attention(16, num_heads=4)
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        return self.visual(x)
+
+    def encode_text(self, x: Tensor) -> Tensor:
+        return self.text(x)
+
+
+def test_of_two_towers_one_after_the_other_the_last_is_kept_and_what_became_of_the_other_is_told() -> None:
+    model, x = Towers(), torch.randn(2, 5, 16)
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model.encode_image(x)
+        model.encode_text(x)
+    assert list(rec.maps) == ["text"]
+    assert rec.maps.called == "encode_text"
+    assert repr(rec.maps).startswith("Maps of encode_text:")
+    assert "1 maps of encode_text recorded" in repr(rec)
+    with pytest.raises(LayerNotFoundError, match=r"'visual' ran in encode_image, .* when encode_text began: .*passes=\"all\""):
+        rec.maps["visual"]
+    with AttentionRecorder(model, passes="all") as rec, torch.no_grad():
+        model.encode_image(x)
+        model.encode_text(x)
+    assert [(maps.called, list(maps)) for maps in rec.passes] == [("encode_image", ["visual"]), ("encode_text", ["text"])]
+
+
+class Twice(nn.Module):
+    """A module that is called twice, beside one that bears the name of its second call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Attention(16, num_heads=2)
+        self.add_module("a#1", Attention(16, num_heads=4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(self.a(self._modules["a#1"](self.a(x))))
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_a_module_that_is_named_as_a_second_call_keeps_its_name(keep: Any) -> None:
+    model, x = Twice(), torch.randn(2, 5, 16)
+    with AttentionRecorder(model, keep=keep, gradients=True) as rec:
+        model(x).sum().backward()
+    assert list(rec.maps) == ["a", "a#1", "a#2", "a#3"]
+    assert [m.shape[1] for m in rec.maps.values()] == [2, 4, 2, 2]
+    assert [m.gradient.shape[1] for m in rec.maps.values()] == [2, 4, 2, 2]

@@ -20,6 +20,7 @@ from hookattn.calls.call import capture
 from hookattn.calls.layer import look_up
 from hookattn.calls.restore import is_reading, restoring
 from hookattn.conditions import changes
+from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.figures.plot import _rollout_image as rollout_image
 from hookattn.image.sizes import size_after
 from hookattn.maps import established, lazy, reading
@@ -28,6 +29,7 @@ from hookattn.maps.reading import source_of
 from hookattn.maps.replay import replayed, replayed_by_evidence
 from hookattn.recipes import global_attention, registry, window_attention
 from hookattn.recipes.registry import find_recipe, list_recipes
+from hookattn.recording import edits
 from support.oracle import own_softmax
 
 __all__ = [
@@ -71,6 +73,18 @@ def replay(module: Any, *args: Any, **kwargs: Any) -> Tensor:
     """What a module forms when it runs on these arguments, in axes that evidence tells."""
     with (call := capture(look_up("module", module), args, kwargs, detach=False)).resumed():
         return replayed_by_evidence(call).narrow().values()
+
+
+def sweep_modes() -> int:
+    """Put a mode of ours on this thread and take it off again, as each reading does; how many lie there then."""
+    with lowest(OwnMode()):
+        pass
+    return torch._C._len_torch_function_stack()
+
+
+def edits_in_checkpoints() -> int:
+    """Of how many checkpoints it is remembered what was edited in them."""
+    return sum(len(editing._in_checkpoints) for editing in edits._ON.values())
 
 
 def forget_what_was_established() -> None:
