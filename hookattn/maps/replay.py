@@ -1,8 +1,8 @@
 """Run a module's own forward again, watching or replacing the map it forms.
 
 `replayed` reads every module that has no recipe: it runs the forward and takes from it queries, keys, mask and scale, scores,
-or whatever else its map stands in, where evidence has found it. `inject` is the same run with a given map in place of the one
-that would have been formed.
+or whatever else its map stands in, where evidence has found it. `run_with_map` is the same run with a given map in place of
+the one that would have been formed.
 """
 
 from __future__ import annotations
@@ -81,24 +81,13 @@ def source_of_watched(call: Call, watch: Watch, arrangement: Arrangement) -> Sou
     return watch.source(arrangement)
 
 
-def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
-    """Run a captured call's forward twice: as it is, and with `attention` in place of the map it forms.
-
-    Dropout of the map is off in both runs, since the map is the one before dropout; all other randomness is the same. Returned
-    are the module's own output and the one with the map put in.
-
-    Raises:
-        UnreadableError: the forward forms no map that another could be put in place of.
-    """
-    with call.resumed():
-        own, watch = run_under(call, Watch())
-        return own, run_under(call, Inject(watch, arrange(call, watch), attention))[0]
-
-
 def run_with_map(call: Call, attention: Tensor) -> Any:
     """Run a captured call's forward with `attention` in place of the map it forms, and all dropout as it was.
 
-    The output is in the graph of the call and of the map. Errors are those of `inject`.
+    The output is in the graph of the call and of the map.
+
+    Raises:
+        UnreadableError: the forward forms no map that another could be put in place of.
     """
     with call.resumed():
         with torch.no_grad():  # nothing of this run is used but where maps are formed

@@ -94,6 +94,12 @@ def rehook_before_others(module: nn.Module) -> None:
             editing.come_closest()
 
 
+def is_edited(module: nn.Module) -> bool:
+    """Whether a forward of this module that runs now, in this thread and task, is edited."""
+    editing = _ON.get(module)
+    return editing is not None and bool(editing.edits_here())
+
+
 class _Editing(Around):
     """The hooks that edit one module: one keeps what it is called with, one replaces its output.
 
@@ -118,9 +124,13 @@ class _Editing(Around):
         finally:
             del self._open[key]
 
+    def edits_here(self) -> list[Edit]:
+        """The edits that are open in this thread and task."""
+        return [edit for edit, is_here in list(self._open.values()) if is_here()]
+
     def begin(self, args: Args, kwargs: Kwargs) -> tuple[Call, list[Edit]] | None:
         """Keep what the module is called with, if it is to be edited."""
-        edits = [edit for edit, is_here in list(self._open.values()) if is_here()]
+        edits = self.edits_here()
         checkpoint = checkpoint_around()
         if not edits and checkpoint is None:
             return None

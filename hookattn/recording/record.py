@@ -24,7 +24,7 @@ from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
 from ..maps.reading import Captured, Lost
 from ..recipes.registry import find_recipe
-from .edits import rehook_before_others
+from .edits import is_edited, rehook_before_others
 from .follow import match_recomputed
 from .keep_maps import Awaited, KeepMaps
 from .passes import ForwardPass, ForwardPasses
@@ -37,6 +37,7 @@ class Wanted:
     maps: bool
     detach: bool
     gradients: bool
+    verify: bool
     deliver: Delivery
 
 
@@ -63,7 +64,10 @@ class Recording:
         for around in arounds:
             stack.callback(around.close)
             # most recorded calls need no second hook; one is put on when a first call does
-            around.hook(ends=isinstance(around, _RecordedLayer) and (self.wanted.gradients or self.keep_maps is not None))
+            around.hook(
+                ends=isinstance(around, _RecordedLayer)
+                and (self.wanted.gradients or self.wanted.verify or self.keep_maps is not None)
+            )
             rehook_before_others(around.module)  # of another recorder: what we follow is to be what the model goes on with
 
     def record_ended(self, call: Call, site: CallSite | None, output: Any) -> None:
@@ -73,7 +77,7 @@ class Recording:
         name = forward.next_name(call.layer.name)
         gradient = self.gradient_of(name, forward)
         m = self.map_of(call, name, forward, site, gradient)
-        forward.maps[name] = self.compute(m)
+        forward.maps[name] = self.compare(self.compute(m), call, output)
         if gradient is not None:
             gradient.follow(call, output)
 
@@ -87,6 +91,13 @@ class Recording:
         # in a graph it is computed whatever it costs: a checkpoint that runs the forward again must find it do the same
         with deferring() if self.wanted.detach else nullcontext():
             return m.computed()
+
+    def compare(self, m: AttentionMap, call: Call, output: Any) -> AttentionMap:
+        """The map of a call that has just ended, compared with what its module really put out, if that is wanted."""
+        # what an edit has put out is not what the map makes: such a map is compared with a second run when somebody asks
+        if not self.wanted.verify or is_edited(call.layer.module):
+            return m
+        return (m.computed() if m.is_pending else m).compared_with(call, output)
 
     def map_of(
         self, call: Call, name: str, forward: ForwardPass, site: CallSite | None, gradient: Gradient | None
@@ -167,6 +178,9 @@ class _RecordedLayer(Around):
             call = recaptured(call, args, kwargs, detach=recording.wanted.detach)
             if recorded is not None:
                 self._put_again(call, *recorded)
+        if recorded is not None and output is not None:
+            m, forward = recorded
+            forward.maps[m.name] = recording.compare(forward.maps[m.name], call, output)
         if gradient is not None:
             gradient.follow(call, output)
 
@@ -185,7 +199,7 @@ class _RecordedLayer(Around):
             awaited = recording.keep_maps.begin(call, m, partial(forward.maps.__setitem__, name))
         elif wanted.maps:
             forward.maps[name] = recording.compute(m)
-        if not changes and awaited is None and gradient is None:  # the usual call: nothing is held on to
+        if gradient is None and awaited is None and not (changes or wanted.verify):  # the usual call: nothing is held on to
             return None
         return _Begun(call, gradient, (m, forward), awaited)
 

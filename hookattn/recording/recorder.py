@@ -23,6 +23,7 @@ from ..image.geometry import Geometry
 from ..image.images import images_in
 from ..image.trunk import stems_of, trunk_of
 from ..maps.attention_map import AttentionMap
+from ..maps.comparison import Difference
 from ..maps.lazy import Delivery
 from ..maps.reading import Lost
 from ..recipes.places import find_block
@@ -63,6 +64,8 @@ class AttentionRecorder:
         detach: True cuts maps off from the autograd graph; False leaves them in it.
         called_from: walk the stack at each call, for `m.called_from`.
         gradients: follow backward to the output of each module, for `m.gradient`.
+        verify: compare each map, while the model runs, with the output that its module really put out, for `m.verify()`. It
+            runs each module two more times.
 
     Raises:
         ModelError: the attention of the model forms no maps, or it is a DataParallel, scripted or exported one.
@@ -84,6 +87,7 @@ class AttentionRecorder:
         detach: bool = True,
         called_from: bool = False,
         gradients: bool = False,
+        verify: bool = False,
     ) -> None:
         if torch.compiler.is_dynamo_compiling():
             raise RecorderError(INSIDE)
@@ -98,7 +102,7 @@ class AttentionRecorder:
         self._skipped = found.skipped
         self._modules = dict(found.readable)
         deliver = Delivery(dtype, None if device is None else torch.device(device))
-        self._wanted = Wanted(maps=keep == "maps", detach=detach, gradients=gradients, deliver=deliver)
+        self._wanted = Wanted(maps=keep == "maps", detach=detach, gradients=gradients, verify=verify, deliver=deliver)
         self._keep_all, self._called_from = passes == "all", called_from
         self._passes = ForwardPasses(self.model, self._modules, keep_all=self._keep_all)
         self._edits = Edits(self.model)
@@ -185,7 +189,7 @@ class AttentionRecorder:
             raise RecorderError("the recorder is not open: edit inside its block, `with AttentionRecorder(model) as rec:`.")
         return self._edits.open(edits, self.layers)
 
-    def verify(self, tolerance: float | None = None) -> float:
+    def verify(self, tolerance: float | None = None) -> Difference:
         """Verify every map of the last forward, see `AttentionMap.verify`.
 
         Returns:

@@ -24,6 +24,7 @@ from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.figures.plot import _rollout_image as rollout_image
 from hookattn.image.sizes import size_after
 from hookattn.maps import established, lazy, reading
+from hookattn.maps.comparison import compare_runs
 from hookattn.maps.evidence.establish import establish_axes
 from hookattn.maps.reading import source_of
 from hookattn.maps.replay import replayed, replayed_by_evidence
@@ -36,6 +37,7 @@ __all__ = [
     "Projected",
     "Scores",
     "Sum",
+    "compare_runs",
     "establish_axes",
     "find_recipe",
     "is_reading",
