@@ -92,6 +92,29 @@ def test_a_map_that_becomes_another_after_the_forward_is_found(monkeypatch: pyte
         rec.verify()
 
 
+class NotTwiceTheSame(Scaled):
+    """Attention that goes another way each time it runs, for a reason that nobody sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        SCALE["value"] *= 1.5
+        return out
+
+
+def test_a_module_that_is_not_the_same_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALE, "value", 0.5)
+    model, x = nn.Sequential(randomise(NotTwiceTheSame())), torch.randn(2, 5, 16)
+    with AttentionRecorder(model, layers="0", verify=True) as rec:
+        model(x)
+    with pytest.raises(UnfaithfulMapError, match=f"{FORWARD}|since the forward"):
+        rec.maps[0].verify()
+    with AttentionRecorder(model, layers="0", keep="maps", verify=True) as rec:
+        model(x)
+    monkeypatch.setitem(SCALE, "value", 0.5)
+    with pytest.raises(UnfaithfulMapError, match=FORWARD):
+        rec.maps[0].verify()
+
+
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
 def test_a_recipe_that_is_wrong_is_found_and_the_forward_goes_on(keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own_registers(monkeypatch)
@@ -163,15 +186,16 @@ def test_dropout_in_the_fused_kernel_leaves_two_runs_to_compare() -> None:
     assert rec.maps[0].verify().against == SECOND
 
 
+@pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_count_the_same_tensors(reentrant: bool) -> None:
+def test_checkpoints_count_the_same_tensors(reentrant: bool, detach: bool) -> None:
     model, x = tiny("vit")
     x.requires_grad_()
     model(x).sum().backward()
     expected, x.grad = x.grad, None
     for block in model.blocks:
         block.forward = lambda x, own=block.forward, **_: checkpoint(own, x, use_reentrant=reentrant)
-    with AttentionRecorder(model, verify=True) as rec:
+    with AttentionRecorder(model, verify=True, detach=detach) as rec:
         model(x).sum().backward()
     assert rec.verify().against == FORWARD
     assert torch.allclose(x.grad, expected, atol=1e-5)
