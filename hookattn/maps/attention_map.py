@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..attention.sources import Source
@@ -227,8 +228,10 @@ class AttentionMap(LazyArray):
     def compared_with(self, call: Call, output: Any) -> AttentionMap:
         """This map, with what came of putting it into a call that has just ended, for `verify`; or with why it could not be."""
         try:
-            attention = self.read(...).detach().to(call.x.device)
-            compared: Comparison | str = compare_with_output(call, attention, output)
+            # a checkpoint counts what is saved for backward, by hooks like these, and is to see nothing of it
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+                attention = self.read(...).detach().to(call.x.device)
+                compared: Comparison | str = compare_with_output(call, attention, output)
         except Exception as error:  # whatever it is, the user's forward goes on
             compared = reason_of(error)
         return self._from(self._origin, compared)

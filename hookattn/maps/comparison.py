@@ -115,8 +115,7 @@ def compare_with_output(call: Call, attention: Tensor, output: Any) -> Compariso
 
     Where the fused kernel dropped out parts of the map, it does not tell which, and two runs are compared instead.
     """
-    # without a graph: a checkpoint would count what is saved for it
-    call = call._replace(modes=call.modes._replace(grad=False)).restamped()
+    call = call.restamped()
     with call.resumed():
         watch = run_under(call, Watch(as_called=True))[1]
         drops = any(isinstance(site, Fused) and site.dropout_p for site in watch.softmaxes)
