@@ -22,7 +22,7 @@ from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
 from .arguments import keep_arguments, tensors_in
 from .layer import Layer, stamps_of
-from .restore import copied, in_place, reading, training_flags
+from .restore import copied, in_place, reading, training_flags, without_others
 from .staleness import structure_of
 
 _TRAINING = attrgetter("training")
@@ -112,6 +112,7 @@ class Call(NamedTuple):
                 stack.enter_context(modes_resumed(self.modes.functions))
             stack.enter_context(training_flags(self.layer.inner, self.modes.training))
             stack.enter_context(in_place(self.layer.slots))
+            stack.enter_context(without_others(self.layer.holders))
             # copies of copies: what runs may fill a cache, and a map may be read more than once
             stack.enter_context(in_place([(holder, key, copied(value)) for holder, key, value in self.held]))
             yield

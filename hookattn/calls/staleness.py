@@ -22,7 +22,6 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
         attributes = vars(module)
         found += [value for name, value in attributes.items() if is_number(name, value)]
         found += [id(part) for part in attributes["_modules"].values()]
-        found += [*attributes["_parameters"], *attributes["_buffers"]]
         found.append(id(attributes.get("forward")))
     return found
 

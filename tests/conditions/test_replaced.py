@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import randomise
+from support.oracle import own_map
 from timm.layers import Attention
 from torch import Tensor
 
@@ -85,3 +86,43 @@ def test_a_tuple_that_was_changed_since_is_read_as_it_was() -> None:
     q, k, _ = module.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(rec.maps[0][...], (q @ k.mT * 0.7).softmax(-1))
     assert module.scales == (0.1, 1.0)
+
+
+def given_a_bias(attn: Attention) -> None:
+    attn.qkv.bias = torch.nn.Parameter(torch.randn(96))
+
+
+def merged_away(attn: Attention) -> None:
+    weight = attn.qkv.weight.detach() + 1
+    del attn.qkv.weight
+    attn.qkv.weight = weight
+
+
+def merged_and_back(attn: Attention) -> None:
+    before = attn.qkv.weight.detach()
+    merged_away(attn)
+    del attn.qkv.weight
+    attn.qkv.register_parameter("weight", torch.nn.Parameter(before + 2))
+
+
+def given_another_parameter(attn: Attention) -> None:
+    attn.register_parameter("temperature", torch.nn.Parameter(torch.ones(1)))
+
+
+@pytest.mark.parametrize("change", [given_a_bias, merged_away, merged_and_back, given_another_parameter])
+def test_parameters_that_come_go_or_are_merged_leave_the_map_of_then(change: Any) -> None:
+    """Before, between and after forwards: each map is of the parameters that were there, and all stay where they are."""
+    attn = randomise(Attention(32, 4, qkv_bias=False)).eval()
+    x = torch.randn(2, 9, 32)
+    with torch.no_grad(), AttentionRecorder(attn, passes="all") as rec:
+        first = own_map(attn, x)
+        attn(x)
+        change(attn)
+        second = own_map(attn, x)
+        attn(x)
+    change(attn)
+    held = {name: list(vars(module)[name]) for module in attn.modules() for name in ("_parameters", "_buffers")}
+    torch.testing.assert_close(rec.passes[1][0][...], second)
+    torch.testing.assert_close(rec.passes[0][0][...], first)
+    assert (change is given_another_parameter) == torch.equal(first, second)
+    assert {name: list(vars(module)[name]) for module in attn.modules() for name in ("_parameters", "_buffers")} == held
