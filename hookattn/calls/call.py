@@ -22,7 +22,7 @@ from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
 from .arguments import keep_arguments, tensors_in
 from .layer import Layer, stamps_of
-from .restore import copied, in_place, reading, training_flags, without_others
+from .restore import copied, in_place, reading, training_flags
 from .staleness import structure_of
 
 _TRAINING = attrgetter("training")
@@ -112,7 +112,6 @@ class Call(NamedTuple):
                 stack.enter_context(modes_resumed(self.modes.functions))
             stack.enter_context(training_flags(self.layer.inner, self.modes.training))
             stack.enter_context(in_place(self.layer.slots))
-            stack.enter_context(without_others(self.layer.holders))
             # copies of copies: what runs may fill a cache, and a map may be read more than once
             stack.enter_context(in_place([(holder, key, copied(value)) for holder, key, value in self.held]))
             yield
@@ -136,7 +135,7 @@ class Call(NamedTuple):
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
         if F.scaled_dot_product_attention is not self.modes.sdpa:
             self._raise_stale("torch.nn.functional.scaled_dot_product_attention was replaced after the forward")
-        if structure_of(self.layer.inner) != self.layer.structure:
+        if structure_of(self.layer.inner, self.held) != self.layer.structure:
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
     def restamped(self) -> Call:
@@ -147,7 +146,7 @@ class Call(NamedTuple):
         """
         read, first = stamps([tensor for _, tensor in self.state], self.layer.steps), len(self.tensors)
         fresh = (*self.stamps[:first], *read, *self.stamps[first + len(read) :])
-        return self._replace(stamps=fresh, layer=self.layer._replace(structure=structure_of(self.layer.inner)))
+        return self._replace(stamps=fresh, layer=self.layer._replace(structure=structure_of(self.layer.inner, self.held)))
 
     def check_at_hand(self) -> None:
         """Raise StaleMapError or UnreadableError if values that the call reads are gone or elsewhere; looks at none of them."""

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2
 from ..conditions.changes import SAMPLES, Samples, Steps, counted_steps, stamps, stamps_of_arguments
 from .arguments import tensors_in
 from .hooks import is_ours
-from .restore import INTERNAL, Holder, copied
+from .restore import INTERNAL, copied
 from .staleness import is_number, structure_of
 
 
@@ -34,7 +34,6 @@ class Layer(NamedTuple):
         moving: small buffers of other modules, such as the vectors of a spectral norm: a module, the name of the buffer. In
             train mode a forward may move them, so a call holds copies.
         slots: where each parameter and buffer hangs: a dict of a module, the key, the tensor or None.
-        holders: the dicts that slots are of, with the keys that they had.
         parts: the same and where each submodule, number and forward of an instance's own hangs.
         bare: attributes of the modules that have no forward of their own.
         forward: the forward of the class of the module.
@@ -53,7 +52,6 @@ class Layer(NamedTuple):
     statistics: tuple[tuple[str, Tensor, nn.Module], ...]
     moving: tuple[tuple[str, nn.Module, str], ...]
     slots: tuple[tuple[dict[str, Any], str, Tensor | None], ...]
-    holders: tuple[Holder, ...]
     parts: tuple[tuple[dict[str, Any], str, Any], ...]
     bare: tuple[dict[str, Any], ...]
     forward: Any
@@ -95,9 +93,6 @@ class Layer(NamedTuple):
         for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
             if "forward" in attributes:
                 return False
-        for tensors, _, keys in self.holders:
-            if len(tensors) != len(keys):
-                return False
         try:
             for holder, key, value in self.parts:
                 if holder[key] is not value:
@@ -117,8 +112,8 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
     named = [*module.named_parameters(), *module.named_buffers()]
     state = tuple((n, tensor) for n, tensor in named if n not in apart)
     samples = Samples(module.parameters())
-    holders = tuple(Holder(held, vars(m), frozenset(held)) for m in inner for held in (m._parameters, m._buffers))
-    slots = tuple((holder.tensors, key, tensor) for holder in holders for key, tensor in holder.tensors.items())
+    holders: list[dict[str, Any]] = [holder for m in inner for holder in (m._parameters, m._buffers)]
+    slots = tuple((holder, key, tensor) for holder in holders for key, tensor in holder.items())
     parts: list[tuple[dict[str, Any], str, Any]] = [*slots]
     parts += [(vars(m), name, value) for m in inner for name, value in vars(m).items() if is_number(name, value)]
     parts += [(m._modules, name, child) for m in inner for name, child in m._modules.items()]
@@ -139,14 +134,13 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
         statistics=statistics,
         moving=moving,
         slots=slots,
-        holders=holders,
         parts=tuple(parts),
         bare=bare,
         forward=type(module).forward,
         samples=samples,
         caches=caches,
         hooks=(*below, *everywhere),
-        structure=structure_of(inner),
+        structure=structure_of(inner, caches),
         steps=counted_steps(),
     )
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,38 +41,6 @@ def in_place(wanted: Iterable[tuple[dict[str, Any], str, Any]]) -> Iterator[None
             if value is _NOTHING:
                 del holder[key]
             else:
-                holder[key] = value
-
-
-class Holder(NamedTuple):
-    """Where parameters or buffers of a module hang: their dict, the attributes of the module, the keys that the dict had."""
-
-    tensors: dict[str, Any]
-    attributes: dict[str, Any]
-    keys: frozenset[str]
-
-
-@contextmanager
-def without_others(holders: Sequence[Holder]) -> Iterator[None]:
-    """Take away parameters and buffers that have come since a call, and attributes that hide one, while the block lasts.
-
-    All that the call had must be in place. An adapter that is merged for the time of a call puts a tensor in place of a
-    parameter, as an attribute, and another parameter afterwards.
-    """
-    came = [(h.tensors, key) for h in holders if len(h.tensors) > len(h.keys) for key in h.tensors if key not in h.keys]
-    hides = [(h.attributes, key) for h in holders for key in h.keys if key in h.attributes]
-    if not came and not hides:
-        yield
-        return
-    before = [(holder, dict(holder)) for holder in {id(holder): holder for holder, _ in (*came, *hides)}.values()]
-    try:
-        for holder, key in (*came, *hides):
-            del holder[key]
-        yield
-    finally:
-        for holder, contents in before:  # in the order that they had, which is that of an optimizer's parameters
-            for key, value in contents.items():
-                holder.pop(key, None)
                 holder[key] = value
 
 

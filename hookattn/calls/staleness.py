@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,8 +14,15 @@ _PLAIN = (int, float, bool, str)
 _HARMLESS = ("training", "fused_attn", "call_super_init", "_is_full_backward_hook", "_is_torch_compile")
 
 
-def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
-    """A list that differs later if a part of a module was replaced or wrapped, or an attribute set to another number."""
+def structure_of(modules: tuple[nn.Module, ...], held: Sequence[tuple[dict[str, Any], str, Any]]) -> list[Any]:
+    """A list that differs later if a part of a module was replaced or wrapped, or an attribute set to another number.
+
+    Args:
+        held: attributes that a call holds: the attributes of a module, the name, the value.
+    """
+    # An adapter that is merged for the time of a call puts a tensor of the same name before a parameter, and may put in another
+    # parameter afterwards. Python finds attributes first, so what they hide does not matter.
+    hidden = {(id(attributes), name) for attributes, name, _ in held}
     # ids, not the things themselves: a kept call must not keep alive what was taken out of the model
     # of the module itself alone: a layer's class may be set inside the block, as FSDP does, before the call that is read
     found: list[Any] = [type(modules[0]), type(modules[0]).forward]
@@ -22,6 +30,8 @@ def structure_of(modules: tuple[nn.Module, ...]) -> list[Any]:
         attributes = vars(module)
         found += [value for name, value in attributes.items() if is_number(name, value)]
         found += [id(part) for part in attributes["_modules"].values()]
+        named = (*attributes["_parameters"], *attributes["_buffers"])
+        found.append({name for name in named if (id(attributes), name) not in hidden})
         found.append(id(attributes.get("forward")))
     return found
 

@@ -39,17 +39,21 @@ class ForwardPass:
     def __init__(self, called: str = "", modules: Container[str] = ()) -> None:
         self.called, self._modules = called, modules
         self.maps: dict[str, AttentionMap] = {}
-        self._names: dict[str, list[str]] = {}  # of the maps of each module
+        self._names: dict[str, tuple[str, ...]] = {}  # of the maps of each module
         self.images: dict[nn.Module | None, Images] = {}
         self.closed = False
         self.backwards = Backwards()
 
     def next_name(self, module: str) -> str:
         """What to call the map of a module's next call: as the module, then `name#1`, `name#2`, ...; never as another one."""
-        names = self._names.setdefault(module, [])
-        tried = (f"{module}#{i}" if i else module for i in count(len(names)))
-        names.append(next(n for n in tried if n not in self.maps and (n == module or n not in self._modules)))
-        return names[-1]
+        if module not in self.maps:  # nearly always, and at each call
+            self._names[module] = (module,)
+            return module
+        names = self._names.get(module, ())
+        tried = (f"{module}#{i}" for i in count(max(1, len(names))))
+        name = next(n for n in tried if n not in self.maps and n not in self._modules)
+        self._names[module] = (*names, name)
+        return name
 
     def maps_of(self, module: str) -> list[AttentionMap]:
         """The maps of a module, call by call."""
