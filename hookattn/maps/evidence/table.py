@@ -28,7 +28,7 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     Raises:
         UnreadableError: rows do not fit together as a map.
     """
-    maps = _alike(tape, maps)
+    maps = _alike(tape, _without_scores(tape, maps))
     _refuse_steps(tape, maps)
     slabs = _number_slabs(maps)
     windows, whole = _windows(maps, slabs, *_axes(tape, sources, maps, slabs))
@@ -45,6 +45,24 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     table = [[[start[n] + g * maps[n].m.shape[1] + i for n, g, i in (r[h] for h in heads)] for _, r in w] for w in windows]
     missing = [start[-1]] * len(heads)  # in smaller windows
     return maps, torch.tensor([[*t, *[missing] * (max(map(len, table)) - len(t))] for t in table]).transpose(1, 2)
+
+
+def _without_scores(tape: Tape, maps: Sequence[Candidate]) -> list[Candidate]:
+    """Without the products of queries and keys that another map is the softmax of.
+
+    They feed places of the output where a module returns its map, and where keys come from a cache as they are, channels of
+    them look like tokens.
+    """
+    whole = [c for c in maps if torch.allclose(c.m.sum(-1), torch.ones_like(c.m[..., 0]), atol=1e-4)]
+    return [c for c in maps if c in whole or not any(_is_made_of(tape, d, c) for d in whole)]
+
+
+def _is_made_of(tape: Tape, c: Candidate, scores: Candidate) -> bool:
+    """Whether a map is made of what a product puts out, one entry of each."""
+    if c.m.numel() != scores.m.shape[0] * scores.m.shape[1] * scores.w.shape[2]:
+        return False
+    run = tape.rerun(cut={scores.product.step}, catch={c.product.at})
+    return matrices(run, c.product)[0].requires_grad
 
 
 def _alike(tape: Tape, maps: Sequence[Candidate]) -> list[Candidate]:
