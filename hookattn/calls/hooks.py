@@ -1,10 +1,10 @@
-"""What a recorder puts on somebody else's modules: a hook that copies do not carry along, and pairs of them around a call."""
+"""What a recorder puts on somebody else's modules: a hook that is not copied with them, and pairs of them around a call."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from threading import RLock, get_ident
 from types import FrameType
 from typing import Any
@@ -15,13 +15,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..conditions.compiled import is_traced
 from ..conditions.dispatch_modes import unseen_by_modes
+from ..errors import RecorderError
+from .copies import NotCopied
 from .restore import reading
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-class Hook:
+class Hook(NotCopied):
     """A hook that recorders put on modules: calls `run`, but not while the module is compiled, exported or traced."""
 
     __slots__ = ("__weakref__", "run", "takes")
@@ -40,10 +42,19 @@ class Hook:
         with unseen_by_modes():  # of a checkpoint that caches operators, of somebody who counts them
             return self.run(*given)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # PyTorch copies and pickles hooks with their module. A model that is copied or saved inside the block is to hold
-        # nothing of the recorder and to load without hookattn: this takes whatever it is given and returns None.
-        return getattr, (nullcontext(), "__exit__")
+    def __getattr__(self, name: str) -> Any:
+        """Called for what a hook does not have; its `__name__` is the first thing that torch.jit.script asks of it.
+
+        Raises:
+            RecorderError: that is who asks.
+        """
+        # Undocumented, torch 2.6 to 2.14: the hooks of a module are compiled with it, and that in this file.
+        if name == "__name__" and sys._getframe(1).f_globals.get("__name__") == "torch.jit._recursive":
+            raise RecorderError(
+                "torch.jit.script compiles the hooks of a model with it, and those of a recorder are not made for that: script "
+                "the model outside of the block, or inside it a copy, torch.jit.script(copy.deepcopy(model)), which has none."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
 
 def put_on(register: Callable[..., RemovableHandle], hook: Callable[..., Any], **options: Any) -> RemovableHandle:

@@ -151,8 +151,10 @@ class AttentionMap(LazyArray):
     def axes(self) -> tuple[str, str, str, str]:
         """Names of the four axes.
 
-        ("batch", "head", "query", "key") where tokens attend to tokens; "batch * windows" comes first where attention sees
-        images in pieces, window w of image b at b * windows + w; the last two are "channel" where channels attend to channels.
+        The first is "batch" where it counts images, or wholes of several that are looked at together (frames of a clip), or,
+        where no image was seen, what the module was called with. It is "batch * windows" where it is known how images are cut,
+        window w of image b at b * windows + w, and "sequence" where all that is known is that tokens of one entry attend to
+        each other. The others are "head", "query" and "key"; the last two "channel" where channels attend to channels.
         """
         return name_axes(self._geometry, self.shape)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..errors import LayoutError, TokenError
@@ -131,9 +132,26 @@ def name_axes(geometry: Geometry | Places, shape: Shape) -> tuple[str, str, str,
         return geometry.axes
     if attends_to_channels(geometry.module):
         return "batch", "head", "channel", "channel"
-    if _count_images(geometry) == shape[0] or (geometry.images is None and not _is_in_windows(geometry, shape)):
-        return "batch", "head", "query", "key"
-    return "batch * windows", "head", "query", "key"
+    return _name_first_axis(geometry, shape), "head", "query", "key"
+
+
+def _name_first_axis(geometry: Geometry, shape: Shape) -> str:
+    images, entries = _count_images(geometry), shape[0]
+    if images and entries and images % entries == 0:  # fewer where an entry holds several: frames of a clip, tiles
+        return "batch"
+    try:
+        return "batch" if find_tokens(geometry, shape)[1].windows == 1 else "batch * windows"
+    except TokenError:
+        return "batch" if not images and entries == _count_batch(geometry) else "sequence"
+
+
+def _count_batch(geometry: Geometry) -> int:
+    """How many entries the module itself was called with, by its first tensor; 0 without one, 1 if that is not batched."""
+    args, kwargs = geometry.arguments
+    size = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Size)), None)
+    if size is None or len(size) < 3:
+        return int(size is not None)
+    return size[0 if getattr(geometry.module, "batch_first", True) else 1]
 
 
 def find_queries(shape: Shape, keys: Tokens) -> Tokens:
@@ -174,14 +192,6 @@ def _explain_pieces(geometry: Geometry, shape: Shape, windows: int) -> str | Non
         f"{geometry.name!r} sees {images or 'its'} images as {shape[0]} pieces (windows, or some such), and it is not known "
         "how a piece lies on its image; slice the map itself, m[...]."
     )
-
-
-def _is_in_windows(geometry: Geometry, shape: Shape) -> bool:
-    """Whether a map is of windows, as far as is known."""
-    try:
-        return find_tokens(geometry, shape)[1].windows > 1
-    except TokenError:
-        return False
 
 
 def _count_images(geometry: Geometry) -> int:

@@ -193,9 +193,10 @@ def cascaded_group_attention(self: Any, x: Tensor) -> Scores:
 
 @partition("timm.models.efficientvit_msra.LocalWindowAttention")
 def efficientvit_msra_local_window_attention(self: Any, geometry: Geometry) -> Tokens:
-    """The window is that of the attention inside, which is made smaller where the image is."""
+    """The window is made smaller where the image that the model is made for is."""
     _, _, rows, columns = geometry.block_argument(self, "x")
-    return cut_windows((rows, columns), self.attn.resolution)
+    # not `self.attn.resolution`, which `set_input_size` may have changed since
+    return cut_windows((rows, columns), min(self.window_resolution, self.resolution))
 
 
 @partition("timm.models.mobilevit.MobileVitBlock")

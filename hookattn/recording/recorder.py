@@ -13,6 +13,7 @@ from torch import nn
 
 from ..calls.call import Call, capture
 from ..calls.callsite import CallSite, Origins
+from ..calls.copies import copied_without_hooks
 from ..calls.hooks import Args, Hook, Kwargs, put_on
 from ..calls.layer import Layer, look_up
 from ..conditions.compiled import EAGER, INSIDE
@@ -114,6 +115,7 @@ class AttentionRecorder:
         # If one of these raises, the stack takes off what is on; only a recorder that has come to the end of them is open.
         with ExitStack() as stack:
             stack.enter_context(EAGER)
+            stack.enter_context(copied_without_hooks(self.model))
             ended = partial(_record_replaced_layers, self.model, self._modules, self._wanted.deliver)
             self._passes = ForwardPasses(self.model, self._modules, keep_all=self._keep_all, here=Here(), ended=ended)
             self._hook(stack)

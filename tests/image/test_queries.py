@@ -164,7 +164,7 @@ def test_windows_of_an_unknown_kind_lie_nowhere_and_the_message_says_so() -> Non
         block.attn = _Halves(block.attn)
     m = record(model, x).maps[0]
     assert m.shape == (4, 3, 8, 8)
-    assert m.axes == ("batch * windows", "head", "query", "key")
+    assert m.axes == ("sequence", "head", "query", "key")
     for reading in (lambda: m.tokens, m.image, lambda: m.image(0)):
         with pytest.raises(TokenError, match=r"sees 2 images as 4 pieces \(windows"):
             reading()
