@@ -21,7 +21,7 @@ from ..conditions.dispatch_modes import unseen_by_modes
 from ..errors import HookattnError, NoGradientError, UnreadableError
 from ..recipes.registry import qualified_name
 from .arrangement import Arrangement
-from .established import arrange, name_in_errors
+from .established import arrange, name_in_errors, telling_why
 from .lazy import Delivery, LazyArray
 from .replay import run_under
 from .sites import Variables
@@ -83,7 +83,9 @@ class Gradient(LazyArray):
         elif missing or self._call is None:
             raise NoGradientError(missing)
         else:
-            yield slope_of(self._call, self._received)
+            with telling_why(self.name):
+                slope = slope_of(self._call, self._received)
+            yield slope
 
     def __repr__(self) -> str:
         state = "arrived" if self._received or self._whole is not None else "not arrived"

@@ -22,7 +22,7 @@ from ..conditions.function_modes import lowest
 from ..errors import UnreadableError
 from ..recipes.registry import find_recipe, qualified_name
 from .arrangement import Arrangement
-from .established import arrange, arrange_by_evidence, name_in_errors
+from .established import arrange, arrange_by_evidence, name_in_errors, telling_why
 from .evidence.establish import form_of
 from .intercept import Intercept, Sites
 from .sites import Inject, Watch
@@ -90,7 +90,7 @@ def inject(call: Call, attention: Tensor) -> tuple[Any, Any]:
     Raises:
         UnreadableError: the forward forms no map that another could be put in place of.
     """
-    with call.resumed():
+    with call.resumed(), telling_why(call.layer.name):
         own, watch = run_under(call, Watch())
         return own, run_under(call, Inject(watch, arrange(call, watch), attention))[0]
 
