@@ -8,11 +8,13 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from ..attention.sources import Source
 from ..calls.call import Call
 from ..calls.restore import restoring
 from ..conditions.function_modes import SDPA
-from ..errors import UnreadableError
+from ..errors import HookattnError, UnreadableError
 from ..recipes.registry import find_axes, find_recipe, qualified_name
 from .arrangement import Arrangement, arrange_by_recipe
 from .evidence.establish import establish_axes, form_of
@@ -80,6 +82,21 @@ def name_in_errors(call: Call) -> Iterator[None]:
             raise
         # from None: the traceback of the error would keep what the module was called with
         raise UnreadableError(f"{call.layer.name!r}: {error}") from None
+
+
+@contextmanager
+def telling_why(name: str, *but: type[Exception]) -> Iterator[None]:
+    """Say of what something could not be computed, and why, where a module or a recipe raises in the block.
+
+    Args:
+        but: errors that are let through, as ours are and those of memory that ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (HookattnError, NotEstablishedError, MemoryError, torch.OutOfMemoryError, *but)):
+            raise
+        raise UnreadableError(f"{name!r}: it could not be computed: {type(error).__name__}: {error}") from error
 
 
 def arrange(call: Call, sites: Following) -> Arrangement:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ..attention.sources import Dense, Source
@@ -20,7 +21,8 @@ from ..conditions.checkpoints import checkpoint_around, fingerprint
 from ..conditions.dispatch_modes import unseen_by_modes
 from ..errors import HookattnError, NoGradientError, UnreadableError
 from ..recipes.registry import qualified_name
-from .established import arrange, name_in_errors
+from .arrangement import Arrangement
+from .established import arrange, name_in_errors, telling_why
 from .lazy import Delivery, LazyArray
 from .replay import run_under
 from .sites import Variables
@@ -82,7 +84,9 @@ class Gradient(LazyArray):
         elif missing or self._call is None:
             raise NoGradientError(missing)
         else:
-            yield slope_of(self._call, self._received)
+            with telling_why(self.name):
+                slope = slope_of(self._call, self._received)
+            yield slope
 
     def __repr__(self) -> str:
         state = "arrived" if self._received or self._whole is not None else "not arrived"
@@ -178,6 +182,14 @@ _SECOND_ORDER = (
     "an earlier backward was called with create_graph=True, and what a later one brings through that graph cannot be seen. "
     "Read the gradient before it, or record another forward."
 )
+_CUT_OFF = (
+    "no gradient comes from its output to its map, which the module forms without a graph (detach(), torch.no_grad(), or an "
+    "autograd function of its own): it would seem to be zero."
+)
+_RANDOM = (
+    "its forward draws random numbers though it is not in train mode, so it does another thing when it runs again, and there "
+    "is no gradient to be had."
+)
 
 
 def _from_outside(outputs: list[Tensor], received: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -203,6 +215,35 @@ def _is_made_of(output: Tensor, other: Tensor) -> bool:
     return torch.autograd.grad(output, other, nothing, retain_graph=True, allow_unused=True)[0] is not None
 
 
+def _run_with_variables(call: Call, received: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Variables, Arrangement]:
+    """The tensors among the leaves of what a forward returns when it runs with the map for the variable."""
+    device = call.tensors[0].device if call.tensors else torch.device("cpu")
+    for as_called in (False, True):  # PyTorch's own attention returns its weights too, if they were used
+        output, run = run_under(call, Variables(device, as_called=as_called))
+        arrangement = arrange(call, run)
+        if any(part.operand is not None for part in arrangement.parts):
+            output, run = run_under(call, Variables(device, arrangement.parts, as_called=as_called))
+        outputs = {place: t for place, t in enumerate(pytree.tree_leaves(output)) if isinstance(t, Tensor)}
+        if outputs.keys() >= received.keys():
+            return outputs, run, arrangement
+    name = qualified_name(type(call.layer.module))
+    raise UnreadableError(f"{name} does not return what it returned, so there is no gradient to be had.")
+
+
+def _lead_to(outputs: list[Tensor], variables: list[Tensor]) -> bool:
+    """Whether backward from outputs comes by one of the variables: what a module detaches would seem to have no influence."""
+    sought, seen = {get_gradient_edge(variable).node for variable in variables}, set[Node]()
+    nodes = [output.grad_fn for output in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node in sought:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return False
+
+
 def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
     """Carry gradients of a module's outputs on to its map: run its forward again, with the map for the variable, and backward.
 
@@ -210,21 +251,18 @@ def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
         received: gradients of the outputs, by their place among the leaves of what the forward returns.
 
     Raises:
-        UnreadableError: the module forms its map in a kernel of its own, drops out parts of it inside the fused kernel, or does
-            not return all that it returned.
+        UnreadableError: the module forms its map in a kernel of its own, drops out parts of it inside the fused kernel, cuts
+            it off from the graph, does not return all that it returned, or draws random numbers in eval mode.
         StaleMapError: an input or a parameter has changed since the forward.
     """
     with call.resumed(), torch.enable_grad(), name_in_errors(call):
-        output, run = run_under(call, Variables())
-        arrangement = arrange(call, run)
-        if any(part.operand is not None for part in arrangement.parts):
-            output, run = run_under(call, Variables(arrangement.parts))
-        outputs = pytree.tree_leaves(output)
-        if not all(isinstance(outputs[place], Tensor) for place in received):
-            name = qualified_name(type(call.layer.module))
-            raise UnreadableError(f"{name} does not return what it returned, so there is no gradient to be had.")
+        outputs, run, arrangement = _run_with_variables(call, received)
         places = [place for place in received if outputs[place].requires_grad]  # the others are inputs that are handed on
+        if any(outputs[place].shape != received[place].shape for place in places) or (run.draws and not call.modes.random):
+            raise UnreadableError(_RANDOM)
+        variables = run.variables(arrangement)
+        if not _lead_to([t for t in outputs.values() if t.requires_grad], variables):
+            raise UnreadableError(_CUT_OFF)
         ends, brought = _from_outside([outputs[place] for place in places], [received[place] for place in places])
         # materialize_grads: an output need not depend on every map, and zero is then its gradient
-        grads = torch.autograd.grad(ends, run.variables(arrangement), brought, materialize_grads=True)
-        return run.slope(arrangement, list(grads))
+        return run.slope(arrangement, list(torch.autograd.grad(ends, variables, brought, materialize_grads=True)))

@@ -47,6 +47,9 @@ class Sites:
     def follow(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Told of every function of torch that was called, these among them, with its arguments and what came out."""
 
+    def finish(self) -> None:
+        """Told when the forward has run, while random streams are where it has left them."""
+
 
 class Intercept(OwnMode):
     """The mode under which a forward runs to be seen or changed: hands what it calls of torch to sites, the last one outermost.

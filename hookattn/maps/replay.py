@@ -104,7 +104,9 @@ def run_under(call: Call, sites: S) -> tuple[Any, S]:
         args, kwargs = copy_arguments(module, call.args, call.kwargs)
         with lowest(Intercept([sites])):
             # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record it
-            return module.forward(*args, **kwargs), sites
+            output = module.forward(*args, **kwargs)
+        sites.finish()
+        return output, sites
 
 
 def copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

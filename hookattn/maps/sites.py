@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..attention.sources import Source, without_autocast
+from ..conditions.training import random_streams
 from ..errors import UnreadableError
 from .arrangement import Arrangement, Part
 from .formed import Factor, Formed, Fused, Softmaxed, slope_of_rows, source_of_rows
@@ -188,8 +189,21 @@ class Inject(Following):
 class Variables(Following):
     """Makes what SDPA and softmax put out the variables that the module's output is differentiated by.
 
-    `as_called` is off: PyTorch's own attention goes through SDPA where it has the choice, and a row is had without the others.
+    With `as_called` off, PyTorch's own attention goes through SDPA where it can, and a row is had without the others.
+
+    Attributes:
+        draws: whether the forward has drawn random numbers.
     """
+
+    def __init__(self, device: torch.device, factors: Iterable[Part] = (), *, as_called: bool = False) -> None:
+        super().__init__(factors, as_called=as_called)
+        self.draws, self._streams = False, random_streams(device)
+
+    def finish(self) -> None:
+        """Note whether random streams have moved."""
+        before, after = self._streams, random_streams(self._streams.device)
+        on_gpu = before.cuda is not None and after.cuda is not None and not torch.equal(before.cuda, after.cuda)
+        self.draws = on_gpu or not torch.equal(before.cpu, after.cpu)
 
     def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note values, and what came out."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.inside import registry
+from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.arguments import KINDS, Locked, Strange, ring
+from support.inside import own_registers, registry
+from support.untouched import untouched
+from timm.layers import Attention as OfTimm
 from torch import Tensor, nn
 
-from hookattn import QK, AttentionRecorder, HookattnError, UnreadableError, recipe
+from hookattn import QK, AttentionRecorder, HookattnError, UnreadableError, partition, recipe
+from hookattn.image import Geometry, Tokens, cut_windows
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -20,23 +30,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"called_from": True},
     {"keep": "maps", "detach": False},
 ]
-
-
-class Strange(Tensor):
-    """A subclass that lets nobody ask it for anything but what it is asked for here."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in (Tensor.requires_grad.__get__, Tensor.is_nested.__get__):  # type: ignore[attr-defined]
-            raise ArithmeticError(f"nobody asks a Strange for {func}")
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-class Locked:
-    """An object that has nothing to say."""
-
-    def __getattribute__(self, name: str) -> Any:
-        raise RuntimeError(f"nobody asks a Locked for {name}")
 
 
 EXTRAS: dict[str, Callable[[], Any]] = {
@@ -52,7 +45,7 @@ EXTRAS: dict[str, Callable[[], Any]] = {
     "in a list": lambda: [torch.eye(4).to_sparse(), {"a": torch.randn(2)}],
     "locked": Locked,
     "a generator": lambda: (i for i in range(3)),
-    "itself": lambda: (ring := [], ring.append(ring), ring)[-1],
+    "itself": ring,
 }
 
 
@@ -137,3 +130,181 @@ def test_a_recipe_that_fails_spoils_its_own_maps_alone(keep: Any, monkeypatch: p
     with pytest.raises((UnreadableError, ZeroDivisionError), match="a recipe of mine"):
         rec.maps["attn1"][...]
     assert rec.maps["attn2"][...].shape == (2, 4, 9, 9)
+
+
+# Anything anywhere
+
+
+class Own(Attention):
+    """Masks with what it is given by name, and has dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor, extra: Any = None, mask: Any = None) -> Tensor:
+        q, k, v = self.drop(self.qkv(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class Cached(nn.Module):
+    """Asks for what a cache holds, if it is given one, and forms its map by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.q, self.k = 4, nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, extra: Any = None, mask: Any = None) -> Tensor:
+        cache = mask if extra is None else extra
+        memory = cache.update(x) if hasattr(cache, "update") else x
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in (self.q(x), self.k(memory), memory))
+        return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class Multihead(nn.MultiheadAttention):
+    """PyTorch's own, as modules are called here."""
+
+    def forward(self, x: Any, extra: Any = None, mask: Any = None) -> Any:  # type: ignore[override]
+        memory = x if extra is None else extra
+        return super().forward(x, memory, memory, attn_mask=mask, need_weights=False)[0]
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Any, extra: Any = None, mask: Any = None) -> Any:
+        return self.inner(x, x, x, extra, key_padding_mask=mask)[0]
+
+
+class Block(nn.Module):
+    """Cuts windows of a part of its tokens each."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Any, *extra: Any, **named: Any) -> Any:
+        grid = x.unflatten(1, (2, -1)) if isinstance(x, Tensor) and x.dim() == 3 else x
+        return self.attn(rearrange(grid, "b y x c -> (b y) x c"), *extra, **named)
+
+
+class Around(nn.Module):
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn, self.out = attn, nn.Linear(32, 3)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.out(self.attn(*args, **kwargs))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "no recipe": (lambda: Around(Own()), "mask"),
+    "by hand, with a cache": (lambda: Around(Cached()), "mask"),
+    "recipe": (lambda: Around(OfTimm(32, 4, qkv_bias=True)), "attn_mask"),
+    "PyTorch's own": (lambda: Around(Multihead(32, 4, batch_first=True)), "mask"),
+    "PyTorch's own, with padding": (lambda: Around(Padded()), "mask"),
+    "windows": (lambda: Around(Block(Own())), "mask"),
+    "alone": (Own, "mask"),
+}
+EVERY_OPTION = [
+    *OPTIONS,
+    {"detach": False},
+    {"keep": "maps", "gradients": True},
+    {"keep": "maps", "gradients": True, "detach": False, "called_from": True, "passes": "all"},
+]
+WAYS = ["x", "beside", "by name", "x and beside", "x and by name"]
+
+
+def arguments(way: str, kind: str, other: str, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    torch.manual_seed(1)
+    thing, x = KINDS[kind](), KINDS[other if " and " in way else "plain"]()
+    if way == "x":
+        return (thing,), {}
+    return ((x,), {name: thing}) if way.endswith("by name") else ((x, thing), {})
+
+
+def outcome(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What a model puts out or raises, and all gradients of it."""
+    torch.manual_seed(2)
+    leaves = [t for t in (*args, *kwargs.values(), *model.parameters()) if type(t) in (Tensor, nn.Parameter)]
+    try:
+        out = model(*args, **kwargs)
+        found = [type(out), out.detach()]
+        out.float().square().sum().backward()
+    except Exception as error:
+        text = str(error).partition("Exception raised from")[0]  # in C++, at addresses
+        found = [type(error), re.sub(r"0x[0-9a-f]+|\bj[0-9]+", "", text)]  # jagged sizes are numbered
+    grads = [t.grad for t in leaves if t.is_leaf]
+    model.zero_grad()
+    return [*found, *grads, torch.get_rng_state()]
+
+
+def alike(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return bool(a == b)
+    if type(a) is not type(b) or a.dtype != b.dtype or a.layout != b.layout:
+        return False
+    with suppress(Exception):  # of kinds that cannot be compared
+        return torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    return True
+
+
+def read_all(rec: AttentionRecorder) -> None:
+    """Ask for everything: what is raised is ours and says something."""
+    asked: list[Callable[[], Any]] = [lambda: repr(rec), lambda: repr(rec.maps), lambda: rec.skipped, rec.verify]
+    maps = []
+    with suppress(HookattnError):
+        maps = list(rec.maps.values())
+        asked += [lambda name=name: rec.maps[name] for name in rec.maps.skipped]
+    for m in maps:
+        for name in ("shape", "dtype", "device", "axes", "tokens", "query_tokens", "x", "call", "called_from"):
+            asked.append(lambda m=m, name=name: getattr(m, name))
+        asked += [lambda m=m: m[...], lambda m=m: m[:, :, 0], lambda m=m: m.image("mean"), lambda m=m: m.image((0.5, 0.5))]
+        asked += [m.image, m.verify, lambda m=m: repr(m), lambda m=m: pickle.dumps(m)]
+        asked += [lambda m=m: m.gradient[...], lambda m=m: m.gradient.shape, lambda m=m: repr(m.gradient)]
+    for ask in asked:
+        with suppress(HookattnError, IndexError, ValueError):
+            ask()
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(list(MODELS)),
+    st.sampled_from(WAYS),
+    st.sampled_from(list(KINDS)),
+    st.sampled_from(list(KINDS)),
+    st.sampled_from(EVERY_OPTION),
+    st.booleans(),
+    st.booleans(),
+)
+def test_whatever_a_model_is_given_it_does_what_it_does_without_us(
+    which: str, way: str, kind: str, other: str, options: dict[str, Any], train: bool, grad: bool
+) -> None:
+    build, name = MODELS[which]
+    model = build().train(train)
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(grad):
+        own_registers(patch)
+
+        @partition(Block)
+        def windows(self: Any, geometry: Geometry) -> Tokens:
+            return cut_windows((2, geometry.block_argument(self, "x")[1] // 2), 1)
+
+        expected = outcome(model, *arguments(way, kind, other, name))
+        with untouched(model), AttentionRecorder(model, **options) as rec:
+            got = outcome(model, *arguments(way, kind, other, name))
+        assert len(got) == len(expected)
+        assert all(map(alike, got, expected))
+        read_all(rec)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_what_cannot_be_computed_is_told_with_the_name_of_the_map(keep: Any) -> None:
+    model, mask = Around(OfTimm(32, 4)), torch.zeros(2, 6, 32)
+    with suppress(RuntimeError), AttentionRecorder(model, keep=keep) as rec:
+        model(torch.randn(2, 6, 32), mask)
+    for ask in (lambda m: m[...], lambda m: m[:, :, 0], lambda m: m[0, 1]):
+        with pytest.raises(UnreadableError, match="it could not be computed: RuntimeError: The expanded size"):
+            ask(rec.maps[0])
