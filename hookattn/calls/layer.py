@@ -175,7 +175,13 @@ def _stamps_of(
     filled = [value for _, _, value in held if value is not None]
     cached = list(tensors_in(filled)) if filled else filled
     arguments, read = stamps_of_arguments(tensors, steps), stamps([t for _, t in state], steps)
-    return (*arguments, *read, stamps(cached, steps) if cached else cached, layer.samples.take(), hooks)
+    return (
+        *arguments,
+        *read,
+        stamps(cached, steps) if cached else cached,
+        layer.samples.take([at for _, at, _ in read]),
+        hooks,
+    )
 
 
 def _hooks_of_others(layer: Layer) -> list[int]:

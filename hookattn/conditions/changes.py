@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 SAMPLES = 4096
 _FEW = 16
+_number_at = ctypes.c_uint64.from_address
 _AT_HAND = ("cpu",)  # where values are read without waiting for anything
 # Integers of the same width: compared bit by bit a NaN equals itself. Other dtypes (8 bits, complex) are not sampled.
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -67,19 +69,31 @@ def stamps(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[int, int, int]
 def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[Any, ...]]:
     """Stamps of what a module was called with: as `stamps`, and values of those that are written to without being counted.
 
-    These are tensors in memory that PyTorch has not allocated, such as an array of NumPy, and tensors made in inference mode.
+    Many of tensors in memory that PyTorch has not allocated, such as an array of NumPy, and of tensors made in inference mode;
+    a few of all others on the CPU, which `.data` may have written to.
     """
     try:
-        quick: list[tuple[Any, ...]] = [*_quick_stamps(tensors, steps.taken)]
-        for tensor in tensors:
+        quick: list[tuple[Any, ...]] = []
+        for tensor, stamp in zip(tensors, _quick_stamps(tensors, steps.taken)):
+            storage = tensor.untyped_storage()
             # Undocumented, torch 2.6 to 2.14: a storage around memory of somebody else's cannot be resized.
-            if not tensor.untyped_storage().resizable():
+            if not storage.resizable():
                 break
+            quick.append((*stamp, *_few_bytes(storage)) if tensor.is_cpu else stamp)
         else:
             return quick
     except RuntimeError:
         pass
     return [(*_stamp(t, steps), _many_values(t)) for t in tensors]
+
+
+def _few_bytes(storage: torch.UntypedStorage) -> tuple[int, ...]:
+    """Twice 8 bytes of a storage as they are now: read at every recorded call, so by address and not by an operator."""
+    size, start = storage.nbytes(), storage.data_ptr()
+    if size < 64 or not start:  # nothing, or a tensor that only seems to be there
+        return ()
+    fifth = size // 5 & ~7  # a multiple of 8, where numbers begin
+    return _number_at(start + fifth).value, _number_at(start + 3 * fifth).value
 
 
 def _quick_stamps(tensors: Sequence[Tensor], taken: dict[int, int]) -> list[tuple[int, int, int]]:
@@ -152,6 +166,7 @@ class Samples:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         # no subclasses: quantised or distributed ones need not hold in their memory what they show
         self._of = [p for p in parameters if type(p) is nn.Parameter]
+        self._addresses: list[int] = []
         self._look_up()
 
     def _look_up(self) -> None:
@@ -160,7 +175,7 @@ class Samples:
             self._parameters = [
                 p for p in self._of if p.dtype in _BITS and p.device.type != "meta" and _in_memory_order(p).is_contiguous()
             ]
-            self._addresses = [p.data_ptr() for p in self._parameters]
+            self._lie_at = [p.data_ptr() for p in self._parameters]
             few = [_few_bits(p) for p in self._parameters]
             self._at_hand = [bits for bits in few if bits.device.type in _AT_HAND]
             elsewhere: dict[Any, list[Tensor]] = {}
@@ -169,10 +184,16 @@ class Samples:
                     elsewhere.setdefault((bits.dtype, bits.device), []).append(bits)
             self._elsewhere = list(elsewhere.values())
 
-    def take(self) -> tuple[list[list[int]], Values | None]:
-        """Read the values as they are now; called at every recorded call, and again when its map is read."""
-        if [*map(Tensor.data_ptr, self._parameters)] != self._addresses:  # the model was moved, or has got another dtype
-            self._look_up()
+    def take(self, addresses: list[int]) -> tuple[list[list[int]], Values | None]:
+        """Read the values as they are now; called at every recorded call, and again when its map is read.
+
+        Args:
+            addresses: of all tensors that the module reads, these parameters among them.
+        """
+        if addresses != self._addresses:
+            if [*map(Tensor.data_ptr, self._parameters)] != self._lie_at:  # the model was moved, or has got another dtype
+                self._look_up()
+            self._addresses = addresses
         # not by NumPy, which is faster: PyTorch cannot free or resize memory that was shown to it, as FSDP does
         try:
             numbers: list[list[int]] = [*map(Tensor.tolist, self._at_hand)]

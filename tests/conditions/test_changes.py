@@ -265,3 +265,32 @@ def test_a_map_is_stale_when_an_array_of_numpy_that_x_shares_is_used_again(where
                 rec.maps[0][...]
         else:
             assert torch.equal(rec.maps[0][...], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: x[1:]], ids=["plain", "strided", "part"])
+def test_a_map_is_stale_when_x_was_filled_again_through_its_data(of: Any, dtype: torch.dtype) -> None:
+    """No version is counted then: PyTorch itself would not notice in backward."""
+    attn, buffer = Attention(16, 4).eval().to(dtype), torch.randn(3, 9, 16, dtype=dtype)
+    x = of(buffer)
+    with AttentionRecorder(attn) as rec, AttentionRecorder(attn, keep="maps") as kept, torch.no_grad():
+        attn(x)
+    before = rec.maps[0][...]
+    x.data.copy_(torch.randn_like(x))
+    with pytest.raises(StaleMapError, match="x changed in place"):
+        rec.maps[0][...]
+    torch.testing.assert_close(kept.maps[0][...], before)
+
+
+def test_a_tensor_without_memory_is_asked_for_none() -> None:
+    attn = Attention(16, 4).eval()
+    for x in (torch.randn(0, 9, 16), torch.randn(1, 1, 16), torch.randn(1, 1, 16).expand(2, 3, -1)):
+        with AttentionRecorder(attn) as rec, torch.no_grad():
+            attn(x)
+        assert rec.maps[0][...].shape == (len(x), 4, x.shape[1], x.shape[1])
+    x = torch.randn(2, 9, 16)
+    with AttentionRecorder(attn) as rec, torch.no_grad():
+        attn(x)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(StaleMapError):
+        rec.maps[0][...]
