@@ -34,7 +34,7 @@ from .keep_maps import KeepMaps
 from .maps import Maps
 from .passes import ForwardPass, ForwardPasses, why_empty
 from .record import Recording, Wanted
-from .selection import Layers, choose, find_replaced
+from .selection import Layers, choose, find_replaced, find_unnamed
 
 Keep = Literal["inputs", "maps"]
 Forwards = Literal["last", "all"]
@@ -149,10 +149,13 @@ class AttentionRecorder:
         """Names of modules that form no map which could be read, each with the reason; of the last forward, what it showed.
 
         A map between channels, a linear attention or points that are sampled may be found in the forward only, and are not
-        among `maps` then. A forward of a class that has no recipe is run again for that, the first time.
+        among `maps` then. A forward of a class that has no recipe is run again for that, the first time. Modules that are not
+        recorded, since nothing names them attention, and may form a map by their code are named with the `layers=` for it.
         """
         ran = self._maps_of(self._passes.all[-1]).skipped if self._passes.all else {}
-        return {**self._skipped, **ran}
+        recorded = {name: None for forward in self._passes.all for name in forward.maps}
+        unnamed = {n: why for n, why in find_unnamed(self.model).items() if n not in self._modules and n not in recorded}
+        return {**self._skipped, **ran, **unnamed}
 
     @property
     def passes(self) -> list[Maps]:

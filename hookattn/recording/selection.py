@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -18,6 +20,7 @@ from ..recipes.registry import is_known
 Layer = Union[str, int]
 Layers = Union[None, Layer, Sequence[Layer], Callable[[str, nn.Module], bool]]
 _NO_LIST = (str, bytes, type, nn.Module, torch.Tensor)
+_SOFTMAXES = {"softmax", "log_softmax", "scaled_dot_product_attention"}
 _LOOKS_LIKE_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA|SHMA|SHSA|GPSA)")
 
 
@@ -74,6 +77,33 @@ def choose(model: nn.Module, layers: Layers) -> Found:
     # in the order of the model, whatever that of `layers`, and each once: positions count in this order
     in_order = [name for name in modules if name in set(chosen)]
     return Found({name: modules[name] for name in in_order}, found.skipped)
+
+
+def find_unnamed(model: nn.Module) -> dict[str, str]:
+    """Names of modules that may form a map though nothing names them attention, each with the `layers=` that reads it.
+
+    Told by the code of their classes, which takes a softmax or calls SDPA; whether it weighs values shows when they run.
+    """
+    found = find_attention(model)
+    known = [*found.readable, *found.skipped]
+    unnamed = {}
+    for name, module in model.named_modules():
+        inside = any(name == other or name.startswith(f"{other}.") for other in known)
+        around = any(not name or other.startswith(f"{name}.") for other in known)
+        if not inside and not around and _takes_a_softmax(type(module)):
+            unnamed[name] = (
+                f"{type(module).__name__}: it takes a softmax and is not named like attention; if that is a map, "
+                f"layers=[..., {name!r}] reads it"
+            )
+    return unnamed
+
+
+def _takes_a_softmax(cls: type[nn.Module]) -> bool:
+    """Whether a method of a class, PyTorch's own apart, calls a softmax or SDPA."""
+    if cls.__module__.partition(".")[0] == "torch":
+        return False
+    methods = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
+    return any(not _SOFTMAXES.isdisjoint(inspect.unwrap(method).__code__.co_names) for method in methods)
 
 
 def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:

@@ -27,8 +27,9 @@ def test_a_map_is_the_one_that_was_formed_or_it_is_refused(name: str) -> None:
     with AttentionRecorder(model, keep="maps") as kept, torch.no_grad():
         torch.manual_seed(0)
         case.call(model)
-    classes = {layer: type(model.get_submodule(layer.partition("#")[0])).__name__ for layer in [*rec.maps, *rec.skipped]}
-    for layer in rec.skipped:
+    skipped = [layer for layer, reason in rec.skipped.items() if "not named like attention" not in reason]  # routers, bins
+    classes = {layer: type(model.get_submodule(layer.partition("#")[0])).__name__ for layer in [*rec.maps, *skipped]}
+    for layer in skipped:
         with pytest.raises(UnreadableError, match=case.refused[classes[layer]]):
             rec.maps[layer][...]
     for layer, m in rec.maps.items():
@@ -38,7 +39,7 @@ def test_a_map_is_the_one_that_was_formed_or_it_is_refused(name: str) -> None:
         assert torch.equal(kept.maps[layer][...], got)
         m.verify()
     assert Counter(classes[layer] for layer in rec.maps) == case.maps
-    assert {classes[layer] for layer in rec.skipped} == set(case.refused)
+    assert {classes[layer] for layer in skipped} == set(case.refused)
 
 
 # peft: low-rank additions
@@ -107,6 +108,29 @@ def test_low_rank_additions_to_torch_are_in_the_map(state: str) -> None:
     torch.testing.assert_close(rec.maps[0][...], expected, rtol=0, atol=1e-5)
     rec.verify()
     assert [name for name, _ in model.named_parameters()] == names
+
+
+# what nothing names attention
+
+
+def test_modules_that_form_a_map_under_another_name_are_named_with_the_layers_that_read_them() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_token_length": 5}
+    sizes |= {"num_character_labels": 6, "num_bpe_labels": 7, "num_wordpiece_labels": 8}
+    config = transformers.MgpstrConfig(image_size=[16, 32], patch_size=4, **sizes)
+    model = randomise(transformers.MgpstrForSceneTextRecognition(config)).eval()
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(image(16, 32))
+    unnamed = ["char_a3_module", "bpe_a3_module", "wp_a3_module"]
+    assert list(rec.skipped) == unnamed
+    assert "MgpstrA3Module: it takes a softmax" in rec.skipped["bpe_a3_module"]
+    assert "layers=[..., 'bpe_a3_module'] reads it" in rec.skipped["bpe_a3_module"]
+    with AttentionRecorder(model, layers=[*rec.layers, *unnamed]) as rec, torch.no_grad():
+        output = model(image(16, 32), output_a3_attentions=True)
+    assert not rec.skipped
+    for name, own in zip(unnamed, output.a3_attentions):
+        torch.testing.assert_close(rec.maps[name][:, 0], own, rtol=0, atol=1e-6)
+    rec.verify()
 
 
 # rows that are the same
