@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..attention.sources import largest_difference
 from ..calls.call import Call
 from ..errors import UnfaithfulMapError
-from .established import arrange, telling_why
+from .established import TellWhy, arrange
 from .formed import Fused
 from .replay import run_under
 from .sites import Inject, Watch
@@ -105,7 +105,7 @@ def compare_runs(call: Call, attention: Tensor) -> Comparison:
     Raises:
         UnreadableError: the forward forms no map that another could be put in place of.
     """
-    with call.resumed(), telling_why(call.layer.name):
+    with call.resumed(), TellWhy(call.layer.name):
         own, watch = run_under(call, Watch())
         return _compared(call, watch, attention, own, _SECOND_RUN, as_called=False)
 

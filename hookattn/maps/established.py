@@ -52,7 +52,7 @@ def source_by_recipe(call: Call) -> Source | None:
 
 def _described(call: Call) -> tuple[Source | None, str | None]:
     """What a recipe makes of a call, if it describes it; and how the class lays out its map, see `recipe`."""
-    with name_in_errors(call):
+    with NameInErrors(call):
         if any(t.is_nested for t in call.tensors):
             raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
         recipe, axes = find_recipe(call.layer.module), find_axes(call.layer.module)
@@ -72,31 +72,42 @@ def as_in_training(call: Call) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def name_in_errors(call: Call) -> Iterator[None]:
+class NameInErrors:
     """Put the name of the layer before the reason why something in the block cannot be read."""
-    try:
-        yield
-    except UnreadableError as error:
-        if str(error).startswith(repr(call.layer.name)):
-            raise
-        # from None: the traceback of the error would keep what the module was called with
-        raise UnreadableError(f"{call.layer.name!r}: {error}") from None
+
+    # Classes, and not generators, here and below: since Python 3.12 an error that leaves a generator as another one is a
+    # cycle, and would keep what the module was called with until the garbage collector comes.
+
+    def __init__(self, call: Call) -> None:
+        self._name = repr(call.layer.name)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, UnreadableError) and not str(error).startswith(self._name):
+            # from None: the traceback of the error would keep what the module was called with
+            raise UnreadableError(f"{self._name}: {error}") from None
 
 
-@contextmanager
-def telling_why(name: str, *but: type[Exception]) -> Iterator[None]:
+class TellWhy:
     """Say of what something could not be computed, and why, where a module or a recipe raises in the block.
 
     Args:
         but: errors that are let through, as ours are and those of memory that ran out.
     """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (HookattnError, NotEstablishedError, MemoryError, torch.OutOfMemoryError, *but)):
-            raise
-        raise UnreadableError(f"{name!r}: it could not be computed: {type(error).__name__}: {error}") from error
+
+    def __init__(self, name: str, *but: type[Exception]) -> None:
+        self._name = name
+        self._but: tuple[type[Exception], ...] = (HookattnError, NotEstablishedError, MemoryError, torch.OutOfMemoryError, *but)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, self._but):
+            why = f"it could not be computed: {type(error).__name__}: {error}"
+            raise UnreadableError(f"{self._name!r}: {why}") from error
 
 
 def arrange(call: Call, sites: Following) -> Arrangement:
@@ -105,7 +116,7 @@ def arrange(call: Call, sites: Following) -> Arrangement:
     Raises:
         UnreadableError: its forward forms something else than its recipe tells, or evidence does not tell what it forms.
     """
-    with name_in_errors(call):
+    with NameInErrors(call):
         with as_in_training(call):
             source, axes = _described(call)
         if source is None:

@@ -22,7 +22,7 @@ from ..conditions.dispatch_modes import unseen_by_modes
 from ..errors import HookattnError, NoGradientError, UnreadableError
 from ..recipes.registry import qualified_name
 from .arrangement import Arrangement
-from .established import arrange, name_in_errors, telling_why
+from .established import NameInErrors, TellWhy, arrange
 from .lazy import Delivery, LazyArray
 from .replay import run_under
 from .sites import Variables
@@ -84,7 +84,7 @@ class Gradient(LazyArray):
         elif missing or self._call is None:
             raise NoGradientError(missing)
         else:
-            with telling_why(self.name):
+            with TellWhy(self.name):
                 slope = slope_of(self._call, self._received)
             yield slope
 
@@ -255,7 +255,7 @@ def slope_of(call: Call, received: Mapping[int, Tensor]) -> Source:
             it off from the graph, does not return all that it returned, or draws random numbers in eval mode.
         StaleMapError: an input or a parameter has changed since the forward.
     """
-    with call.resumed(), torch.enable_grad(), name_in_errors(call):
+    with call.resumed(), torch.enable_grad(), NameInErrors(call):
         outputs, run, arrangement = _run_with_variables(call, received)
         places = [place for place in received if outputs[place].requires_grad]  # the others are inputs that are handed on
         if any(outputs[place].shape != received[place].shape for place in places) or (run.draws and not call.modes.random):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention.projection import ALL, Pick
 from ..attention.sources import Source
-from .established import telling_why
+from .established import TellWhy
 
 # On a CPU 1.5 to 1.8 times as fast as 2**24 from 1,024 tokens on, no slower at 197. Elsewhere 8 times that, not measured.
 _CHUNK = 2**21
@@ -80,14 +80,14 @@ class LazyArray:
         """Compute what an index picks, of the dtype and on the device that it is computed in."""
         with self.open() as source:
             picks, rest = split_index(index, source.shape)
-            with telling_why(self.name, IndexError, ValueError):  # of an index that does not fit
+            with TellWhy(self.name, IndexError, ValueError):  # of an index that does not fit
                 values = source.narrow(*picks).values()
             return values[rest]
 
     def visit(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
         """Compute a part of it chunk by chunk and hand each on; items and rows are counted from where the part begins."""
         with self.open() as source:
-            with telling_why(self.name):
+            with TellWhy(self.name):
                 part = source.narrow(batch, heads, rows)
             visit_chunks(self.name, part, visit)
 
@@ -142,12 +142,12 @@ def visit_chunks(name: str, part: Source, visit: Visit) -> None:
     most = _CHUNK if part.device.type == "cpu" else 8 * _CHUNK
     batch, _, rows, _ = part.shape
     for items in spans(batch, most // max(1, prod(part.shape[1:]))):
-        with telling_why(name):
+        with TellWhy(name):
             few = part.narrow(items)
             cuts = list(spans(rows, most // max(1, prod(few.shape) // max(1, rows))))
             few = few.prepare() if len(cuts) > 1 else few  # else each chunk of rows would project all keys anew
         for span in cuts:
-            with telling_why(name):
+            with TellWhy(name):
                 values = few.narrow(rows=span).values()
             visit(items, span, values)
 

@@ -16,7 +16,7 @@ from ..calls.call import Call
 from ..conditions.transforms import is_left_behind
 from ..errors import RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
-from .established import arrange, as_in_training, name_in_errors, source_by_recipe, telling_why
+from .established import NameInErrors, TellWhy, arrange, as_in_training, source_by_recipe
 from .lazy import Spec
 from .replay import replayed, source_of_watched, why_unreadable
 from .sites import Watch
@@ -39,14 +39,14 @@ class Captured:
     def open(self) -> Iterator[Source]:
         """Queries and keys of the call, in its modes for as long as the block lasts."""
         with self.call.resumed():
-            with telling_why(self.call.layer.name):
+            with TellWhy(self.call.layer.name):
                 source = source_of(self.call)
             yield source
 
     @cached_property
     def spec(self) -> Spec:
         """Shape, dtype and device of the map; looked up once, without computing it where its module has a recipe."""
-        with telling_why(self.call.layer.name):
+        with TellWhy(self.call.layer.name):
             source = _source_of_shapes(self.call)
             return Spec(source.shape, source.dtype, self.call.x.device)
 
@@ -65,8 +65,8 @@ class Watched:
     def open(self) -> Iterator[Source]:
         """What was noted, arranged now."""
         call = self._call
-        with call.in_its_modes(), name_in_errors(call):
-            with telling_why(call.layer.name):
+        with call.in_its_modes(), NameInErrors(call):
+            with TellWhy(call.layer.name):
                 source = source_of_watched(call, self._watch, arrange(call, self._watch))
             yield source
 

@@ -22,7 +22,7 @@ from ..conditions.function_modes import lowest
 from ..errors import UnreadableError
 from ..recipes.registry import find_recipe, qualified_name
 from .arrangement import Arrangement
-from .established import arrange, arrange_by_evidence, name_in_errors
+from .established import NameInErrors, arrange, arrange_by_evidence
 from .evidence.establish import form_of
 from .intercept import Intercept, Sites
 from .sites import Inject, Watch
@@ -38,14 +38,14 @@ def replayed(call: Call) -> Source:
     Raises:
         UnreadableError: evidence does not tell which map the forward forms, or of which axes; what was found is told.
     """
-    with name_in_errors(call):
+    with NameInErrors(call):
         watch = run_under(call, Watch())[1]
         return source_of_watched(call, watch, arrange(call, watch))
 
 
 def replayed_by_evidence(call: Call) -> Source:
     """As `replayed`, with no regard to what a recipe tells of axes."""
-    with name_in_errors(call):
+    with NameInErrors(call):
         watch = run_under(call, Watch())[1]
         return source_of_watched(call, watch, arrange_by_evidence(call, watch))
 

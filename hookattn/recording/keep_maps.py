@@ -15,7 +15,7 @@ from ..calls.call import Call
 from ..calls.hooks import Hook, put_on
 from ..conditions.function_modes import put_below_others, take_off
 from ..maps.attention_map import AttentionMap
-from ..maps.established import NotEstablishedError, arrange, deferring, name_in_errors, source_by_recipe
+from ..maps.established import NameInErrors, NotEstablishedError, arrange, deferring, source_by_recipe
 from ..maps.intercept import Intercept, Sites
 from ..maps.replay import source_of_watched
 from ..maps.sites import Watch
@@ -131,7 +131,7 @@ def _make_of_what_was_formed(awaited: Awaited, watch: Watch) -> None:
     """Make the map of a module that was watched; one that formed none is lost, with the reason."""
     m, call = awaited.m, awaited.call
     try:
-        with name_in_errors(call), call.in_its_modes(), deferring():
+        with NameInErrors(call), call.in_its_modes(), deferring():
             source = source_of_watched(call, watch, arrange(call, watch))
             awaited.put(m.kept(source.narrow().values()))
     except NotEstablishedError:  # the first of its kind: made of what was noted when somebody asks, or at the end of the block

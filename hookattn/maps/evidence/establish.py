@@ -45,6 +45,19 @@ def establish_axes(
     Raises:
         UnreadableError: it forms no map over pairs of tokens, or evidence does not tell; what was found is told.
     """
+    try:
+        return _establish(module, args, kwargs, as_called)
+    except (RuntimeError, NotImplementedError) as error:  # such as an operation that has no derivative
+        if isinstance(error, (UnreadableError, torch.OutOfMemoryError)):
+            raise
+        raise UnreadableError(
+            f"evidence of its axes ends at {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+        ) from error
+
+
+def _establish(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_called: bool
+) -> tuple[Arrangement, list[Any]]:
     if any(t.is_meta for t in (*module.parameters(), *tensors_in((args, kwargs)))):
         module, args, kwargs = _with_values(module, args, kwargs)
     with _plainly(module, args, kwargs), ExitStack() as stack:
@@ -76,17 +89,10 @@ def _with_values(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @contextmanager
 def _plainly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Derivatives on, autocast off, which would keep what it casts for the user's own forwards; refusals named."""
-    try:
-        with ExitStack() as stack:
-            for device in {t.device.type for t in (*module.parameters(), *tensors_in((args, kwargs)))}:
-                stack.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            yield
-    except (RuntimeError, NotImplementedError) as error:  # such as an operation that has no derivative
-        if isinstance(error, (UnreadableError, torch.OutOfMemoryError)):
-            raise
-        raise UnreadableError(
-            f"evidence of its axes ends at {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
-        ) from error
+    """Derivatives on, and autocast off, which would keep what it casts for the user's own forwards."""
+    with ExitStack() as stack:
+        for device in {t.device.type for t in (*module.parameters(), *tensors_in((args, kwargs)))}:
+            stack.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
