@@ -20,7 +20,7 @@ _HOOKS = (
     ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
-_lock = threading.Lock()
+_lock = threading.RLock()  # the garbage collector may close a recorder while this thread holds it
 _counts: Counter[type[nn.Module]] = Counter()
 
 
@@ -39,8 +39,9 @@ class NotCopied:
 def copied_without_hooks(module: nn.Module) -> Iterator[None]:
     """Have a module and all below it copied and pickled without hooks that are `NotCopied`, for as long as the block lasts."""
     # in the table that copy and pickle look into for a class; one that somebody else has put there stays
+    classes = set(map(type, module.modules()))
     with _lock:
-        ours = {cls for cls in map(type, module.modules()) if copyreg.dispatch_table.setdefault(cls, _reduce) is _reduce}
+        ours = {cls for cls in classes if copyreg.dispatch_table.setdefault(cls, _reduce) is _reduce}
         _counts.update(ours)
     try:
         yield
@@ -74,7 +75,9 @@ def _reduce(module: nn.Module) -> tuple[Any, ...]:
         return reduced
     state = {**state}
     for names in _HOOKS:
-        if ours := [number for number, hook in list(state[names[0]].items()) if isinstance(hook, NotCopied)]:
+        if state[names[0]] and all(isinstance(hook, NotCopied) for hook in list(state[names[0]].values())):
+            state.update({name: type(state[name])() for name in names})
+        elif ours := [number for number, hook in list(state[names[0]].items()) if isinstance(hook, NotCopied)]:
             state.update({name: _without(state[name], ours) for name in names})
     return make, args, state, *rest
 

@@ -122,9 +122,13 @@ class Around:
 
     def come_closest(self) -> None:
         """Come between the module and all hooks that others have put on since; without a moment at which ours are off."""
+        if self._begins not in self.module._forward_pre_hooks:  # somebody has cleared the dicts
+            self.close()
+            self.hook()
+            return
         # Undocumented, torch 2.6 to 2.14: ordered dicts by key of the hook, which PyTorch itself puts in order like this.
         self.module._forward_pre_hooks.move_to_end(self._begins)  # type: ignore[attr-defined]
-        if self._ends is not None:
+        if self._ends in self.module._forward_hooks:
             self.module._forward_hooks.move_to_end(self._ends, last=False)  # type: ignore[attr-defined]
 
     def close(self) -> None:
@@ -139,6 +143,16 @@ class Around:
         hooks = self.module._forward_pre_hooks
         for key in reversed(list(hooks)):  # a copy: another thread may put hooks on meanwhile
             if key == self._begins:
+                return False
+            if not is_ours(hooks.get(key)):
+                return True
+        return False
+
+    def is_preceded(self) -> bool:
+        """Whether somebody's forward hook comes before ours, which is then given what that one has made of the output."""
+        hooks = self.module._forward_hooks
+        for key in list(hooks):
+            if key == self._ends:
                 return False
             if not is_ours(hooks.get(key)):
                 return True

@@ -23,8 +23,8 @@ def structure_of(modules: tuple[nn.Module, ...], held: Sequence[tuple[dict[str, 
     # An adapter that is merged for the time of a call puts a tensor of the same name before a parameter, and may put in another
     # parameter afterwards. Python finds attributes first, so what they hide does not matter.
     hidden = {(id(attributes), name) for attributes, name, _ in held}
-    # ids, not the things themselves: a kept call must not keep alive what was taken out of the model
-    # of the module itself alone: a layer's class may be set inside the block, as FSDP does, before the call that is read
+    # Ids, not the things themselves: a kept call must not keep alive what was taken out of the model. The class of the module
+    # itself alone: that of a layer may be set inside the block, as FSDP does, before the call that is read.
     found: list[Any] = [type(modules[0]), type(modules[0]).forward]
     for module in modules:
         attributes = vars(module)

@@ -79,7 +79,7 @@ def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[A
             # Undocumented, torch 2.6 to 2.14: a storage around memory of somebody else's cannot be resized.
             if not storage.resizable():
                 break
-            quick.append((*stamp, *_few_bytes(storage)) if tensor.is_cpu else stamp)
+            quick.append((*stamp, *_few_bytes(tensor, stamp[1], storage)) if tensor.is_cpu else stamp)
         else:
             return quick
     except RuntimeError:
@@ -87,9 +87,10 @@ def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[A
     return [(*_stamp(t, steps), _many_values(t)) for t in tensors]
 
 
-def _few_bytes(storage: torch.UntypedStorage) -> tuple[int, ...]:
-    """Twice 8 bytes of a storage as they are now: read at every recorded call, so by address and not by an operator."""
-    size, start = storage.nbytes(), storage.data_ptr()
+def _few_bytes(tensor: Tensor, start: int, storage: torch.UntypedStorage) -> tuple[int, ...]:
+    """Twice 8 bytes of a tensor as they are now: read at every recorded call, so by address and not by an operator."""
+    # of its own part of the storage; one that is not contiguous may be smaller, or reach further, than it has bytes
+    size = min(tensor.nbytes, storage.data_ptr() + storage.nbytes() - start)
     if size < 64 or not start:  # nothing, or a tensor that only seems to be there
         return ()
     fifth = size // 5 & ~7  # a multiple of 8, where numbers begin

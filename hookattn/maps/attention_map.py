@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .established import NotEstablishedError
 from .gradient import Gradient
 from .lazy import Delivery, LazyArray, Spec
 from .picture import draw_rows
-from .reading import Deferred, Kept, Lost, Origin, Watched
+from .reading import Captured, Deferred, Kept, Lost, Origin, Watched
 from .sites import Watch
 
 
@@ -61,7 +61,7 @@ class AttentionMap(LazyArray):
         deliver: Delivery,
         called_from: CallSite | None = None,
         gradient: Gradient | None = None,
-        compared: Comparison | str | None = None,
+        compared: Comparison | HookattnError | None = None,
     ) -> None:
         super().__init__(name, deliver)
         self._origin, self._geometry = origin, geometry
@@ -138,8 +138,8 @@ class AttentionMap(LazyArray):
             RecorderError: the input was let go (`keep="maps"` without `verify=True`).
             StaleMapError: an input or a parameter has changed since the forward.
         """
-        if isinstance(self._compared, str):
-            raise UnreadableError(self._compared)
+        if isinstance(self._compared, HookattnError):
+            raise type(self._compared)(str(self._compared))  # another each time: one that was raised keeps what was called
         if self._compared is None:
             attention = self.read(...)  # first, since a map that is lost tells why
             return compare_runs(self.call, attention).judged(self.name, tolerance)
@@ -229,13 +229,15 @@ class AttentionMap(LazyArray):
 
     def compared_with(self, call: Call, output: Any) -> AttentionMap:
         """This map, with what came of putting it into a call that has just ended, for `verify`; or with why it could not be."""
+        compared: Comparison | HookattnError
         try:
-            # a checkpoint counts what is saved for backward, by hooks like these, and is to see nothing of it
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-                attention = self.read(...).detach().to(call.x.device)
-                compared: Comparison | str = compare_with_output(call, attention, output)
+            call = call.restamped()
+            m = self if isinstance(self._origin, Kept) else self._from(Captured(call))
+            with _saving_unseen():
+                compared = compare_with_output(call, m.read(...).detach().to(call.x.device), output)
         except Exception as error:  # whatever it is, the user's forward goes on
-            compared = reason_of(error)
+            kind = type(error) if isinstance(error, HookattnError) else UnreadableError
+            compared = kind(reason_of(error))  # without its traceback, which holds what the module was called with
         return self._from(self._origin, compared)
 
     def kept(self, attention: Tensor) -> AttentionMap:
@@ -266,13 +268,21 @@ class AttentionMap(LazyArray):
         origin = self._origin if kept is None else kept
         return AttentionMap, (self.name, origin, places, self._deliver, *self._rest)
 
-    def _from(self, origin: Origin, compared: Comparison | str | None = None) -> AttentionMap:
+    def _from(self, origin: Origin, compared: Comparison | HookattnError | None = None) -> AttentionMap:
         called_from, gradient, before = self._rest
         return AttentionMap(self.name, origin, self._geometry, self._deliver, called_from, gradient, compared or before)
 
     @property
-    def _rest(self) -> tuple[CallSite | None, Gradient | None, Comparison | str | None]:
+    def _rest(self) -> tuple[CallSite | None, Gradient | None, Comparison | HookattnError | None]:
         return self._called_from, self._gradient, self._compared
+
+
+def _saving_unseen() -> AbstractContextManager[Any]:
+    """Hide what is saved for backward from hooks of others: a checkpoint counts it by such."""
+    # Undocumented, torch 2.6 to 2.14: whether there can be such hooks; inside of torch.func there are none.
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def reason_of(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..attention.sources import largest_difference
 from ..calls.call import Call
-from ..errors import UnfaithfulMapError
+from ..errors import UnfaithfulMapError, UnreadableError
 from .established import TellWhy, arrange
 from .formed import Fused
 from .replay import run_under
@@ -42,7 +42,7 @@ class Difference(float):
     def __getnewargs__(self) -> tuple[Any, ...]:
         return float(self), self.against, self.noise
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # of floats, `str` is `repr`
         noise = f", where rounding alone moves it by {self.noise:.2g}" if self.noise else ""
         return f"{float(self):.2g} against {self.against}{noise}"
 
@@ -111,11 +111,10 @@ def compare_runs(call: Call, attention: Tensor) -> Comparison:
 
 
 def compare_with_output(call: Call, attention: Tensor, output: Any) -> Comparison:
-    """Run the forward of a call that has just ended with a map in place of its own, and compare with what had come out.
+    """Run the forward of a call that has just ended, restamped, with a map in its place, and compare with what had come out.
 
     Where the fused kernel dropped out parts of the map, it does not tell which, and two runs are compared instead.
     """
-    call = call.restamped()
     with call.resumed():
         watch = run_under(call, Watch(as_called=True))[1]
         drops = any(isinstance(site, Fused) and site.dropout_p for site in watch.softmaxes)
@@ -132,7 +131,9 @@ def _compared(call: Call, watch: Watch, attention: Tensor, own: Any, against: st
         return list(_floats(run_under(call, Inject(watch, arrangement, attention, as_called=as_called))[0]))
 
     injected = run_with(attention)
-    moved = tuple([_moved(*outputs, of_map) for outputs in zip(_floats(own), injected)])
+    moved = tuple([_moved(*outputs, of_map) for outputs in zip(_floats(own), injected, strict=True)])
+    if not moved:
+        raise UnreadableError(f"{call.layer.name!r}: it puts out no tensor of real numbers that could be compared.")
     noise = 0.0
     if not all(difference <= usual * max(1.0, largest) for difference, largest, usual in moved):
         # an output that is rounded coarsely, as int8 activations are, may stand at a step that rounding of the map goes over
@@ -144,7 +145,7 @@ def _compared(call: Call, watch: Watch, attention: Tensor, own: Any, against: st
 def _number_rows(attention: Tensor) -> Tensor:
     """A number for each row, of what it gives to which key."""
     keys = torch.arange(attention.shape[-1], device=attention.device, dtype=attention.dtype)
-    return attention.detach() @ keys.cos()
+    return (attention.detach() * keys.cos()).sum(-1)  # no matrix product, which autocast would round
 
 
 def _moved(own: Tensor, injected: Tensor, of_map: torch.dtype) -> tuple[float, float, float]:

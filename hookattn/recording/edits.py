@@ -50,6 +50,7 @@ class Edits:
                     if module not in self._modules:
                         self._held.enter_context(_held(name, module))
                         self._modules.add(module)
+                    edit_before_others(module)
                     stack.enter_context(_ON[module].with_one_more(edit))
             yield
 
@@ -86,8 +87,8 @@ def _held(name: str, module: nn.Module) -> Iterator[None]:
                 _ON.pop(module).close()
 
 
-def rehook_before_others(module: nn.Module) -> None:
-    """Put the hooks that edit a module on again, so that hooks which were put on just now see its edited output."""
+def edit_before_others(module: nn.Module) -> None:
+    """Have the hooks that edit a module run before those that were put on just now, which then see its edited output."""
     # Forward hooks are called in order, each with what the one before has returned.
     with _CHANGING:
         if (editing := _ON.get(module)) is not None:
@@ -132,7 +133,7 @@ class _Editing(Around):
         """Keep what the module is called with, if it is to be edited."""
         edits = self.edits_here()
         checkpoint = checkpoint_around()
-        if not edits and checkpoint is None:
+        if not edits and (checkpoint is None or checkpoint not in self._in_checkpoints):
             return None
         call = capture(look_up(self._name, self.module), args, kwargs, detach=False)
         if checkpoint is not None:

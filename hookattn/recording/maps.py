@@ -66,7 +66,7 @@ class Maps(Mapping[str, AttentionMap]):
     def _why_not(self, key: Any) -> str:
         if key not in self._let_go:
             return f"no map was recorded of {key!r}. {did_you_mean(str(key), self._maps)}"
-        ran, last = self._let_go[key] or "an earlier forward", self.called or "the last one"
+        ran, last = self._let_go[key] or "an earlier forward", self.called or "a later forward"
         return (
             f"{key!r} ran in {ran}, whose maps were let go when {last} began: record with AttentionRecorder(model, "
             'passes="all") and read rec.passes, or open a block for each.'

@@ -24,7 +24,7 @@ from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
 from ..maps.reading import Captured, Lost
 from ..recipes.registry import find_recipe
-from .edits import is_edited, rehook_before_others
+from .edits import edit_before_others, is_edited
 from .follow import match_recomputed
 from .keep_maps import Awaited, KeepMaps
 from .passes import ForwardPass, ForwardPasses
@@ -68,7 +68,7 @@ class Recording:
                 ends=isinstance(around, _RecordedLayer)
                 and (self.wanted.gradients or self.wanted.verify or self.keep_maps is not None)
             )
-            rehook_before_others(around.module)  # of another recorder: what we follow is to be what the model goes on with
+            edit_before_others(around.module)  # of another recorder: what we follow is to be what the model goes on with
 
     def record_ended(self, call: Call, site: CallSite | None, output: Any) -> None:
         """Record a call that has ended, of a layer that was detected in it and had no hooks yet."""
@@ -178,7 +178,7 @@ class _RecordedLayer(Around):
             call = recaptured(call, args, kwargs, detach=recording.wanted.detach)
             if recorded is not None:
                 self._put_again(call, *recorded)
-        if recorded is not None and output is not None:
+        if recording.wanted.verify and recorded is not None and output is not None and not self.is_preceded():
             m, forward = recorded
             forward.maps[m.name] = recording.compare(forward.maps[m.name], call, output)
         if gradient is not None:

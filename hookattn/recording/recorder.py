@@ -66,7 +66,7 @@ class AttentionRecorder:
         called_from: walk the stack at each call, for `m.called_from`.
         gradients: follow backward to the output of each module, for `m.gradient`.
         verify: compare each map, while the model runs, with the output that its module really put out, for `m.verify()`. It
-            runs each module two more times.
+            runs each module a few more times, with hooks of others below it and function modes.
 
     Raises:
         ModelError: the attention of the model forms no maps, or it is a DataParallel, scripted or exported one.

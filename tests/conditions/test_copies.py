@@ -159,3 +159,15 @@ def test_a_copy_made_inside_the_block_can_be_scripted_and_the_model_says_so(made
         assert same(read(rec), maps_of(model, x))
         torch.testing.assert_close(torch.jit.script(twin)(x), expected)
         torch.testing.assert_close(torch.jit.script(model)(x), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"gradients": True}], ids=str)
+def test_a_file_that_is_written_inside_is_the_one_that_is_written_outside(options: dict[str, Any]) -> None:
+    """So whatever loads the one loads the other, `weights_only` with the classes of the model too."""
+    model, x = tiny("vit", depth=1)
+    expected = pickle.dumps(model)
+    with AttentionRecorder(model, **options):
+        model(x)
+        got = pickle.dumps(model)
+    assert pickle.dumps(model) == expected
+    assert got == expected

@@ -219,7 +219,7 @@ def test_what_cannot_be_compared_says_why_and_ends_nothing() -> None:
     with AttentionRecorder(model, layers="0", verify=True, keep="maps") as rec, torch.no_grad():
         assert torch.equal(model(x.clone()), expected)
     assert torch.allclose(rec.maps[0][...].sum(-1), torch.tensor(1.0))
-    with pytest.raises(UnreadableError, match="changed in place"):
+    with pytest.raises(StaleMapError, match="changed in place"):
         rec.maps[0].verify()
 
 
@@ -244,3 +244,72 @@ def test_what_has_changed_since_is_stale() -> None:
         model.blocks[0].attn.qkv.weight.mul_(2)
     with pytest.raises(StaleMapError):
         rec.verify()
+
+
+@pytest.mark.parametrize("keep", ["inputs", "maps"])
+def test_under_autocast_maps_are_compared_as_they_were_read(keep: Any) -> None:
+    model, x = tiny("vit")
+    randomise(model)
+    with torch.autocast("cpu", torch.bfloat16), AttentionRecorder(model, verify=True, keep=keep) as rec, torch.no_grad():
+        model(x)
+    assert rec.verify().against == FORWARD
+
+
+class Answer:
+    """An output that holds tensors where nobody finds them."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+class Hidden(Scaled):
+    def forward(self, x: Tensor) -> Any:
+        return Answer(super().forward(x))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_where_nothing_can_be_compared_nothing_is_verified(verify: bool) -> None:
+    model, x = nn.Sequential(randomise(Hidden())), torch.randn(2, 5, 16)
+    with AttentionRecorder(model, layers="0", verify=verify) as rec, pytest.MonkeyPatch.context() as patch:
+        own_registers(patch)
+        recipe(Hidden)(lambda self, x: QK(*project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=2), 9.0))
+        model(x)
+        with pytest.raises(UnreadableError, match="could be compared"):
+            rec.verify()
+
+
+class Counting(Scaled):
+    """Attention that counts its calls, which makes a late map stale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_errors_are_those_without_it_and_a_module_that_counts_its_calls_is_compared() -> None:
+    model, x = nn.Sequential(randomise(Counting())), torch.randn(2, 5, 16)
+    with AttentionRecorder(model, layers="0", verify=True) as rec:
+        model(x)
+    assert rec._passes.all[-1].maps["0"]._compared is not None
+    assert model[0].calls == 1
+    with pytest.raises(StaleMapError):  # which is told when it is read
+        rec.maps[0].verify()
+    with AttentionRecorder(model, layers="0", verify=True, keep="maps") as rec:
+        model(x)
+        model(x)
+    assert rec.maps[0].verify().against == FORWARD
+
+
+def test_inside_of_transforms_and_behind_hooks_of_others_it_is_a_second_run_or_the_same() -> None:
+    model, x = tiny("vit", depth=1)
+    with AttentionRecorder(model, verify=True) as rec:
+        torch.func.grad(lambda x: model(x).sum())(x)
+    assert rec.verify() < 1e-4
+    with AttentionRecorder(model, verify=True) as rec, torch.no_grad():
+        model.blocks[0].attn.register_forward_hook(lambda _, __, y: y * 2, prepend=True)
+        model(x)
+    assert rec.verify().against == SECOND

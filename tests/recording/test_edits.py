@@ -344,3 +344,39 @@ def test_what_was_edited_in_checkpoints_is_forgotten_with_their_graph(reentrant:
             del loss
             gc.collect()
             assert edits_in_checkpoints() == 0
+
+
+def test_edits_go_on_where_somebody_has_cleared_all_hooks() -> None:
+    model, x = tiny("vit", depth=1)
+    attn = model.blocks[0].attn
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        plain = model(x)
+        with rec.edit({0: without_head}):
+            edited = model(x)
+        attn._forward_hooks.clear()
+        attn._forward_pre_hooks.clear()
+        assert torch.equal(model(x), plain)
+        with rec.edit({0: without_head}):
+            assert torch.equal(model(x), edited)
+        with AttentionRecorder(model) as other, other.edit({0: without_head}):
+            assert torch.equal(model(x), edited)
+    assert not attn._forward_hooks
+    assert not attn._forward_pre_hooks
+
+
+def test_an_edit_that_is_over_does_not_look_at_what_others_run_in_checkpoints() -> None:
+    attn = Attention(16, 4).eval()
+    nested = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=torch.jagged)
+    with AttentionRecorder(attn) as rec:
+        with rec.edit({0: without_head}):
+            pass
+        try:
+            expected: Any = type(checkpoint(attn.qkv, nested, use_reentrant=False))
+            attn(nested)
+        except Exception as error:
+            expected = type(error)
+        try:
+            got: Any = type(checkpoint(attn, nested, use_reentrant=False))
+        except Exception as error:
+            got = type(error)
+        assert got is expected
