@@ -50,7 +50,8 @@ class Edits:
                     if module not in self._modules:
                         self._held.enter_context(_held(name, module))
                         self._modules.add(module)
-                    edit_before_others(module)
+                    else:
+                        edit_before_others(module)
                     stack.enter_context(_ON[module].with_one_more(edit))
             yield
 
@@ -72,12 +73,12 @@ def _held(name: str, module: nn.Module) -> Iterator[None]:
     """Hold the pair of hooks that edits a module, which is put on by the first who asks and taken off with the last."""
     # one pair for all recorders: each pair would replace what the one before has made, and edits could not follow each other
     with _CHANGING:
-        if module not in _ON:
-            _ON[module] = _Editing(name, module)
-            _ON[module].hook()
-        editing = _ON[module]
+        if (editing := _ON.get(module)) is None:
+            editing = _ON[module] = _Editing(name, module)
+            editing.hook()
+        else:
+            editing.come_closest()
         editing.holders += 1
-        editing.come_closest()
     try:
         yield
     finally:
