@@ -105,7 +105,7 @@ def run_under(call: Call, sites: S) -> tuple[Any, S]:
         with lowest(Intercept([sites])):
             # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record it
             output = module.forward(*args, **kwargs)
-        sites.finish()
+            sites.finish()
         return output, sites
 
 
