@@ -184,36 +184,24 @@ def test_a_style_whose_map_is_read_and_has_no_gradient(name: str, keep: Any) -> 
 # Models of packages
 
 MODELS = """
-transformers SamModel, sdpa
-transformers TableTransformerModel, eager
 transformers DeformableDetrModel, eager
 transformers SegGptModel, eager
 transformers Qwen2VisionTransformerPretrainedModel, unequal, eager
-transformers Qwen2_5_VisionTransformerPretrainedModel, equal, sdpa
 transformers Qwen3VLVisionModel, of two frames, sdpa
 transformers Florence2VisionBackbone, sdpa
 transformers TimesformerModel, divided_space_time, eager
 transformers ViTMAEForPreTraining, sdpa
-transformers Idefics2PerceiverResampler, 3 latents, sdpa
-transformers PerceiverModel, 5 latents, eager
-transformers BlipForConditionalGeneration, eager
 transformers GPT2Model, one more word, eager
-transformers LlamaModel, two more words, sdpa
 transformers TrOCRForCausalLM, eager
 transformers T5Model, sdpa
-transformers BartModel, one more word, sdpa
 transformers LongformerModel, eager
 transformers CvtModel, eager
 diffusers Transformer2DModel, AttnProcessor2_0
 diffusers Flux
 torchvision vit
-torchvision maxvit
-transformers ViTModel, eager
-transformers CLIPModel
 open_clip CLIP
 vit_pytorch looped_vit
 vit_pytorch learnable_memory_vit
-vit_pytorch deepvit
 """.strip().splitlines()
 
 

@@ -34,7 +34,10 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*[(name, OPTIONS[n % 2]) for n, name in enumerate(MODELS)], *[(next(iter(MODELS)), options) for options in OPTIONS]],
+    [
+        *[(name, OPTIONS[n % 2]) for n, name in enumerate([*MODELS][::3])],
+        *[(next(iter(MODELS)), options) for options in OPTIONS],
+    ],
     ids=str,
 )
 def test_maps_are_compared_with_what_the_modules_really_put_out(name: str, options: dict[str, Any]) -> None:
