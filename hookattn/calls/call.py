@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..conditions.autocast import Autocast, autocast_now
@@ -21,11 +20,11 @@ from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
 from .arguments import keep_arguments, tensors_in
-from .layer import Layer, stamps_of
+from .layer import Held, Layer, name_changes, stamps_of
 from .restore import copied, in_place, reading, training_flags
 from .staleness import structure_of
 
-_TRAINING = attrgetter("training")
+_BARE = frozenset({Tensor, nn.Parameter})
 
 
 class Modes(NamedTuple):
@@ -42,7 +41,7 @@ class Modes(NamedTuple):
 
     grad: bool
     autocast: Autocast | None
-    training: tuple[bool, ...]
+    training: list[bool]
     random: RandomStreams | None
     functions: tuple[TorchFunctionMode, ...]
     sdpa: object
@@ -55,10 +54,10 @@ class Call(NamedTuple):
         layer: the module and where it stands.
         args, kwargs: what `forward` received. Tensors are the module's own, cut off from the graph unless asked otherwise.
         tensors: those among the arguments.
-        state: the parameters and buffers the call reads, by name.
+        names: of the parameters and buffers the call reads.
+        state: these parameters and buffers.
         held: what the caches and the moving buffers of the module held, each with the dict and the key it hangs at.
-        stamps: what tells a change: one for each argument, one for each tensor of the state, one for some values of
-            parameters, one for hooks.
+        stamps: what tells a change, see `stamps_of`.
     """
 
     layer: Layer
@@ -66,8 +65,9 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     modes: Modes
     tensors: tuple[Tensor, ...]
-    state: tuple[tuple[str, Tensor], ...]
-    held: tuple[tuple[dict[str, Any], str, Any], ...]
+    names: tuple[str, ...]
+    state: tuple[Tensor, ...]
+    held: Held
     stamps: tuple[Any, ...]
 
     @property
@@ -127,15 +127,11 @@ class Call(NamedTuple):
         now = stamps_of(self.layer, self.tensors, self.state, self.held)
         if now != self.stamps:
             names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
-            names += [*(repr(name) for name, _ in self.state), "a cache inside the module", "values of parameters"]
-            names += ["hooks inside the module"]
-            changed = [name for name, a, b in zip(names, self.stamps, now) if a != b]
-            # that values differ is told only where nothing else is: whoever stepped or wrote has changed them as well
-            changed = [name for name in changed if name != "values of parameters"] or changed
+            changed = name_changes((names, self.names), self.stamps, now)
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
         if F.scaled_dot_product_attention is not self.modes.sdpa:
             self._raise_stale("torch.nn.functional.scaled_dot_product_attention was replaced after the forward")
-        if structure_of(self.layer.inner, self.held) != self.layer.structure:
+        if self.layer.has_changed(self.held):
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
     def restamped(self) -> Call:
@@ -144,13 +140,13 @@ class Call(NamedTuple):
         By then FSDP has written the parameters anew, and the forward may have counted its calls, neither of which makes the
         map another one; the user has had no say in between. Arguments are still compared with what they were.
         """
-        read, first = stamps([tensor for _, tensor in self.state], self.layer.steps), len(self.tensors)
-        fresh = (*self.stamps[:first], *read, *self.stamps[first + len(read) :])
-        return self._replace(stamps=fresh, layer=self.layer._replace(structure=structure_of(self.layer.inner, self.held)))
+        arguments, _, *rest = self.stamps
+        layer = self.layer._replace(structure=structure_of(self.layer.inner, self.held))
+        return self._replace(stamps=(arguments, stamps(self.state, layer.steps), *rest), layer=layer)
 
     def check_at_hand(self) -> None:
         """Raise StaleMapError or UnreadableError if values that the call reads are gone or elsewhere; looks at none of them."""
-        read = (*self.tensors, *(tensor for _, tensor in self.state), *tensors_in(self.held))
+        read = (*self.tensors, *self.state, *tensors_in(self.held))
         who = f"{self.layer.name!r} ({type(self.layer.module).__name__})"
         if any(map(is_left_behind, read)):
             raise UnreadableError(
@@ -178,8 +174,8 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     # The path of every recorded call: no operator of torch is called and no tensor made, but to detach or in train mode.
     (args, kwargs), tensors = keep_arguments(args, kwargs, detach=detach)
     layer = layer.refreshed()
-    state, held = layer.state_now(), layer.mutable_now()
-    training = tuple(map(_TRAINING, layer.inner))
+    (names, state), held = layer.state_now(), layer.mutable_now()
+    training = [attributes["training"] for attributes in layer.attributes]
     stamped = stamps_of(layer, tensors, state, held)
     autocast = random = None
     if tensors:
@@ -189,7 +185,7 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     functions = modes_in_force() if torch._C._len_torch_function_stack() else ()
     grad, sdpa = torch.is_grad_enabled() and not detach, F.scaled_dot_product_attention
     modes = Modes(grad, autocast, training, random, functions, sdpa)
-    return Call(layer, args, kwargs, modes, tensors, state, held, stamped)
+    return Call(layer, args, kwargs, modes, tensors, names, state, held, stamped)
 
 
 def recaptured(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:

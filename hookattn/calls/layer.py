@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,12 @@ from ..conditions.changes import SAMPLES, Samples, Steps, counted_steps, stamps,
 from .arguments import tensors_in
 from .hooks import is_ours
 from .restore import INTERNAL, copied
-from .staleness import is_number, structure_of
+from .staleness import Structure, structure_of
+from .walk import walk
+
+Held = tuple[tuple[dict[str, Any], str, Any], ...]
+"""What hung where when a call was made: the dict, the key, the value."""
+_CACHES = frozenset({type(None), dict, list, set, tuple})
 
 
 class Layer(NamedTuple):
@@ -28,13 +32,18 @@ class Layer(NamedTuple):
         trunk: the part of the model that cuts the image for it, where that is known.
         block: the block around it that cuts windows, if there is one.
         inner: the module and all below it.
-        state: its parameters and buffers by name, all but the statistics.
+        attributes: of each of these.
+        state: names of its parameters and buffers, all but the statistics.
+        tensors: these parameters and buffers.
         statistics: running statistics by name, each with its norm: a norm reads them unless it is in train mode, where it
             moves them.
         moving: small buffers of other modules, such as the vectors of a spectral norm: a module, the name of the buffer. In
             train mode a forward may move them, so a call holds copies.
         slots: where each parameter and buffer hangs: a dict of a module, the key, the tensor or None.
         parts: the same and where each submodule, number and forward of an instance's own hangs.
+        things: the same of what is none of these and no cache, such as functions.
+        sized: the dicts that things hang in, in which there may be more of them later.
+        sizes: of these.
         bare: attributes of the modules that have no forward of their own.
         forward: the forward of the class of the module.
         caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name, and
@@ -48,119 +57,176 @@ class Layer(NamedTuple):
     trunk: nn.Module | None
     block: nn.Module | None
     inner: tuple[nn.Module, ...]
-    state: tuple[tuple[str, Tensor], ...]
+    attributes: tuple[dict[str, Any], ...]
+    state: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
     statistics: tuple[tuple[str, Tensor, nn.Module], ...]
     moving: tuple[tuple[str, nn.Module, str], ...]
-    slots: tuple[tuple[dict[str, Any], str, Tensor | None], ...]
-    parts: tuple[tuple[dict[str, Any], str, Any], ...]
+    slots: Held
+    parts: Held
+    things: Held
+    sized: tuple[dict[str, Any], ...]
+    sizes: list[int]
     bare: tuple[dict[str, Any], ...]
     forward: Any
     samples: Samples
-    caches: tuple[tuple[dict[str, Any], str, None], ...]
+    caches: Held
     hooks: tuple[dict[int, Any], ...]
-    structure: list[Any]
+    structure: Structure
     steps: Steps
 
-    def state_now(self) -> tuple[tuple[str, Tensor], ...]:
-        """Parameters and buffers that a call made now reads as they are, by name; to be compared when its map is read."""
+    def state_now(self) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+        """Parameters and buffers that a call made now reads as they are, names and tensors; to be compared when it is read."""
         # A norm in train mode moves its statistics, and reads those of its batch: they must not make its map stale. Buffers
         # that a forward in train mode may move are held as copies, see `mutable_now`.
         if not self.statistics and not self.moving:
-            return self.state
+            return self.state, self.tensors
         still = [(name, tensor) for name, tensor, norm in self.statistics if not norm.training]
         still += [(path, b) for path, m, name in self.moving if not m.training and (b := m._buffers[name]) is not None]
-        return (*self.state, *still)
+        return (*self.state, *[name for name, _ in still]), (*self.tensors, *[tensor for _, tensor in still])
 
-    def mutable_now(self) -> tuple[tuple[dict[str, Any], str, Any], ...]:
+    def mutable_now(self) -> Held:
         """Caches and moving buffers as they are before a call, which may change them: a dict, the key, a copy of the value."""
+        for holder, name, _ in self.caches:
+            if holder.get(name) is not None:
+                break
+        else:
+            if not self.moving:  # the usual call: all that could be filled is empty
+                return self.caches
         # Copies of dicts and lists are shallow: a forward puts tensors in and takes some out, and a tensor that is written
         # into is told by its version.
-        held: list[tuple[dict[str, Any], str, Any]] = []
-        for empty in self.caches:
-            holder, name, _ = empty
-            held.append(empty if (value := holder.get(name)) is None else (holder, name, copied(value)))
+        held = [(holder, name, copied(holder.get(name))) for holder, name, _ in self.caches]
         moved = [(m._buffers, name, m._buffers[name]) for _, m, name in self.moving if m.training]
         return (*held, *[(holder, name, buffer.clone()) for holder, name, buffer in moved if buffer is not None])
 
     def refreshed(self) -> Layer:
         """This layer, or one looked up anew if somebody has swapped tensors, wrapped layers or set numbers of the module."""
-        return self if self._is_as_it_was() else look_up(*self[:4])
+        return self if self.is_as_it_was() else look_up(*self[:4])
 
-    def _is_as_it_was(self) -> bool:
+    def is_as_it_was(self) -> bool:
+        """Whether all that hung in the modules still does; not whether there is more."""
         # by the dicts that things hang in: `getattr` of a parameter goes through Module.__getattr__, in Python
         if type(self.module).forward is not self.forward:
             return False
         for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
             if "forward" in attributes:
                 return False
-        try:
-            for holder, key, value in self.parts:
-                if holder[key] is not value:
-                    return False
-        except KeyError:
+        return _all_hang(self.parts)
+
+    def has_changed(self, held: Held) -> bool:
+        """Whether a layer, a forward or a number of the module is another one than when a call was made that held this."""
+        # What is the very same needs no closer look. Caches are put back when the call is read, whatever they are now.
+        is_same = type(self.module) is self.structure.cls and self.is_as_it_was()
+        if is_same and [*map(len, self.sized)] == self.sizes and _all_hang(self.things):
             return False
-        return True
+        return structure_of(self.inner, held) != self.structure
+
+
+def _all_hang(things: Held) -> bool:
+    try:
+        for holder, key, value in things:
+            if holder[key] is not value:
+                return False
+    except KeyError:
+        return False
+    return True
+
+
+class _Looking:
+    """What is gathered of the modules of a layer, one after the other."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self.state: dict[int, tuple[str, Tensor]] = {}  # each tensor once, under the first of its names
+        self.statistics: list[tuple[str, Tensor, nn.Module]] = []
+        self.moving: list[tuple[str, nn.Module, str]] = []
+        self.slots: list[tuple[dict[str, Any], str, Any]] = []
+        self.parts: list[tuple[dict[str, Any], str, Any]] = []
+        self.things: list[tuple[dict[str, Any], str, Any]] = []
+        self.caches: list[tuple[dict[str, Any], str, None]] = []
+
+    def look_at(self, number: int, prefix: str, module: nn.Module) -> None:
+        """Gather what a module has."""
+        attributes = module.__dict__
+        parameters, buffers, children = attributes["_parameters"], attributes["_buffers"], attributes["_modules"]
+        self.slots += [(parameters, key, tensor) for key, tensor in parameters.items()]
+        self.slots += [(buffers, key, tensor) for key, tensor in buffers.items()]
+        for key, parameter in parameters.items():
+            if parameter is not None:
+                self.state.setdefault(id(parameter), (prefix + key, parameter))
+        if buffers:
+            self._look_at_buffers(prefix, module)
+        numbers = self.structure.numbers[number]
+        self.parts += [(attributes, name, value) for name, value in numbers.items()]
+        self.parts += [(children, name, child) for name, child in children.items()]
+        if "forward" in attributes:
+            self.parts.append((attributes, "forward", attributes["forward"]))
+        for name in attributes.keys() - INTERNAL - numbers.keys():
+            value = attributes[name]
+            if type(value) in _CACHES or isinstance(value, (dict, list, set, tuple, Tensor)):
+                self.caches.append((attributes, name, None))
+            else:
+                self.things.append((attributes, name, value))
+
+    def _look_at_buffers(self, prefix: str, module: nn.Module) -> None:
+        # What moves cannot be told from outside. Large buffers (tables of positions, masks) are taken for constants, whose
+        # version tells if they are none; copies of them at every call in train mode would be too dear.
+        for key, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if isinstance(module, _NormBase):
+                self.statistics.append((prefix + key, buffer, module))
+            elif buffer.numel() <= SAMPLES:
+                self.moving.append((prefix + key, module, key))
+            else:
+                self.state.setdefault(id(buffer), (prefix + key, buffer))
 
 
 def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block: nn.Module | None = None) -> Layer:
     """Look up what every call of a module will need, when it is hooked and whenever it has become another one."""
-    inner = tuple(module.modules())
-    norms = [(f"{prefix}.", m) if prefix else ("", m) for prefix, m in module.named_modules() if isinstance(m, _NormBase)]
-    statistics = tuple((prefix + name, b, norm) for prefix, norm in norms for name, b in norm.named_buffers(recurse=False))
-    moving = tuple(_moving_buffers(module))
-    apart = {name for name, _, _ in (*statistics, *moving)}
-    named = [*module.named_parameters(), *module.named_buffers()]
-    state = tuple((n, tensor) for n, tensor in named if n not in apart)
-    samples = Samples(module.parameters())
-    holders: list[dict[str, Any]] = [holder for m in inner for holder in (m._parameters, m._buffers)]
-    slots = tuple((holder, key, tensor) for holder in holders for key, tensor in holder.items())
-    parts: list[tuple[dict[str, Any], str, Any]] = [*slots]
-    parts += [(vars(m), name, value) for m in inner for name, value in vars(m).items() if is_number(name, value)]
-    parts += [(m._modules, name, child) for m in inner for name, child in m._modules.items()]
-    parts += [(vars(m), "forward", vars(m)["forward"]) for m in inner if "forward" in vars(m)]
+    named = walk(module)
+    inner = tuple(named.values())
+    attributes = tuple([m.__dict__ for m in inner])
+    found = _Looking(structure := structure_of(inner, ()))
+    for number, (path, m) in enumerate(named.items()):
+        found.look_at(number, f"{path}." if path else "", m)
+    structure.leave_out(found.caches, attributes)
+    names, tensors = zip(*found.state.values()) if found.state else ((), ())
     # "forward" of an instance: accelerate, for one, patches it there, and the recipe of the class no longer holds
-    bare = tuple(vars(m) for m in inner if "forward" not in vars(m))
-    caches = tuple((vars(m), name, None) for m in inner for name, v in vars(m).items() if name not in INTERNAL and _is_cache(v))
+    bare = tuple([each for each in attributes if "forward" not in each])
     # [1:], since hooks on the module itself run outside of what is read
-    below = [hooks for m in inner[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-    everywhere = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
+    below = [each[hooks] for each in attributes[1:] for hooks in ("_forward_hooks", "_forward_pre_hooks")]
+    sized = (*attributes, *[each[kind] for each in attributes for kind in ("_parameters", "_buffers", "_modules")])
     return Layer(
         name=name,
         module=module,
         trunk=trunk,
         block=block,
         inner=inner,
-        state=state,
-        statistics=statistics,
-        moving=moving,
-        slots=slots,
-        parts=tuple(parts),
+        attributes=attributes,
+        state=names,
+        tensors=tensors,
+        statistics=tuple(found.statistics),
+        moving=tuple(found.moving),
+        slots=tuple(found.slots),
+        parts=(*found.slots, *found.parts),
+        things=tuple(found.things),
+        sized=sized,
+        sizes=[*map(len, sized)],
         bare=bare,
         forward=type(module).forward,
-        samples=samples,
-        caches=caches,
-        hooks=(*below, *everywhere),
-        structure=structure_of(inner, caches),
+        samples=Samples(tensors),
+        caches=tuple(found.caches),
+        hooks=(*below, nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks),
+        structure=structure,
         steps=counted_steps(),
     )
 
 
-def _moving_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    # What moves cannot be told from outside. Large buffers (tables of positions, masks) are taken for constants, whose version
-    # tells if they are none; copies of them at every call in train mode would be too dear.
-    for prefix, m in module.named_modules():
-        if not isinstance(m, _NormBase):
-            for name, buffer in m.named_buffers(recurse=False):
-                if buffer.numel() <= SAMPLES:
-                    yield (f"{prefix}.{name}" if prefix else name), m, name
+def stamps_of(layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ...], held: Held) -> tuple[Any, ...]:
+    """What tells a change: stamps of arguments, of the state, of caches, some values of parameters, hooks of others.
 
-
-def stamps_of(
-    layer: Layer, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...], held: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """Stamps of a call: one for each argument and each tensor of the state, then of caches, of some values and of hooks.
-
-    `Call.check_fresh` names what has changed by their order.
+    `name_changes` names what has changed by their order.
     """
     if torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
         with torch._C.DisableTorchFunction():
@@ -168,34 +234,37 @@ def stamps_of(
     return _stamps_of(layer, tensors, state, held)
 
 
-def _stamps_of(
-    layer: Layer, tensors: tuple[Tensor, ...], state: tuple[tuple[str, Tensor], ...], held: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    hooks, steps = _hooks_of_others(layer), layer.steps
-    filled = [value for _, _, value in held if value is not None]
-    cached = list(tensors_in(filled)) if filled else filled
-    arguments, read = stamps_of_arguments(tensors, steps), stamps([t for _, t in state], steps)
-    return (
-        *arguments,
-        *read,
-        stamps(cached, steps) if cached else cached,
-        layer.samples.take([at for _, at, _ in read]),
-        hooks,
+def _stamps_of(layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ...], held: Held) -> tuple[Any, ...]:
+    steps = layer.steps
+    hooks = _hooks_of_others(layer.hooks) if any(layer.hooks) else []
+    read = stamps(state, steps)
+    if held is layer.caches:  # as they hang there while they are empty
+        cached = None
+    else:
+        cached = stamps([*tensors_in([value for _, _, value in held if value is not None])], steps)
+    return stamps_of_arguments(tensors, steps), read, cached, layer.samples.take(read[1]), hooks
+
+
+def name_changes(names: tuple[list[str], tuple[str, ...]], before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:
+    """What has changed between two stamps of a call; `names` are those of its arguments and of its state."""
+    changed: list[str] = []
+    arguments, state = (
+        [which for at, which in enumerate(each) if any(a[at] != b[at] for a, b in zip(before[n][:3], now[n][:3]))]
+        for n, each in enumerate(names)
     )
+    if not arguments and before[0] != now[0]:
+        arguments = names[0][:1]
+    changed = [*arguments, *map(repr, state), *["a cache inside the module"] * (before[2] != now[2])]
+    changed += ["hooks inside the module"] * (before[4] != now[4])
+    # that values differ is told only where nothing else is: whoever stepped or wrote has changed them as well
+    return changed or ["values of parameters"]
 
 
-def _hooks_of_others(layer: Layer) -> list[int]:
+def _hooks_of_others(held: tuple[dict[int, Any], ...]) -> list[int]:
     """Ids of the hooks below a module that others have put on, which may change what is read; a recorder's do not."""
-    if not any(layer.hooks):
-        return []
-    return [id(hook) for hooks in layer.hooks if hooks for hook in list(hooks.values()) if not _only_looks_on(hook)]
+    return [id(hook) for hooks in held if hooks for hook in list(hooks.values()) if not _only_looks_on(hook)]
 
 
 def _only_looks_on(hook: Any) -> bool:
     """Whether a hook changes nothing: a recorder's, or one of PyTorch's own observers, such as FlopCounterMode has."""
     return is_ours(hook) or str(getattr(hook, "__module__", "")).startswith("torch.utils.")
-
-
-def _is_cache(value: Any) -> bool:
-    """Whether an attribute holds what a forward may fill or replace."""
-    return value is None or isinstance(value, (dict, list, set, tuple, Tensor))

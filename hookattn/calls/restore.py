@@ -45,10 +45,10 @@ def in_place(wanted: Iterable[tuple[dict[str, Any], str, Any]]) -> Iterator[None
 
 
 @contextmanager
-def training_flags(modules: tuple[nn.Module, ...], flags: tuple[bool, ...]) -> Iterator[None]:
+def training_flags(modules: tuple[nn.Module, ...], flags: list[bool]) -> Iterator[None]:
     """Set training flags as they were in a call, for as long as the block lasts."""
     # One by one, without `train()`: modules of one model may differ, and LeViT empties its cache there.
-    before = tuple(m.training for m in modules)
+    before = [m.training for m in modules]
     if before == flags:
         yield
         return

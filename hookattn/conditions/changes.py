@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,10 +14,22 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 SAMPLES = 4096
 _FEW = 16
-_number_at = ctypes.c_uint64.from_address
 _AT_HAND = ("cpu",)  # where values are read without waiting for anything
-# Integers of the same width: compared bit by bit a NaN equals itself. Other dtypes (8 bits, complex) are not sampled.
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_number_at = ctypes.c_uint64.from_address
+# By their width. Integers: compared bit by bit a NaN equals itself. On a device those of other widths are not sampled.
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_WORDS = {8: "Q", 4: "I", 2: "H", 1: "B"}
+_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory.argtypes, _memory.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
+_READ_ONLY = 0x100  # PyBUF_READ
+# Undocumented, torch 2.6 to 2.14: `_version`, the counter by which autograd finds saved tensors that were written to. All
+# views of a tensor share it; a write through `.data`, by a fused optimizer or by a CUDA graph does not count.
+_VERSION = attrgetter("_version")
+# Undocumented, torch 2.6 to 2.14: it raises a RuntimeError where there is no storage. In 2.14 fake and meta tensors and
+# wrappers give 0 instead, so steps on them are told by id.
+_ADDRESS = Tensor.data_ptr
+Stamps = tuple[list[int], list[int], list[int]]
+"""Versions, addresses and optimizer steps of tensors: differ later if one was written to, moved or stepped on."""
 
 
 class Steps:
@@ -58,58 +71,48 @@ def counted_steps() -> Steps:
     return found
 
 
-def stamps(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[int, int, int]]:
-    """(version, address, optimizer steps) of each tensor: differs later if it was written to, moved or stepped on."""
-    try:
-        return _quick_stamps(tensors, steps.taken)
+def stamps(tensors: Sequence[Tensor], steps: Steps) -> Stamps:
+    """Versions, addresses and optimizer steps of tensors, as they are now."""
+    try:  # most are plain tensors, of which versions and addresses are had without a look at what they are
+        versions, addresses = [*map(_VERSION, tensors)], [*map(_ADDRESS, tensors)]
     except RuntimeError:
-        return [_stamp(t, steps) for t in tensors]
+        versions, addresses = [*map(_version, tensors)], [*map(_address, tensors)]
+    if not (taken := steps.taken):
+        return versions, addresses, [0] * len(addresses)
+    return versions, addresses, [taken.get(at or id(t), 0) for t, at in zip(tensors, addresses)]
 
 
-def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> list[tuple[Any, ...]]:
-    """Stamps of what a module was called with: as `stamps`, and values of those that are written to without being counted.
+def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> tuple[Any, ...]:
+    """Stamps of what a module was called with, and values of those that are written to without being counted.
 
     Many of tensors in memory that PyTorch has not allocated, such as an array of NumPy, and of tensors made in inference mode;
     a few of all others on the CPU, which `.data` may have written to.
     """
+    found = stamps(tensors, steps)
+    values: list[Any] = []
     try:
-        quick: list[tuple[Any, ...]] = []
-        for tensor, stamp in zip(tensors, _quick_stamps(tensors, steps.taken)):
-            storage = tensor.untyped_storage()
+        for tensor, start in zip(tensors, found[1]):
             # Undocumented, torch 2.6 to 2.14: a storage around memory of somebody else's cannot be resized.
-            if not storage.resizable():
+            if tensor.is_inference() or not tensor.untyped_storage().resizable():
                 break
-            quick.append((*stamp, *_few_bytes(tensor, stamp[1], storage)) if tensor.is_cpu else stamp)
+            if tensor.is_cpu and start:
+                # By address and not by an operator, since it is done at every recorded call: twice 8 bytes of its own part of
+                # the storage. One that is not contiguous may be smaller, or reach further, than it has bytes.
+                size = tensor.nbytes if tensor.is_contiguous() else _bytes_behind(tensor, start)
+                if size >= 64:
+                    fifth = size // 5 & ~7  # a multiple of 8, where numbers begin
+                    values += _number_at(start + fifth).value, _number_at(start + 3 * fifth).value
         else:
-            return quick
-    except RuntimeError:
+            return *found, values
+    except (RuntimeError, NotImplementedError):  # without storage
         pass
-    return [(*_stamp(t, steps), _many_values(t)) for t in tensors]
+    return *found, [_many_values(t) for t in tensors]
 
 
-def _few_bytes(tensor: Tensor, start: int, storage: torch.UntypedStorage) -> tuple[int, ...]:
-    """Twice 8 bytes of a tensor as they are now: read at every recorded call, so by address and not by an operator."""
-    # of its own part of the storage; one that is not contiguous may be smaller, or reach further, than it has bytes
-    size = min(tensor.nbytes, storage.data_ptr() + storage.nbytes() - start)
-    if size < 64 or not start:  # nothing, or a tensor that only seems to be there
-        return ()
-    fifth = size // 5 & ~7  # a multiple of 8, where numbers begin
-    return _number_at(start + fifth).value, _number_at(start + 3 * fifth).value
-
-
-def _quick_stamps(tensors: Sequence[Tensor], taken: dict[int, int]) -> list[tuple[int, int, int]]:
-    """Stamps without a look at what kind of tensors they are of, for the path of every call.
-
-    Raises:
-        RuntimeError: a tensor counts no versions (made in inference mode) or has no address (batched, functional, sparse).
-    """
-    # Undocumented, torch 2.6 to 2.14: `_version`, the counter by which autograd finds saved tensors that were written to. All
-    # views of a tensor share it; a write through `.data`, by a fused optimizer or by a CUDA graph does not count.
-    # Undocumented, torch 2.6 to 2.14: `data_ptr` raises a RuntimeError where there is no storage. In 2.14 fake and meta tensors
-    # and wrappers give 0 instead, so steps on them are told by id.
-    if not taken:
-        return [(t._version, t.data_ptr(), 0) for t in tensors]
-    return [(t._version, (at := t.data_ptr()), taken.get(at or id(t), 0)) for t in tensors]
+def _bytes_behind(tensor: Tensor, start: int) -> int:
+    """How many bytes of the storage a tensor may read from where it begins, at most as many as it has."""
+    storage = tensor.untyped_storage()
+    return min(tensor.nbytes, storage.data_ptr() + storage.nbytes() - start)
 
 
 def _many_values(tensor: Tensor) -> Values | None:
@@ -127,10 +130,9 @@ def _is_of_others(tensor: Tensor) -> bool:
         return False
 
 
-def _stamp(tensor: Tensor, steps: Steps) -> tuple[int, int, int]:
-    """(version, address, optimizer steps) of one tensor of any kind; an inference tensor, without versions, has -1."""
-    at = _address(tensor)
-    return -1 if tensor.is_inference() else tensor._version, at, steps.taken.get(at or id(tensor), 0)
+def _version(tensor: Tensor) -> int:
+    """The version of a tensor of any kind; an inference tensor, without versions, has -1."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:
@@ -160,50 +162,39 @@ class Values:
 class Samples:
     """About 16 values of each parameter, which tell of writes that count no version: by `.data`, or a CUDA graph.
 
-    On the CPU they are read without an operator and kept as numbers; on other devices one kernel for all values of a dtype
-    puts them side by side, and nobody waits for it.
+    On the CPU they are read from memory, without an operator, and kept as bytes; on other devices one kernel for all values
+    of a width puts them side by side, and nobody waits for it.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         # no subclasses: quantised or distributed ones need not hold in their memory what they show
         self._of = [p for p in parameters if type(p) is nn.Parameter]
-        self._addresses: list[int] = []
-        self._look_up()
+        self._addresses: list[int] | None = None  # nothing is looked up before it is asked for
 
-    def _look_up(self) -> None:
-        """Make views of the values to be read; anew whenever a parameter has got other memory, which views do not follow."""
-        with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
-            self._parameters = [
-                p for p in self._of if p.dtype in _BITS and p.device.type != "meta" and _in_memory_order(p).is_contiguous()
-            ]
-            self._lie_at = [p.data_ptr() for p in self._parameters]
-            few = [_few_bits(p) for p in self._parameters]
-            self._at_hand = [bits for bits in few if bits.device.type in _AT_HAND]
-            elsewhere: dict[Any, list[Tensor]] = {}
-            for bits in few:
-                if bits.device.type not in _AT_HAND:
-                    elsewhere.setdefault((bits.dtype, bits.device), []).append(bits)
-            self._elsewhere = list(elsewhere.values())
-
-    def take(self, addresses: list[int]) -> tuple[list[list[int]], Values | None]:
+    def take(self, addresses: list[int]) -> tuple[list[bytes], Values | None]:
         """Read the values as they are now; called at every recorded call, and again when its map is read.
 
         Args:
-            addresses: of all tensors that the module reads, these parameters among them.
+            addresses: of all tensors that the module reads, these parameters among them, as they are now.
         """
-        if addresses != self._addresses:
-            if [*map(Tensor.data_ptr, self._parameters)] != self._lie_at:  # the model was moved, or has got another dtype
-                self._look_up()
+        if addresses != self._addresses:  # some have got other memory
+            self._look_up()
             self._addresses = addresses
-        # not by NumPy, which is faster: PyTorch cannot free or resize memory that was shown to it, as FSDP does
-        try:
-            numbers: list[list[int]] = [*map(Tensor.tolist, self._at_hand)]
-        except RuntimeError:
-            # torch 2.6 refuses `tolist` inside a transform of torch.func, also of a tensor the transform has nothing to do
-            # with; 2.14 does not. Undocumented, torch 2.6 to 2.14: `_DisableFuncTorch` takes the transforms off meanwhile.
-            with torch._C._DisableFuncTorch():
-                numbers = [*map(Tensor.tolist, self._at_hand)]
-        return numbers, Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
+        return [words.tobytes() for words in self._at_hand], Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
+
+    def _look_up(self) -> None:
+        """Find where the values to be read lie."""
+        self._at_hand: list[memoryview] = []
+        self._elsewhere: list[list[Tensor]] = []
+        elsewhere: dict[Any, list[Tensor]] = {}
+        with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
+            for p in self._of:
+                if not p.is_meta and p.layout is torch.strided and (p.is_contiguous() or _in_memory_order(p).is_contiguous()):
+                    if p.device.type in _AT_HAND:
+                        self._at_hand += _few_words(p)
+                    elif p.element_size() in _BITS:
+                        elsewhere.setdefault((p.element_size(), p.device), []).append(_few_bits(p))
+        self._elsewhere = list(elsewhere.values())
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
@@ -211,9 +202,26 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True))
 
 
+def _step_through(count: int) -> int:
+    """From one value to the next of those that are looked at."""
+    # odd: widths are even, so an even step would meet a few columns of a matrix alone, and miss a write to others
+    return max(1, count // _FEW - 1 | 1)
+
+
+def _few_words(parameter: Tensor) -> list[memoryview]:
+    """Some values of a dense parameter, as words of their width, spread over its memory; none where it has none.
+
+    Nothing holds that memory: it is there as long as the parameter still has the address, and not to be read otherwise.
+    """
+    # not by NumPy, nor by a view of PyTorch's: memory that was shown to it cannot be freed or resized, as FSDP does
+    width, size = parameter.element_size(), parameter.nbytes
+    if not size or width not in _WORDS or parameter.untyped_storage().nbytes() < size:
+        return []
+    words: memoryview = _memory(parameter.data_ptr(), size, _READ_ONLY)
+    return [words.cast(_WORDS[width])[:: _step_through(parameter.numel())]]
+
+
 def _few_bits(parameter: Tensor) -> Tensor:
     """A view of some values of a parameter as integers, spread over all of it."""
-    # an odd step: widths are even, so an even one would meet a few columns of a matrix alone, and miss a write to others
-    return (
-        _in_memory_order(parameter.detach()).view(-1)[:: max(1, parameter.numel() // _FEW - 1 | 1)].view(_BITS[parameter.dtype])
-    )
+    flat = _in_memory_order(parameter.detach()).view(-1)
+    return flat[:: _step_through(parameter.numel())].view(_BITS[parameter.element_size()])
