@@ -20,7 +20,7 @@ from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
 from .arguments import keep_arguments, tensors_in
-from .layer import Held, Layer, name_changes, stamps_of
+from .layer import Held, Layer, look_up, name_changes, stamps_of
 from .restore import copied, in_place, reading, training_flags
 from .staleness import structure_of
 
@@ -124,10 +124,11 @@ class Call(NamedTuple):
     def check_fresh(self) -> None:
         """Raise StaleMapError if what the map would be computed from has changed, UnreadableError if it is not to be had."""
         self.check_at_hand()  # before stamps, which look at values: those of a freed parameter must not be looked at
-        now = stamps_of(self.layer, self.tensors, self.state, self.held)
+        with torch._C.DisableTorchFunction():
+            now = stamps_of(self.layer, self.tensors, self.state, self.held)
         if now != self.stamps:
             names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
-            changed = name_changes((names, self.names), self.stamps, now)
+            changed = name_changes([*names, *map(repr, self.names)], self.stamps, now)
             self._raise_stale(f"{', '.join(changed[:4])} changed in place after the forward")
         if F.scaled_dot_product_attention is not self.modes.sdpa:
             self._raise_stale("torch.nn.functional.scaled_dot_product_attention was replaced after the forward")
@@ -140,9 +141,10 @@ class Call(NamedTuple):
         By then FSDP has written the parameters anew, and the forward may have counted its calls, neither of which makes the
         map another one; the user has had no say in between. Arguments are still compared with what they were.
         """
-        arguments, _, *rest = self.stamps
-        layer = self.layer._replace(structure=structure_of(self.layer.inner, self.held))
-        return self._replace(stamps=(arguments, stamps(self.state, layer.steps), *rest), layer=layer)
+        read, *rest = self.stamps
+        layer, given = self.layer._replace(structure=structure_of(self.layer.inner, self.held)), len(self.tensors)
+        now = [[*before[:given], *after] for before, after in zip(read, stamps(self.state, layer.steps))]
+        return self._replace(stamps=(tuple(now), *rest), layer=layer)
 
     def check_at_hand(self) -> None:
         """Raise StaleMapError or UnreadableError if values that the call reads are gone or elsewhere; looks at none of them."""
@@ -173,16 +175,22 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     """Keep a call that is about to be made: its arguments, without a copy, and what it takes to resume it later."""
     # The path of every recorded call: no operator of torch is called and no tensor made, but to detach or in train mode.
     (args, kwargs), tensors = keep_arguments(args, kwargs, detach=detach)
-    layer = layer.refreshed()
+    if not layer.is_as_it_was():  # somebody has swapped tensors, wrapped layers or set numbers of the module
+        layer = look_up(*layer[:4])
     (names, state), held = layer.state_now(), layer.mutable_now()
     training = [attributes["training"] for attributes in layer.attributes]
-    stamped = stamps_of(layer, tensors, state, held)
+    functions: tuple[TorchFunctionMode, ...] = ()
+    if not torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.14
+        stamped = stamps_of(layer, tensors, state, held)
+    else:
+        with torch._C.DisableTorchFunction():  # modes of the user's see nothing of it
+            stamped = stamps_of(layer, tensors, state, held)
+        functions = modes_in_force()
     autocast = random = None
     if tensors:
         # `is_cpu`, since `device.type` makes an object and a string each time
         autocast = autocast_now("cpu" if (x := tensors[0]).is_cpu else x.device.type)
         random = random_streams(x.device) if True in training else None
-    functions = modes_in_force() if torch._C._len_torch_function_stack() else ()
     grad, sdpa = torch.is_grad_enabled() and not detach, F.scaled_dot_product_attention
     modes = Modes(grad, autocast, training, random, functions, sdpa)
     return Call(layer, args, kwargs, modes, tensors, names, state, held, stamped)

@@ -37,7 +37,7 @@ class Hook(NotCopied):
         # takes it off, it is given fewer arguments.
         if is_traced() or len(given) != self.takes:
             return None
-        if not torch._C._len_torch_dispatch_stack():  # asked here too, since it nearly always is empty
+        if not torch._C._len_torch_dispatch_stack():  # nearly always
             return self.run(*given)
         with unseen_by_modes():  # of a checkpoint that caches operators, of somebody who counts them
             return self.run(*given)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2.14: what batch and instance norms derive from
 
-from ..conditions.changes import SAMPLES, Samples, Steps, counted_steps, stamps, stamps_of_arguments
+from ..conditions.changes import SAMPLES, Samples, Steps, counted_steps, stamps, values_of_arguments
 from .arguments import tensors_in
 from .hooks import is_ours
 from .restore import INTERNAL, copied
@@ -87,21 +87,19 @@ class Layer(NamedTuple):
 
     def mutable_now(self) -> Held:
         """Caches and moving buffers as they are before a call, which may change them: a dict, the key, a copy of the value."""
+        if self.moving:
+            return self._filled_now()
         for holder, name, _ in self.caches:
             if holder.get(name) is not None:
-                break
-        else:
-            if not self.moving:  # the usual call: all that could be filled is empty
-                return self.caches
+                return self._filled_now()
+        return self.caches  # the usual call: all that could be filled is empty
+
+    def _filled_now(self) -> Held:
         # Copies of dicts and lists are shallow: a forward puts tensors in and takes some out, and a tensor that is written
         # into is told by its version.
         held = [(holder, name, copied(holder.get(name))) for holder, name, _ in self.caches]
         moved = [(m._buffers, name, m._buffers[name]) for _, m, name in self.moving if m.training]
         return (*held, *[(holder, name, buffer.clone()) for holder, name, buffer in moved if buffer is not None])
-
-    def refreshed(self) -> Layer:
-        """This layer, or one looked up anew if somebody has swapped tensors, wrapped layers or set numbers of the module."""
-        return self if self.is_as_it_was() else look_up(*self[:4])
 
     def is_as_it_was(self) -> bool:
         """Whether all that hung in the modules still does; not whether there is more."""
@@ -111,25 +109,21 @@ class Layer(NamedTuple):
         for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
             if "forward" in attributes:
                 return False
-        return _all_hang(self.parts)
+        try:
+            for holder, key, value in self.parts:
+                if holder[key] is not value:
+                    return False
+        except KeyError:
+            return False
+        return True
 
     def has_changed(self, held: Held) -> bool:
         """Whether a layer, a forward or a number of the module is another one than when a call was made that held this."""
         # What is the very same needs no closer look. Caches are put back when the call is read, whatever they are now.
         is_same = type(self.module) is self.structure.cls and self.is_as_it_was()
-        if is_same and [*map(len, self.sized)] == self.sizes and _all_hang(self.things):
+        if is_same and [*map(len, self.sized)] == self.sizes and all(d[key] is value for d, key, value in self.things):
             return False
         return structure_of(self.inner, held) != self.structure
-
-
-def _all_hang(things: Held) -> bool:
-    try:
-        for holder, key, value in things:
-            if holder[key] is not value:
-                return False
-    except KeyError:
-        return False
-    return True
 
 
 class _Looking:
@@ -224,40 +218,27 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
 
 
 def stamps_of(layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ...], held: Held) -> tuple[Any, ...]:
-    """What tells a change: stamps of arguments, of the state, of caches, some values of parameters, hooks of others.
+    """What tells a change: stamps of arguments and of the state, values of both, stamps of caches, hooks of others.
 
-    `name_changes` names what has changed by their order.
+    `name_changes` names what has changed by their order. Modes of the user's should see nothing of it.
     """
-    if torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
-        with torch._C.DisableTorchFunction():
-            return _stamps_of(layer, tensors, state, held)
-    return _stamps_of(layer, tensors, state, held)
-
-
-def _stamps_of(layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ...], held: Held) -> tuple[Any, ...]:
     steps = layer.steps
     hooks = _hooks_of_others(layer.hooks) if any(layer.hooks) else []
-    read = stamps(state, steps)
+    read = stamps((*tensors, *state), steps)
     if held is layer.caches:  # as they hang there while they are empty
         cached = None
     else:
         cached = stamps([*tensors_in([value for _, _, value in held if value is not None])], steps)
-    return stamps_of_arguments(tensors, steps), read, cached, layer.samples.take(read[1]), hooks
+    given = values_of_arguments(tensors, read[0], read[1])
+    return read, given, layer.samples.take(read[1][len(tensors) :]), cached, hooks
 
 
-def name_changes(names: tuple[list[str], tuple[str, ...]], before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:
-    """What has changed between two stamps of a call; `names` are those of its arguments and of its state."""
-    changed: list[str] = []
-    arguments, state = (
-        [which for at, which in enumerate(each) if any(a[at] != b[at] for a, b in zip(before[n][:3], now[n][:3]))]
-        for n, each in enumerate(names)
-    )
-    if not arguments and before[0] != now[0]:
-        arguments = names[0][:1]
-    changed = [*arguments, *map(repr, state), *["a cache inside the module"] * (before[2] != now[2])]
-    changed += ["hooks inside the module"] * (before[4] != now[4])
+def name_changes(names: Sequence[str], before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:
+    """What has changed between two stamps of a call; `names` are those of its arguments and, behind them, of its state."""
+    changed = [name for name, *stamp in zip(names, *before[0], *now[0]) if stamp[:3] != stamp[3:]]
+    changed += ["a cache inside the module"] * (before[3] != now[3]) + ["hooks inside the module"] * (before[4] != now[4])
     # that values differ is told only where nothing else is: whoever stepped or wrote has changed them as well
-    return changed or ["values of parameters"]
+    return changed or ["x" if before[1] != now[1] else "values of parameters"]
 
 
 def _hooks_of_others(held: tuple[dict[int, Any], ...]) -> list[int]:

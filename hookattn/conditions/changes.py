@@ -28,6 +28,7 @@ _VERSION = attrgetter("_version")
 # Undocumented, torch 2.6 to 2.14: it raises a RuntimeError where there is no storage. In 2.14 fake and meta tensors and
 # wrappers give 0 instead, so steps on them are told by id.
 _ADDRESS = Tensor.data_ptr
+_NO_VERSION = -1
 Stamps = tuple[list[int], list[int], list[int]]
 """Versions, addresses and optimizer steps of tensors: differ later if one was written to, moved or stepped on."""
 
@@ -82,18 +83,20 @@ def stamps(tensors: Sequence[Tensor], steps: Steps) -> Stamps:
     return versions, addresses, [taken.get(at or id(t), 0) for t, at in zip(tensors, addresses)]
 
 
-def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> tuple[Any, ...]:
-    """Stamps of what a module was called with, and values of those that are written to without being counted.
+def values_of_arguments(tensors: Sequence[Tensor], versions: list[int], addresses: list[int]) -> list[Any]:
+    """Values of what a module was called with, by which a write is known that counts no version.
 
     Many of tensors in memory that PyTorch has not allocated, such as an array of NumPy, and of tensors made in inference mode;
     a few of all others on the CPU, which `.data` may have written to.
+
+    Args:
+        versions, addresses: of these tensors, and of others behind them.
     """
-    found = stamps(tensors, steps)
     values: list[Any] = []
     try:
-        for tensor, start in zip(tensors, found[1]):
+        for tensor, version, start in zip(tensors, versions, addresses):
             # Undocumented, torch 2.6 to 2.14: a storage around memory of somebody else's cannot be resized.
-            if tensor.is_inference() or not tensor.untyped_storage().resizable():
+            if version == _NO_VERSION or not tensor.untyped_storage().resizable():
                 break
             if tensor.is_cpu and start:
                 # By address and not by an operator, since it is done at every recorded call: twice 8 bytes of its own part of
@@ -103,10 +106,10 @@ def stamps_of_arguments(tensors: Sequence[Tensor], steps: Steps) -> tuple[Any, .
                     fifth = size // 5 & ~7  # a multiple of 8, where numbers begin
                     values += _number_at(start + fifth).value, _number_at(start + 3 * fifth).value
         else:
-            return *found, values
+            return values
     except (RuntimeError, NotImplementedError):  # without storage
         pass
-    return *found, [_many_values(t) for t in tensors]
+    return [_many_values(t) for t in tensors]
 
 
 def _bytes_behind(tensor: Tensor, start: int) -> int:
@@ -131,8 +134,8 @@ def _is_of_others(tensor: Tensor) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    """The version of a tensor of any kind; an inference tensor, without versions, has -1."""
-    return -1 if tensor.is_inference() else tensor._version
+    """The version of a tensor of any kind, also of one made in inference mode, which has none."""
+    return _NO_VERSION if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:
@@ -171,7 +174,7 @@ class Samples:
         self._of = [p for p in parameters if type(p) is nn.Parameter]
         self._addresses: list[int] | None = None  # nothing is looked up before it is asked for
 
-    def take(self, addresses: list[int]) -> tuple[list[bytes], Values | None]:
+    def take(self, addresses: list[int]) -> tuple[bytes, Values | None]:
         """Read the values as they are now; called at every recorded call, and again when its map is read.
 
         Args:
@@ -180,7 +183,8 @@ class Samples:
         if addresses != self._addresses:  # some have got other memory
             self._look_up()
             self._addresses = addresses
-        return [words.tobytes() for words in self._at_hand], Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
+        few = b"".join(map(memoryview.tobytes, self._at_hand))
+        return few, Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
 
     def _look_up(self) -> None:
         """Find where the values to be read lie."""

@@ -61,7 +61,10 @@ def is_traced() -> bool:
     if nn.Module.__call__ is not nn.Module._wrapped_call_impl and _is_fx_tracing():
         return True
     # Undocumented, torch 2.6 to 2.14: export and make_fx run modules under dispatch modes, which are kept by these keys.
-    return bool(torch._C._len_torch_dispatch_stack()) and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+    for key in _TRACERS if torch._C._len_torch_dispatch_stack() else ():
+        if torch._C._get_dispatch_mode(key) is not None:
+            return True
+    return False
 
 
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)

@@ -23,25 +23,30 @@ class Running:
     """
 
     def __init__(self, frame: FrameType, *, held: bool) -> None:
-        self._mark: Callable[[], object] = lambda: frame
+        self._frame = frame if held else None
+        self._mark: Callable[[], object] | None = None
         # Python has no weak references to frames. `f_trace` is the one attribute of a frame that can be set; Python looks at
         # it only where a debugger is on in the thread, whose own is left there.
         if not held and frame.f_trace is None:
             frame.f_trace = _Mark()
         if not held and isinstance(frame.f_trace, _Mark):
             self._mark = weakref.ref(frame.f_trace)
+        elif not held:  # where a debugger is, which holds on to frames itself
+            self._frame = frame
         # how many frames above the one that asked last: the next layer is called from as deep, and no stack is walked for it
         self._above = 1
 
     def __bool__(self) -> bool:
-        mark = self._mark()
-        if mark is None:
-            return False
         try:
             likely = sys._getframe(self._above)
         except ValueError:  # the stack is not that deep
             likely = sys._getframe(1)
-        if mark is likely or mark is likely.f_trace:
+        if self._frame is likely:
+            return True
+        mark = self._frame if self._mark is None else self._mark()
+        if mark is None:
+            return False
+        if mark is likely.f_trace:
             return True
         frame, above = sys._getframe(1), 1  # not our own frame, which would hold itself
         while mark is not frame and mark is not frame.f_trace:

@@ -16,6 +16,8 @@ class Here:
     # Weak references: a recorder that is kept must keep neither a thread nor a task, and what that holds, alive.
 
     def __init__(self) -> None:
+        self._mark = threading.local()  # asked at every recorded call, which finds the thread object by several
+        self._mark.here = True
         thread = threading.current_thread()
         self._thread, self._name = weakref.ref(thread), thread.name
         task = _task()
@@ -24,9 +26,12 @@ class Here:
 
     def __call__(self) -> bool:
         """Whether what runs now runs in that thread and that task."""
-        if threading.current_thread() is not self._thread():  # the object, not its number, which is used again
+        # A thread that Python did not start forgets what it has marked. The object, not its number, which is used again.
+        if not hasattr(self._mark, "here") and threading.current_thread() is not self._thread():
             return False
-        task = None if self._task is None else self._task()
+        if self._task is None:
+            return True
+        task = self._task()
         return task is None or task.done() or task is _task()
 
     def __str__(self) -> str:

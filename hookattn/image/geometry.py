@@ -189,7 +189,11 @@ def measure_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument
     """What a module is called with, tensors by their sizes."""
     # runs in every recorded call: what is a plain tensor or a number takes no function call
     positional = tuple([a.shape if type(a) is Tensor else _size(a) for a in args])
-    return positional, {name: a if type(a) in _PLAIN else _size(a) for name, a in kwargs.items()}
+    named = {**kwargs}
+    for name in kwargs:
+        if type(value := kwargs[name]) not in _PLAIN:
+            named[name] = _size(value)
+    return positional, named
 
 
 def _bind(module: nn.Module, arguments: ArgumentSizes, name: str) -> Any:

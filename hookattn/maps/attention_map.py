@@ -63,7 +63,7 @@ class AttentionMap(LazyArray):
         gradient: Gradient | None = None,
         compared: Comparison | HookattnError | None = None,
     ) -> None:
-        super().__init__(name, deliver)
+        self.name, self._deliver = name, deliver
         self._origin, self._geometry = origin, geometry
         self._called_from, self._gradient, self._compared = called_from, gradient, compared
 

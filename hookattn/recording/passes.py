@@ -8,10 +8,10 @@ from itertools import count
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..calls.hooks import Around
-from ..conditions.checkpoints import in_backward
 from ..conditions.frames import Running, caller_of_hook, code_of_methods
 from ..conditions.threads import Here
 from ..image.geometry import ArgumentSizes
@@ -106,7 +106,7 @@ class ForwardPasses(Around):
 
     def is_recorded_here(self) -> bool:
         """Whether a module that is called now belongs to a forward that is recorded: one where the recorder was opened."""
-        if in_backward():  # a checkpoint makes it again, in whichever thread autograd runs
+        if torch._C._current_graph_task_id() != -1:  # as `in_backward`: a checkpoint makes it again, in whichever thread
             return False
         if self.here is not None and not self.here():
             if len(self.elsewhere) < _TOLD:
@@ -141,8 +141,10 @@ class ForwardPasses(Around):
         """The pass that a call of the module `name` belongs to, which may begin with it; None if it is not recorded here."""
         if not self.is_recorded_here():
             return None
+        forward = self.all[-1] if self.all else None
+        if forward is None or forward.closed or not self._call:  # seldom: inside of a call of the model there is one
+            forward = self._running_pass(name)
         # what a stem has seen since the last call of attention are the images of this pass
-        forward = self._running_pass(name, bool(self._call))
         if self.images:
             forward.images.update(self.images)
             self.images.clear()
@@ -169,10 +171,9 @@ class ForwardPasses(Around):
         self._call = call
         return self.all[-1]
 
-    def _running_pass(self, name: str, runs: bool) -> ForwardPass:
+    def _running_pass(self, name: str) -> ForwardPass:
+        """The pass of a call that is not announced as one of the model; it may begin with this module."""
         last = self.all[-1] if self.all else None
-        if last is not None and not last.closed and runs:
-            return last
         frame = self._outermost_method()
         # a loop by hand goes on until a module comes again; it cannot go on from a call whose frame is gone
         by_hand = frame is None and self._call is None

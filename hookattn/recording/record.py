@@ -104,10 +104,11 @@ class Recording:
     ) -> AttentionMap:
         """Make the map of a call, which is not computed yet, with what is known of its place in the image."""
         layer = call.layer
-        images = forward.images.get(layer.trunk, forward.images.get(None))
-        around = None if layer.block is None else self.passes.blocks.get(layer.block)
-        facts = {} if layer.block is None else read_settings(layer.block)
-        geometry = Geometry(self.model, layer.name, images, measure_arguments(call.args, call.kwargs), around, facts)
+        images = forward.images.get(layer.trunk if layer.trunk in forward.images else None)
+        geometry = Geometry(self.model, layer.name, images, measure_arguments(call.args, call.kwargs))
+        if layer.block is not None:
+            around = self.passes.blocks.get(layer.block)
+            geometry = geometry._replace(block_arguments=around, block_settings=read_settings(layer.block))
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
     def lost(self, layer: Layer, name: str, error: Exception) -> AttentionMap:

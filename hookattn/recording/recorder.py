@@ -273,6 +273,7 @@ def _note(origins: Origins, passes: ForwardPasses, module: nn.Module, args: Args
 
 def _record_replaced_layers(model: nn.Module, modules: dict[str, nn.Module], deliver: Delivery, ended: ForwardPass) -> None:
     """Put a lost map, with the reason, where a layer was replaced inside the block by a module without our hooks."""
-    for name in [name for name in find_replaced(model, modules) if name not in ended.maps]:
+    missing = {name: module for name, module in modules.items() if name not in ended.maps}
+    for name in list(find_replaced(model, missing)):
         reason = f"{name!r} was replaced by another module inside the block; open the block after that."
         ended.maps[name] = AttentionMap(name, Lost(name, reason), Geometry(model, name), deliver)
