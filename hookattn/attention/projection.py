@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard, TypeVar, Union
 
@@ -34,13 +33,15 @@ class Projected(Tensor):
         x: (batch, tokens, features).
         weight: (heads, head_dim, features).
         bias: (heads, head_dim), or None.
-        own: where the module makes it itself; None where no layer does, and where it is narrowed.
+        own: where the module makes it itself; None where no layer does.
+        sizes: its shape, without a question to PyTorch.
     """
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     own: Own | None
+    sizes: tuple[int, int, int, int]
     _computed: Tensor | None
     _cast: bool
 
@@ -53,24 +54,33 @@ class Projected(Tensor):
         own: Own | None = None,
     ) -> Projected:
         shape = (len(x), len(weight), x.shape[1], weight.shape[1])
-        device = x.device.type
-        # autocast leaves float64 alone, and asked to cast to it would raise
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
+        cast, dtype = False, weight.dtype
+        if torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
+            device = x.device.type
+            # autocast leaves float64 alone, and asked to cast to it would raise
+            cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+            dtype = torch.get_autocast_dtype(device) if cast else dtype
         # Undocumented, torch 2.6 to 2.14: makes a tensor that has a shape and no memory.
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device)
         self._cast, self.x, self.weight, self.bias, self.own, self._computed = cast, x, weight, bias, own, None
+        self.sizes = shape
         return self
 
-    def narrowed(self, batch: Pick = ALL, heads: Pick = ALL, tokens: Pick = ALL) -> Tensor:
-        """This projection for some images, heads and tokens; computed only if it was before."""
-        if batch is ALL and heads is ALL and tokens is ALL:
+    def narrowed(self, batch: Pick = ALL, heads: Pick = ALL) -> Tensor:
+        """This projection for some images and heads; computed only if it was before."""
+        if batch is ALL and heads is ALL:
             return self
         if self._computed is not None:
-            return self._computed[batch][:, heads][:, :, tokens]
-        bias = None if self.bias is None else self.bias[heads]
+            return pick(self._computed, batch, heads, ALL)
+        weight, bias = self._of_heads(heads)
         # without `own`: what the module's layer puts out is all of it, and a part is cheaper computed
-        return Projected(self.x[batch][:, tokens], self.weight[heads], bias)
+        return Projected(pick(self.x, batch, ALL, ALL), weight, bias)
+
+    def compute_part(self, batch: Pick, heads: Pick, tokens: Pick) -> Tensor:
+        """Compute the projection of some images, heads and tokens and no more."""
+        if self._computed is not None or (batch is ALL and heads is ALL and tokens is ALL):
+            return pick(self.compute(), batch, heads, tokens)
+        return self._compute(pick(self.x, batch, tokens, ALL), *self._of_heads(heads))
 
     def compute(self) -> Tensor:
         """Compute the projection, once, or take it from what the module's own layer has put out, or is awaited to."""
@@ -79,18 +89,23 @@ class Projected(Tensor):
             output = heard.output(self.own)
             self._computed = None if output is None else self.own.part(output)
         if self._computed is None:
-            bias = None if self.bias is None else self.bias.flatten()
-            with self._modes():
-                y = F.linear(self.x, self.weight.flatten(0, 1), bias)
-            self._computed = y.view(*self.x.shape[:2], *self.weight.shape[:2]).transpose(1, 2)
+            self._computed = self._compute(self.x, self.weight, self.bias)
         return self._computed
 
-    def _modes(self) -> AbstractContextManager[None]:
-        """Autocast as it was when this was made, for the product: it may be off by now, as for the softmax."""
-        device = self.x.device.type
-        if not torch.amp.is_autocast_available(device) or self._cast == torch.is_autocast_enabled(device):
-            return nullcontext()
-        return torch.autocast(device, self.dtype if self._cast else None, enabled=self._cast)
+    def _of_heads(self, heads: Pick) -> tuple[Tensor, Tensor | None]:
+        if heads is ALL:
+            return self.weight, self.bias
+        return self.weight[heads], None if self.bias is None else self.bias[heads]
+
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        flat = weight.flatten(0, 1), None if bias is None else bias.flatten()
+        if self._cast == torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14: of whatever device
+            y = F.linear(x, *flat)
+        else:  # as it was when this was made: it may be off by now, as for the softmax
+            device = x.device.type
+            with torch.autocast(device, self.dtype if self._cast else None, enabled=self._cast):
+                y = F.linear(x, *flat)
+        return y.view(*x.shape[:2], *weight.shape[:2]).transpose(1, 2)
 
     @classmethod
     def __torch_function__(
@@ -124,9 +139,22 @@ def compute(value: T) -> T:
 
 def is_bare(*tensors: Tensor | None) -> bool:
     """Whether tensors are of PyTorch's own classes, so that a projection of them is nothing but arithmetic."""
-    return all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
+    for t in tensors:  # a loop, since it runs at every reading
+        if type(t) not in _BARE:
+            return False
+    return True
 
 
+def pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:
+    """Some entries along the first three axes of a tensor, each on its own."""
+    if batch is not ALL:
+        tensor = tensor[batch]
+    if heads is not ALL:
+        tensor = tensor[:, heads]
+    return tensor if rows is ALL else tensor[:, :, rows]
+
+
+_BARE = frozenset({Tensor, nn.Parameter, type(None)})
 _AXES = r"\([^()]*\)|[^\s()]+"
 _PACKED = r"\(([^()]*\bparts\b[^()]*)\)"
 
@@ -176,12 +204,21 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tens
 
 
 class _Plan(NamedTuple):
-    """Patterns of einops for x, weight and bias, made of one for `project`, to cut them by before they are multiplied."""
+    """How x, weight and bias are cut before they are multiplied, made of a pattern of einops for `project`.
+
+    Attributes:
+        x: the pattern that makes (batch, tokens, features) of x; empty if it is that already.
+        packed: names of the axes that are packed in the rows of the weight, in their order.
+    """
 
     x: str
-    weight: str
-    bias: str
     packed: tuple[str, ...]
+
+    def unpacked(self, t: Tensor, axes: dict[str, int]) -> Tensor:
+        """(parts, heads, head_dim, ...) of (parts * heads * head_dim, ...), in whatever order they are packed."""
+        sizes = [axes.get(name, -1) for name in self.packed]
+        t = t.view(*sizes, *t.shape[1:])
+        return t if self.packed == ("parts", "h", "d") else t.movedim([self.packed.index(name) for name in ("parts", "h", "d")], (0, 1, 2))
 
 
 @lru_cache
@@ -194,18 +231,17 @@ def _plan(pattern: str) -> _Plan | None:
     names = packed.group(1).split()
     if sorted(names) != ["d", "h", "parts"]:
         return None
-    taken = f"{left.replace(packed.group(0), 'c')} -> {out[1]} {out[3]} c"
-    return _Plan(taken, f"({' '.join(names)}) c -> parts h d c", f"({' '.join(names)}) -> parts h d", tuple(names))
+    before, after = left.replace(packed.group(0), "c").split(), [*out[1].split(), *out[3].split(), "c"]
+    return _Plan("" if before == after else f"{' '.join(before)} -> {out[1]} {out[3]} c", tuple(names))
 
 
 def _lazily(
     layer: nn.Linear | nn.Conv2d, x: Tensor, pattern: str, plan: _Plan, parts: int, axes: dict[str, int]
 ) -> tuple[Tensor, ...]:
     """The first parts of a projection as `Projected`, which are not computed yet."""
-    packed = {name: size for name, size in axes.items() if name in plan.packed}
-    weight = rearrange(layer.weight.flatten(1), plan.weight, **packed)
-    bias = None if layer.bias is None else rearrange(layer.bias, plan.bias, **packed)
-    tokens = rearrange(x, plan.x, **{name: size for name, size in axes.items() if name not in plan.packed})
+    weight = plan.unpacked(layer.weight.flatten(1), axes)
+    bias = None if layer.bias is None else plan.unpacked(layer.bias, axes)
+    tokens = rearrange(x, plan.x, **{n: size for n, size in axes.items() if n not in plan.packed}) if plan.x else x
 
     def part(i: int) -> Callable[[Tensor], Tensor]:
         return lambda y: rearrange(y, pattern, **axes)[i]
@@ -243,11 +279,10 @@ def _is_pointwise(layer: nn.Conv2d) -> bool:
 def _is_untouched(layer: nn.Module) -> bool:
     """Whether nobody but a recorder has put a hook on a layer, or replaced its forward."""
     # Undocumented, torch 2.6 to 2.14: the dicts of hooks of a module, and those of hooks on all modules in `nn.modules.module`.
-    return (
-        "forward" not in vars(layer)
-        and all(is_ours(hook) for hooks in (layer._forward_hooks, layer._forward_pre_hooks) for hook in list(hooks.values()))
-        and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
-    )
+    if "forward" in layer.__dict__ or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return False
+    hooks = layer._forward_hooks, layer._forward_pre_hooks
+    return not any(hooks) or all(is_ours(hook) for each in hooks for hook in list(each.values()))
 
 
 def _rows(weight: Tensor, pattern: str, parts: int, of: int, axes: dict[str, int]) -> Union[slice, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .projection import ALL, Pick, Projected, compute
+from .projection import ALL, Pick, Projected, compute, pick
 
 S = TypeVar("S", bound="_Whole")
 
@@ -68,7 +68,7 @@ class _Whole:
 
     def narrow(self: S, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> S:
         """Cut it to some images, heads and queries."""
-        return replace(self, tensor=_pick(self.tensor, batch, heads, rows))
+        return replace(self, tensor=pick(self.tensor, batch, heads, rows))
 
     def prepare(self: S) -> S:
         """Return itself: there is nothing to be computed beforehand, see `QK.prepare`."""
@@ -104,8 +104,8 @@ class QK(_Product):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, heads, queries, keys)."""
-        batch, heads, queries, keys = super().shape
-        return batch, heads if self.mix is None else len(self.mix), queries, keys
+        batch, heads, queries, _ = _sizes(self.q)
+        return batch, heads if self.mix is None else len(self.mix), queries, _sizes(self.k)[2]
 
     @property
     def biases(self) -> tuple[Tensor, ...]:
@@ -113,15 +113,21 @@ class QK(_Product):
         return () if self.bias is None else (self.bias,) if isinstance(self.bias, Tensor) else self.bias
 
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> QK:
-        """Cut queries and keys to some images, heads and rows, each axis on its own; biases and masks are expanded to them."""
+        """Cut queries and keys to some images, heads and rows, each axis on its own; biases and masks are expanded to them.
+
+        Queries that are cut are computed.
+        """
+        if batch is ALL and heads is ALL and rows is ALL and not self.is_causal:
+            return self
 
         def narrowed(value: Tensor, like: Pick = heads, count: int = self.shape[1]) -> Tensor:
             shape = (self.shape[0], count, self.shape[2], value.shape[-1] if value.dim() else 1)
-            return _pick(value.expand(shape), batch, like, rows)
+            return pick(value.expand(shape), batch, like, rows)
 
         # where scores are mixed over heads, each head needs all heads of q and k
         mixed = heads if self.mix is None else ALL
-        q, k = _pick(self.q, batch, mixed, rows), _pick(self.k, batch, mixed, ALL)
+        q = self.q.compute_part(batch, mixed, rows) if isinstance(self.q, Projected) else pick(self.q, batch, mixed, rows)
+        k = self.k.narrowed(batch, mixed) if isinstance(self.k, Projected) else pick(self.k, batch, mixed, ALL)
         mask = None if self.mask is None else narrowed(self.mask)
         if self.is_causal:
             # row numbers, since rows that were picked no longer tell which keys came before them
@@ -130,16 +136,9 @@ class QK(_Product):
                 :, heads
             ]
             mask = causal if mask is None else mask & causal
-        return replace(
-            self,
-            q=q,
-            k=k,
-            scale=narrowed(self.scale, mixed, self.q.shape[1]) if isinstance(self.scale, Tensor) else self.scale,
-            bias=tuple([narrowed(bias) for bias in self.biases]),
-            mask=mask,
-            is_causal=False,
-            mix=None if self.mix is None else self.mix[heads],
-        )
+        scale = narrowed(self.scale, mixed, self.q.shape[1]) if isinstance(self.scale, Tensor) else self.scale
+        bias = None if self.bias is None else tuple([narrowed(bias) for bias in self.biases])
+        return QK(q, k, scale, bias, mask, mix=None if self.mix is None else self.mix[heads])
 
     def prepare(self) -> QK:
         """Compute queries and keys now, so that a map that is made a chunk of rows at a time projects them once."""
@@ -155,20 +154,26 @@ class QK(_Product):
         if self.is_causal:
             return self.narrow().values()
         q, k = compute(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else compute(self.k)
+        if not torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
+            return self._values(q, k)
         with without_autocast(q.device):
-            scores = self._products(q.to(self.dtype), k)
-            # in place, since one tensor of queries x keys is what there is memory for; scores are new, so nobody else sees it
-            writable = _is_ours_alone(scores, *self.biases)
-            for bias in self.biases:
-                scores = scores.add_(bias.to(self.dtype)) if writable else scores + bias.to(self.dtype)
-            if self.mask is not None:
-                scores = (scores.masked_fill_ if writable else scores.masked_fill)(~self.mask, float("-inf"))
-            # looked for before the softmax makes NaN of such rows, and only where something can close one
-            closed = None if not self.biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
-            attention = torch.softmax(scores, -1, out=scores) if writable else scores.softmax(-1)
-            if closed is None:
-                return attention
-            return (attention.masked_fill_ if writable else attention.masked_fill)(closed, 0.0)
+            return self._values(q, k)
+
+    def _values(self, q: Tensor, k: Tensor) -> Tensor:
+        biases, dtype = self.biases, exact_dtype(q.dtype)
+        scores = self._products(q.to(dtype), k)
+        # in place, since one tensor of queries x keys is what there is memory for; scores are new, so nobody else sees it
+        writable = _is_ours_alone(scores, *biases)
+        for bias in biases:
+            scores = scores.add_(bias.to(dtype)) if writable else scores + bias.to(dtype)
+        if self.mask is not None:
+            scores = (scores.masked_fill_ if writable else scores.masked_fill)(~self.mask, float("-inf"))
+        # looked for before the softmax makes NaN of such rows, and only where something can close one
+        closed = None if not biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
+        attention = torch.softmax(scores, -1, out=scores) if writable else scores.softmax(-1)
+        if closed is None:
+            return attention
+        return (attention.masked_fill_ if writable else attention.masked_fill)(closed, 0.0)
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
         """Scaled, mixed q k^T: (batch, heads, queries, keys), up to a constant in each row, which the softmax takes away."""
@@ -176,13 +181,15 @@ class QK(_Product):
         if isinstance(scale, Tensor):
             q, scale = q * scale, 1.0
         if isinstance(k, Projected):
-            absorbed = torch.einsum("b h q d, h d c -> b h q c", q * scale, k.weight.to(q.dtype))
-            scores = absorbed.flatten(1, 2) @ k.x.to(q.dtype).mT
+            # by heads, which have a weight each for all images
+            absorbed = torch.bmm((q * scale).transpose(0, 1).flatten(1, 2), k.weight.to(q.dtype))
+            absorbed = absorbed.view(q.shape[1], len(q), q.shape[2], k.x.shape[2]).transpose(0, 1)
+            scores = torch.bmm(absorbed.flatten(1, 2), k.x.to(q.dtype).mT)
         else:
             # scaled within the product, which saves a pass over the scores; with beta=0 what is added to is not even read
             k = k.to(q.dtype).expand(*q.shape[:2], -1, -1)
             scores = torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale)
-        scores = scores.view(*q.shape[:3], k.shape[2])
+        scores = scores.view(*q.shape[:3], _sizes(k)[2])
         return scores if self.mix is None else torch.einsum("g h, b h q k -> b g q k", self.mix.to(q.dtype), scores)
 
 
@@ -233,7 +240,7 @@ class Outer(_Product):
 
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Outer:
         """Cut both factors to some images, heads and queries."""
-        return Outer(_pick(self.grad, batch, heads, rows), _pick(self.value, batch, heads, ALL))
+        return Outer(pick(self.grad, batch, heads, rows), pick(self.value, batch, heads, ALL))
 
     def prepare(self) -> Outer:
         """Return itself: both factors are there, see `QK.prepare`."""
@@ -261,10 +268,8 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:
-    if isinstance(tensor, Projected):
-        return tensor.narrowed(batch, heads, rows)
-    return tensor[batch][:, heads][:, :, rows]
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.sizes if isinstance(tensor, Projected) else tensor.shape
 
 
 def _is_cheaper_absorbed(q: Tensor, k: Tensor) -> bool:
@@ -276,7 +281,7 @@ def _is_cheaper_absorbed(q: Tensor, k: Tensor) -> bool:
     """
     if not isinstance(k, Projected):
         return False
-    queries, keys, width, features = q.shape[2], k.shape[2], k.shape[3], k.x.shape[2]
+    queries, keys, width, features = _sizes(q)[2], k.sizes[2], k.sizes[3], k.x.shape[2]
     return queries * features * (width + keys) < keys * width * (features + queries)
 
 

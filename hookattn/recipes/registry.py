@@ -5,8 +5,11 @@ A name is enough, so nothing here imports timm or any other package whose classe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -46,6 +49,8 @@ class Registry(Generic[T]):
     def __init__(self, what: str) -> None:
         self.what = what
         self._facts: dict[str, T] = {}
+        # by class, with the forward that it is about: looked for in the bases of a class once, and asked at every reading
+        self._found: WeakKeyDictionary[type, tuple[weakref.ref[Any], T | None]] = WeakKeyDictionary()
 
     def register(self, fact: T, *classes: str | type) -> None:
         """Register one fact for several classes; a name that does not exist here costs nothing.
@@ -60,13 +65,24 @@ class Registry(Generic[T]):
                 which = f"{taken.__module__}.{taken.__qualname__}" if hasattr(taken, "__qualname__") else repr(taken)
                 raise ValueError(f"{name} has a {self.what} already, {which}; derive a class to read it otherwise")
         self._facts.update(dict.fromkeys(names, fact))
+        self._found.clear()
 
     def find(self, module: nn.Module) -> T | None:
         """The fact about the class whose `forward` a module runs; None where there is none, or where somebody replaced it."""
-        if "forward" in vars(module):  # replaced on the instance: what is known is of another forward
+        if "forward" in module.__dict__:  # replaced on the instance: what is known is of another forward
             return None
+        cls = type(module)
+        known, forward = self._found.get(cls), cls.forward
+        if known is not None and known[0]() is forward:
+            return known[1]
+        found = self._find_in_bases(cls)
+        if isinstance(forward, FunctionType):
+            self._found[cls] = weakref.ref(forward), found
+        return found
+
+    def _find_in_bases(self, derived: type) -> T | None:
         found = None
-        for cls in type(module).__mro__:
+        for cls in derived.__mro__:
             found = found or self._facts.get(qualified_name(cls))
             if "forward" in vars(cls):  # and not what a base of it, with another forward, is known for
                 return found if _is_as_written(cls) else None

@@ -131,7 +131,9 @@ def test_a_projection_is_a_tensor_to_whoever_computes_with_it() -> None:
     projected = Projected(x, weight, bias)
     assert (projected.shape, projected.dtype, len(projected), projected.dim()) == ((2, 3, 5, 4), torch.float32, 2, 4)
     torch.testing.assert_close(torch.cat([projected * 1, projected]), torch.cat([expected, expected]))
-    torch.testing.assert_close(projected.narrowed(slice(1, 2), torch.tensor([2, 0]), slice(3)), expected[1:, [2, 0], :3])
+    part = slice(1, 2), torch.tensor([2, 0])
+    torch.testing.assert_close(projected.compute_part(*part, slice(3)), expected[1:, [2, 0], :3])
+    torch.testing.assert_close(projected.narrowed(*part) * 1, expected[1:, [2, 0]])
     assert projected.requires_grad
     assert Projected(torch.randn(0, 5, 6), weight, None).sum() == 0
 
