@@ -10,17 +10,13 @@ of one thread and one image, each the best of many rounds in turns, and mean som
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from command import RESULTS, matching, plain_parser, write_results
-from machine import describe_machine, in_words, installed_versions
-from measure import in_turns
+from command import matching
 from torch import Tensor, nn
 
 from hookattn import AttentionMap, AttentionRecorder
@@ -60,8 +56,14 @@ Made = tuple[Any, Tensor]
 KINDS: dict[str, Callable[..., Made]] = {  # a model, and one image or a sequence
     "vit_small_patch16_224": lambda **o: (timm.create_model("vit_small_patch16_224", **o).eval(), torch.randn(1, 3, 224, 224)),
     "vit_large_patch16_224": lambda **o: (timm.create_model("vit_large_patch16_224", **o).eval(), torch.randn(1, 3, 224, 224)),
-    "swin_base_patch4_window7_224": lambda **o: (timm.create_model("swin_base_patch4_window7_224", **o).eval(), torch.randn(1, 3, 224, 224)),
-    "vit_small_patch16_dinov3": lambda **o: (timm.create_model("vit_small_patch16_dinov3", **o).eval(), torch.randn(1, 3, 256, 256)),
+    "swin_base_patch4_window7_224": lambda **o: (
+        timm.create_model("swin_base_patch4_window7_224", **o).eval(),
+        torch.randn(1, 3, 224, 224),
+    ),
+    "vit_small_patch16_dinov3": lambda **o: (
+        timm.create_model("vit_small_patch16_dinov3", **o).eval(),
+        torch.randn(1, 3, 256, 256),
+    ),
     "nn.TransformerEncoder": lambda **o: (encoder(**o), torch.randn(1, 197, o.get("width", 384))),
     "no recipe": lambda **o: (by_hand(**o), torch.randn(1, 197, o.get("width", 384))),
 }
@@ -119,7 +121,7 @@ def counted(model: nn.Module, x: Tensor) -> dict[str, float]:
     for title, read in READS.items():
         try:
             read(rec, m)
-        except Exception as error:
+        except Exception:
             continue
         found[title] = count_calls(partial(read, rec, m))
     return found

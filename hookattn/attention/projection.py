@@ -218,7 +218,11 @@ class _Plan(NamedTuple):
         """(parts, heads, head_dim, ...) of (parts * heads * head_dim, ...), in whatever order they are packed."""
         sizes = [axes.get(name, -1) for name in self.packed]
         t = t.view(*sizes, *t.shape[1:])
-        return t if self.packed == ("parts", "h", "d") else t.movedim([self.packed.index(name) for name in ("parts", "h", "d")], (0, 1, 2))
+        return (
+            t
+            if self.packed == ("parts", "h", "d")
+            else t.movedim([self.packed.index(name) for name in ("parts", "h", "d")], (0, 1, 2))
+        )
 
 
 @lru_cache
@@ -239,16 +243,15 @@ def _lazily(
     layer: nn.Linear | nn.Conv2d, x: Tensor, pattern: str, plan: _Plan, parts: int, axes: dict[str, int]
 ) -> tuple[Tensor, ...]:
     """The first parts of a projection as `Projected`, which are not computed yet."""
-    weight = plan.unpacked(layer.weight.flatten(1), axes)
-    bias = None if layer.bias is None else plan.unpacked(layer.bias, axes)
+    weight, bias = layer.weight, layer.bias
+    weights = plan.unpacked(weight if weight.dim() == 2 else weight.flatten(1), axes).unbind()
+    biases = [None] * len(weights) if bias is None else plan.unpacked(bias, axes).unbind()
     tokens = rearrange(x, plan.x, **{n: size for n, size in axes.items() if n not in plan.packed}) if plan.x else x
 
     def part(i: int) -> Callable[[Tensor], Tensor]:
         return lambda y: rearrange(y, pattern, **axes)[i]
 
-    return tuple(
-        [Projected(tokens, weight[i], None if bias is None else bias[i], Own(layer, x, part(i))) for i in range(parts)]
-    )
+    return tuple([Projected(tokens, weights[i], biases[i], Own(layer, x, part(i))) for i in range(parts)])
 
 
 def scale_of(module: nn.Module) -> float | Tensor | None:

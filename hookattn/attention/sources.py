@@ -165,9 +165,10 @@ class QK(_Product):
         # in place, since one tensor of queries x keys is what there is memory for; scores are new, so nobody else sees it
         writable = _is_ours_alone(scores, *biases)
         for bias in biases:
-            scores = scores.add_(bias.to(dtype)) if writable else scores + bias.to(dtype)
+            scores = scores.add_(bias.to(dtype)) if writable else scores + bias.to(dtype).expand_as(scores)
         if self.mask is not None:
-            scores = (scores.masked_fill_ if writable else scores.masked_fill)(~self.mask, float("-inf"))
+            outside = ~self.mask.expand_as(scores)
+            scores = (scores.masked_fill_ if writable else scores.masked_fill)(outside, float("-inf"))
         # looked for before the softmax makes NaN of such rows, and only where something can close one
         closed = None if not biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
         attention = torch.softmax(scores, -1, out=scores) if writable else scores.softmax(-1)

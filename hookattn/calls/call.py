@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import Token
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,17 @@ from torch.overrides import TorchFunctionMode
 from ..conditions.autocast import Autocast, autocast_now
 from ..conditions.changes import stamps
 from ..conditions.function_modes import modes_in_force, modes_resumed
-from ..conditions.sharding import is_freed, is_spread
+from ..conditions.sharding import gathers, is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
 from .arguments import keep_arguments, tensors_in
-from .layer import Held, Layer, look_up, name_changes, stamps_of
+from .layer import Held, Layer, look_up, name_changes, stamps_of, values_of
 from .restore import copied, in_place, reading, training_flags
 from .staleness import structure_of
 
 _BARE = frozenset({Tensor, nn.Parameter})
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # undocumented, torch 2.6 to 2.14: of a torch.func transform
 
 
 class Modes(NamedTuple):
@@ -85,36 +87,39 @@ class Call(NamedTuple):
             raise UnreadableError(f"{self.layer.name!r} was called without a tensor; what it was called with is m.call.")
         return self.tensors[0]
 
-    @contextmanager
-    def resumed(self) -> Iterator[None]:
+    def resumed(self) -> AbstractContextManager[None]:
         """Set everything as it was in the call, to read its map, and set it back when the block ends.
 
         Raises:
             StaleMapError: an argument or a parameter has changed since the call.
         """
         self.check_fresh()
-        with self.in_its_modes():
-            yield
+        return self.in_its_modes()
 
-    @contextmanager
-    def in_its_modes(self) -> Iterator[None]:
+    def in_its_modes(self) -> AbstractContextManager[None]:
         """As `resumed`, without a look at what has changed since: for a call that is about to run or has just run."""
-        with ExitStack() as stack:
-            stack.callback(reading.reset, reading.set(True))  # first on, last off: hooks of ours see no forward in between
-            stack.enter_context(torch.set_grad_enabled(self.modes.grad))
-            if self.modes.autocast is not None:
-                device, enabled, dtype, cached = self.modes.autocast
-                # Autocast keeps the parameters it has cast for whoever comes next, in or out of this block: one that was cast
-                # without grad has no graph, and the forward that is going on outside would train nothing through it.
-                cached = cached and self.modes.grad
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
-            if self.modes.functions or torch._C._len_torch_function_stack():
-                stack.enter_context(modes_resumed(self.modes.functions))
-            stack.enter_context(training_flags(self.layer.inner, self.modes.training))
-            stack.enter_context(in_place(self.layer.slots))
+        return _Resumed(self)
+
+    def _to_be_set(self) -> Iterator[AbstractContextManager[Any]]:
+        """What is not as it was in the call, one after the other, the later ones asked for when the earlier are set."""
+        modes, layer = self.modes, self.layer
+        if torch.is_grad_enabled() is not modes.grad:
+            yield torch.set_grad_enabled(modes.grad)
+        if modes.autocast is not None and (modes.autocast.enabled or torch._C._is_any_autocast_enabled()):
+            device, enabled, dtype, cached = modes.autocast
+            # Autocast keeps the parameters it has cast for whoever comes next, in or out of this block: one that was cast
+            # without grad has no graph, and the forward that is going on outside would train nothing through it.
+            cached = cached and modes.grad
+            yield torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached)
+        if modes.functions or torch._C._len_torch_function_stack():
+            yield modes_resumed(modes.functions)
+        if [attributes["training"] for attributes in layer.attributes] != modes.training:
+            yield training_flags(layer.inner, modes.training)
+        if not layer.is_as_it_was():
+            yield in_place(layer.slots)
+        if self.held is not layer.caches or layer.mutable_now() is not layer.caches:
             # copies of copies: what runs may fill a cache, and a map may be read more than once
-            stack.enter_context(in_place([(holder, key, copied(value)) for holder, key, value in self.held]))
-            yield
+            yield in_place([(holder, key, copied(value)) for holder, key, value in self.held])
 
     def restore_random_streams(self) -> None:
         """Set the random streams to where they were when the call began, if it was in train mode; dropout is then the same."""
@@ -123,6 +128,8 @@ class Call(NamedTuple):
 
     def check_fresh(self) -> None:
         """Raise StaleMapError if what the map would be computed from has changed, UnreadableError if it is not to be had."""
+        if self._is_plainly_fresh():
+            return
         self.check_at_hand()  # before stamps, which look at values: those of a freed parameter must not be looked at
         with torch._C.DisableTorchFunction():
             now = stamps_of(self.layer, self.tensors, self.state, self.held)
@@ -134,6 +141,20 @@ class Call(NamedTuple):
             self._raise_stale("torch.nn.functional.scaled_dot_product_attention was replaced after the forward")
         if self.layer.has_changed(self.held):
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
+
+    def _is_plainly_fresh(self) -> bool:
+        """Whether nothing has changed and all is at hand; False where that takes a closer look."""
+        layer, read = self.layer, (*self.tensors, *self.state)
+        for tensor in read:
+            if type(tensor) not in _BARE:
+                return False
+        # Memory is looked at only of tensors that lie where they lay: what was given back to the system lies nowhere.
+        if torch._C._len_torch_function_stack() or any(map(_is_wrapped, read)) or stamps(read, layer.steps) != self.stamps[0]:
+            return False
+        if self.held is not layer.caches or [*map(type, layer.inner)] != layer.classes or gathers(layer.classes):
+            return False
+        is_same = values_of(layer, self.tensors, self.stamps[0], self.held) == self.stamps[1:]
+        return is_same and F.scaled_dot_product_attention is self.modes.sdpa and not layer.has_changed(self.held)
 
     def restamped(self) -> Call:
         """The call with parameters and structure as they are now, for reading it right after its forward or in backward.
@@ -169,6 +190,35 @@ class Call(NamedTuple):
             f"the map of {self.layer.name!r} ({type(self.layer.module).__name__}) is stale: {what}. Read it before that "
             'happens, or record with AttentionRecorder(model, keep="maps").'
         )
+
+
+class _Resumed:
+    """A block in which everything is as it was in a call; nothing is set that is so already."""
+
+    # A class, since this is around each reading and a generator costs several times as much.
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._set: ExitStack | None = None
+        self._before: Token[bool] | None = None
+
+    def __enter__(self) -> None:
+        self._before = reading.set(True)  # first on, last off: hooks of ours see no forward in between
+        try:
+            for each in self._call._to_be_set():
+                self._set = self._set or ExitStack()
+                self._set.enter_context(each)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self._set is not None:
+                self._set.__exit__(*error)
+        finally:
+            assert self._before is not None
+            reading.reset(self._before)
 
 
 def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2.14: what batch and instance norms derive from
 
-from ..conditions.changes import SAMPLES, Samples, Steps, counted_steps, stamps, values_of_arguments
+from ..conditions.changes import SAMPLES, Samples, Stamps, Steps, counted_steps, stamps, values_of_arguments
 from .arguments import tensors_in
 from .hooks import is_ours
 from .restore import INTERNAL, copied
@@ -32,6 +32,7 @@ class Layer(NamedTuple):
         trunk: the part of the model that cuts the image for it, where that is known.
         block: the block around it that cuts windows, if there is one.
         inner: the module and all below it.
+        classes: of these.
         attributes: of each of these.
         state: names of its parameters and buffers, all but the statistics.
         tensors: these parameters and buffers.
@@ -57,6 +58,7 @@ class Layer(NamedTuple):
     trunk: nn.Module | None
     block: nn.Module | None
     inner: tuple[nn.Module, ...]
+    classes: list[type]
     attributes: tuple[dict[str, Any], ...]
     state: tuple[str, ...]
     tensors: tuple[Tensor, ...]
@@ -197,6 +199,7 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
         trunk=trunk,
         block=block,
         inner=inner,
+        classes=[*map(type, inner)],
         attributes=attributes,
         state=names,
         tensors=tensors,
@@ -222,15 +225,19 @@ def stamps_of(layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ..
 
     `name_changes` names what has changed by their order. Modes of the user's should see nothing of it.
     """
-    steps = layer.steps
+    read = stamps((*tensors, *state), layer.steps)
+    return read, *values_of(layer, tensors, read, held)
+
+
+def values_of(layer: Layer, tensors: tuple[Tensor, ...], read: Stamps, held: Held) -> tuple[Any, ...]:
+    """The rest of `stamps_of`, for which memory is looked at; `read` are stamps of arguments and of the state."""
     hooks = _hooks_of_others(layer.hooks) if any(layer.hooks) else []
-    read = stamps((*tensors, *state), steps)
     if held is layer.caches:  # as they hang there while they are empty
         cached = None
     else:
-        cached = stamps([*tensors_in([value for _, _, value in held if value is not None])], steps)
+        cached = stamps([*tensors_in([value for _, _, value in held if value is not None])], layer.steps)
     given = values_of_arguments(tensors, read[0], read[1])
-    return read, given, layer.samples.take(read[1][len(tensors) :]), cached, hooks
+    return given, layer.samples.take(read[1][len(tensors) :]), cached, hooks
 
 
 def name_changes(names: Sequence[str], before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:

@@ -6,7 +6,7 @@ import ctypes
 import weakref
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ _AT_HAND = ("cpu",)  # where values are read without waiting for anything
 _number_at = ctypes.c_uint64.from_address
 # By their width. Integers: compared bit by bit a NaN equals itself. On a device those of other widths are not sampled.
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-_WORDS = {8: "Q", 4: "I", 2: "H", 1: "B"}
+_WORDS: dict[int, Literal["Q", "I", "H", "B"]] = {8: "Q", 4: "I", 2: "H", 1: "B"}
 _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.argtypes, _memory.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
 _READ_ONLY = 0x100  # PyBUF_READ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -23,12 +24,25 @@ def is_freed(tensor: Tensor) -> bool:
         return False
 
 
+def gathers(classes: Iterable[type]) -> bool:
+    """Whether modules of one of these classes gather their parameters when they are called."""
+    for cls in set(classes):
+        if (known := _KNOWN.get(cls)) is None:
+            known = _KNOWN[cls] = any(base.__name__ in _GATHERS for base in cls.__mro__)
+        if known:
+            return True
+    return False
+
+
+_KNOWN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # asked at each reading, for each module below the one that is read
+
+
 def is_spread(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> bool:
     """Whether a module gathers its parameters when it is called, or a tensor lies in parts in several processes.
 
     To read such a call is to talk to the other processes, which need not be reading, and would be waited for.
     """
-    return any(_derives(m, _GATHERS) for m in modules) or any(_derives(t, {"DTensor"}) for t in tensors)
+    return gathers(map(type, modules)) or any(_derives(t, {"DTensor"}) for t in tensors)
 
 
 def _derives(thing: object, names: set[str]) -> bool:

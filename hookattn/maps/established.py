@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -47,26 +47,28 @@ def source_by_recipe(call: Call) -> Source | None:
     what they make of it.
     """
     as_written = not call.modes.functions and call.modes.sdpa is SDPA
-    return _described(call)[0] if as_written else None
+    return _describe(call) if as_written else None
 
 
-def _described(call: Call) -> tuple[Source | None, str | None]:
-    """What a recipe makes of a call, if it describes it; and how the class lays out its map, see `recipe`."""
+def _describe(call: Call) -> Source | None:
+    """What a recipe makes of a call, if it describes it."""
     with NameInErrors(call):
-        if any(t.is_nested for t in call.tensors):
-            raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
-        recipe, axes = find_recipe(call.layer.module), find_axes(call.layer.module)
+        for tensor in call.tensors:
+            if tensor.is_nested:
+                raise UnreadableError("it was called with nested tensors; make the encoder with enable_nested_tensor=False.")
+        recipe = find_recipe(call.layer.module)
         source = NotImplemented if recipe is None else recipe(call.layer.module, *call.args, **call.kwargs)
-        return None if source is NotImplemented else source, axes
+        return None if source is NotImplemented else source
+
+
+def as_in_training(call: Call) -> AbstractContextManager[None]:
+    """Set random streams as they were in a call in train mode, and put back what a recipe changes there."""
+    # A projection may have dropout in it (LoRA) or take a step of its own (spectral norm).
+    return _with_its_random_numbers(call) if True in call.modes.training else nullcontext()
 
 
 @contextmanager
-def as_in_training(call: Call) -> Iterator[None]:
-    """Set random streams as they were in a call in train mode, and put back what a recipe changes there."""
-    # A projection may have dropout in it (LoRA) or take a step of its own (spectral norm).
-    if not any(call.modes.training):
-        yield
-        return
+def _with_its_random_numbers(call: Call) -> Iterator[None]:
     with restoring(call.layer.module):
         call.restore_random_streams()
         yield
@@ -79,15 +81,15 @@ class NameInErrors:
     # cycle, and would keep what the module was called with until the garbage collector comes.
 
     def __init__(self, call: Call) -> None:
-        self._name = repr(call.layer.name)
+        self._call = call
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, UnreadableError) and not str(error).startswith(self._name):
+        if isinstance(error, UnreadableError) and not str(error).startswith(name := repr(self._call.layer.name)):
             # from None: the traceback of the error would keep what the module was called with
-            raise UnreadableError(f"{self._name}: {error}") from None
+            raise UnreadableError(f"{name}: {error}") from None
 
 
 class TellWhy:
@@ -118,7 +120,7 @@ def arrange(call: Call, sites: Following) -> Arrangement:
     """
     with NameInErrors(call):
         with as_in_training(call):
-            source, axes = _described(call)
+            source = _describe(call)
         if source is None:
             return arrange_by_evidence(call, sites)
         if not sites.parts:
@@ -126,7 +128,7 @@ def arrange(call: Call, sites: Following) -> Arrangement:
                 f"{qualified_name(type(call.layer.module))} calls neither scaled_dot_product_attention nor softmax: there is "
                 "nothing in its forward to put a map into."
             )
-        return arrange_by_recipe(sites.parts, axes, source.shape)
+        return arrange_by_recipe(sites.parts, find_axes(call.layer.module), source.shape)
 
 
 def arrange_by_evidence(call: Call, sites: Following) -> Arrangement:

@@ -98,29 +98,46 @@ def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, P
     Raises:
         IndexError: too many indices, or one out of range.
     """
+    if index is Ellipsis:
+        return (ALL, ALL, ALL), index
     items = list(index) if isinstance(index, tuple) else [index]
     # Masks, None, several lists: torch's rules for these mix axes, so the whole is computed and torch applies them itself.
-    if not all(_is_simple(i) for i in items) or sum(_is_list(i) for i in items) > 1:
+    if any(type(i) not in _SIMPLE for i in items) and not _is_orthogonal(items):
         return (ALL, ALL, ALL), index
     dots = [place for place, item in enumerate(items) if item is Ellipsis]
     if len(items) - len(dots) > 4 or len(dots) > 1:
         raise IndexError(f"a map has 4 axes (batch, head, query, key), which {index!r} does not fit")
     at = dots[0] if dots else len(items)
     items[at : at + 1] = [ALL] * (4 - len(items) + len(dots))
-    picks: list[Pick] = []
-    rest: list[Any] = []
-    for item, length, axis in zip(items, shape, ("batch", "head", "query", "key")):
-        if isinstance(item, slice):
-            picks, rest = [*picks, item], [*rest, ALL]
-        elif _is_list(item):
-            picks, rest = [*picks, torch.as_tensor(item)], [*rest, ALL]
-        elif -length <= item < length:
-            # one row stays an axis while it is computed, and goes afterwards
-            picks, rest = [*picks, slice(item % length, item % length + 1)], [*rest, 0]
-        else:
-            raise IndexError(f"{axis} {item} is out of range: there are {length}")
+    picks, rest = _pick_and_rest(items, shape)
     rest[3] = items[3]  # keys are picked last: a row's softmax needs all of them
     return (picks[0], picks[1], picks[2]), tuple(rest)
+
+
+_SIMPLE = frozenset({slice, int, type(Ellipsis)})
+
+
+def _pick_and_rest(items: list[Any], shape: tuple[int, ...]) -> tuple[list[Pick], list[Any]]:
+    """For each axis what it is narrowed to, and what is left to do; of a number, to take it off."""
+    picks: list[Pick] = [ALL] * 4
+    rest: list[Any] = [ALL] * 4
+    for at, item in enumerate(items):
+        if type(item) is slice:
+            if item != ALL:
+                picks[at] = item
+        elif isinstance(item, list):
+            picks[at] = torch.as_tensor(item)
+        elif -shape[at] <= item < shape[at]:
+            # one row stays an axis while it is computed, and goes afterwards
+            picks[at], rest[at] = slice(item % shape[at], item % shape[at] + 1), 0
+        else:
+            raise IndexError(f"{('batch', 'head', 'query', 'key')[at]} {item} is out of range: there are {shape[at]}")
+    return picks, rest
+
+
+def _is_orthogonal(items: list[Any]) -> bool:
+    """Whether each item picks along an axis of its own."""
+    return all(_is_simple(i) for i in items) and sum(_is_list(i) for i in items) <= 1
 
 
 def _is_simple(item: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from types import TracebackType
 from typing import Union
 
 from torch import Tensor
@@ -35,13 +36,9 @@ class Captured:
         """Why there is no such map, if it cannot be read."""
         return why_unreadable(self.call)
 
-    @contextmanager
-    def open(self) -> Iterator[Source]:
+    def open(self) -> AbstractContextManager[Source]:
         """Queries and keys of the call, in its modes for as long as the block lasts."""
-        with self.call.resumed():
-            with TellWhy(self.call.layer.name):
-                source = source_of(self.call)
-            yield source
+        return _Opened(self.call)
 
     @cached_property
     def spec(self) -> Spec:
@@ -49,6 +46,28 @@ class Captured:
         with TellWhy(self.call.layer.name):
             source = _source_of_shapes(self.call)
             return Spec(source.shape, source.dtype, self.call.x.device)
+
+
+class _Opened:
+    """A captured call that is resumed to be read."""
+
+    # A class, since this is around each reading and a generator costs several times as much.
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __enter__(self) -> Source:
+        self._modes = self._call.resumed()
+        self._modes.__enter__()
+        try:
+            with TellWhy(self._call.layer.name):
+                return source_of(self._call)
+        except BaseException:
+            self._modes.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._modes.__exit__(kind, error, traceback)
 
 
 class Deferred(Captured):
