@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.utils import _pytree as pytree
 
 from ..calls.hooks import is_ours
 from .overheard import Own, heard_now
@@ -116,8 +115,7 @@ class Projected(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args)
         # everything else is done with the computed tensor, and gives plain tensors
-        args, kwargs = pytree.tree_map_only(Projected, Projected.compute, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*map(_with_computed, args), **{name: _with_computed(value) for name, value in (kwargs or {}).items()})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
@@ -137,12 +135,16 @@ def compute(value: T) -> T:
     return value.compute() if isinstance(value, Projected) else value  # type: ignore[return-value]
 
 
+def _with_computed(argument: Any) -> Any:
+    """An argument of a function of torch, with what is computed in the place of projections."""
+    if type(argument) in (tuple, list):
+        return type(argument)(map(_with_computed, argument))
+    return compute(argument)
+
+
 def is_bare(*tensors: Tensor | None) -> bool:
     """Whether tensors are of PyTorch's own classes, so that a projection of them is nothing but arithmetic."""
-    for t in tensors:  # a loop, since it runs at every reading
-        if type(t) not in _BARE:
-            return False
-    return True
+    return all(type(t) in _BARE for t in tensors)
 
 
 def pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:

@@ -7,7 +7,6 @@ queries x keys is formed.
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar, Union
@@ -293,11 +292,3 @@ def _is_ours_alone(*scores: Tensor) -> bool:
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in scores))
-
-
-def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference; a NaN equals a NaN and differs from everything else by infinity."""
-    a, b = a.detach().double(), b.detach().double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = (a - b).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0.0)
-    return float(difference.max()) if difference.numel() else 0.0

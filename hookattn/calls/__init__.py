@@ -7,7 +7,6 @@ From top to bottom, an import may only point down:
     staleness    what tells that a module is another one than it was
     hooks        what a recorder puts on somebody else's modules
     copies       what a copy of a module does without
-    walk         the modules of a model by name
     restore      put a module back as it was
     callsite     who calls an attention module, and what x is
     arguments    what a module was called with, as it is kept

@@ -117,7 +117,7 @@ class Call(NamedTuple):
             yield training_flags(layer.inner, modes.training)
         if not layer.is_as_it_was():
             yield in_place(layer.slots)
-        if self.held is not layer.caches or layer.mutable_now() is not layer.caches:
+        if self.held is not layer.caches or layer.mutable_now(in_eval=True) is not layer.caches:
             # copies of copies: what runs may fill a cache, and a map may be read more than once
             yield in_place([(holder, key, copied(value)) for holder, key, value in self.held])
 
@@ -227,8 +227,9 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     (args, kwargs), tensors = keep_arguments(args, kwargs, detach=detach)
     if not layer.is_as_it_was():  # somebody has swapped tensors, wrapped layers or set numbers of the module
         layer = look_up(*layer[:4])
-    (names, state), held = layer.state_now(), layer.mutable_now()
     training = [attributes["training"] for attributes in layer.attributes]
+    in_eval = True not in training
+    (names, state), held = layer.state_now(in_eval=in_eval), layer.mutable_now(in_eval=in_eval)
     functions: tuple[TorchFunctionMode, ...] = ()
     if not torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.14
         stamped = stamps_of(layer, tensors, state, held)
@@ -240,7 +241,7 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     if tensors:
         # `is_cpu`, since `device.type` makes an object and a string each time
         autocast = autocast_now("cpu" if (x := tensors[0]).is_cpu else x.device.type)
-        random = random_streams(x.device) if True in training else None
+        random = None if in_eval else random_streams(x.device)
     grad, sdpa = torch.is_grad_enabled() and not detach, F.scaled_dot_product_attention
     modes = Modes(grad, autocast, training, random, functions, sdpa)
     return Call(layer, args, kwargs, modes, tensors, names, state, held, stamped)

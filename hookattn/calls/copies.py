@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from ..conditions.modules import walk
+
 # Undocumented, torch 2.6 to 2.14: dicts of a module by the number of a hook, first the one that holds the hooks. The others say
 # how hooks are called, and what was left there would be said of whichever hook gets the same number in another process.
 _HOOKS = (
@@ -39,7 +41,7 @@ class NotCopied:
 def copied_without_hooks(module: nn.Module) -> Iterator[None]:
     """Have a module and all below it copied and pickled without hooks that are `NotCopied`, for as long as the block lasts."""
     # in the table that copy and pickle look into for a class; one that somebody else has put there stays
-    classes = set(map(type, module.modules()))
+    classes = {*map(type, walk(module).values())}
     with _lock:
         ours = {cls for cls in classes if copyreg.dispatch_table.setdefault(cls, _reduce) is _reduce}
         _counts.update(ours)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from threading import RLock, get_ident
 from types import FrameType
 from typing import Any
@@ -82,7 +81,7 @@ class Around:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._hooks = ExitStack()
+        self._handles: list[RemovableHandle] = []
         self._begins = -1
         self._ends: int | None = None
         # by thread, calls that run, the innermost last, each with its arguments by identity
@@ -116,7 +115,7 @@ class Around:
         handle = put_on(self.module.register_forward_pre_hook, Hook(self._begin), prepend=outermost, with_kwargs=True)
         # Undocumented, torch 2.6 to 2.14: the handle's `id` is the hook's key in `_forward_pre_hooks`, see `is_followed`.
         self._begins, self._ends = handle.id, None
-        self._hooks.enter_context(handle)
+        self._handles.append(handle)
         if ends:
             self._hook_end(prepend=not outermost)
 
@@ -133,7 +132,8 @@ class Around:
 
     def close(self) -> None:
         """Take the hooks off, and drop what calls that were interrupted have left."""
-        self._hooks.close()
+        while self._handles:
+            self._handles.pop().remove()
         self._ends = None
         self._running.clear()
 
@@ -163,7 +163,7 @@ class Around:
         # hook is called, and the next `_begin` has to clear up.
         end = Hook(self._end, takes=4)
         handle = put_on(self.module.register_forward_hook, end, prepend=prepend, with_kwargs=True, always_call=True)
-        self._hooks.enter_context(handle)
+        self._handles.append(handle)
         self._ends = handle.id
 
     def _begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:

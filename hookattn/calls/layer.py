@@ -10,11 +10,11 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2.14: what batch and instance norms derive from
 
 from ..conditions.changes import SAMPLES, Samples, Stamps, Steps, counted_steps, stamps, values_of_arguments
+from ..conditions.modules import walk
 from .arguments import tensors_in
 from .hooks import is_ours
 from .restore import INTERNAL, copied
-from .staleness import Structure, structure_of
-from .walk import walk
+from .staleness import PLAIN, Structure, structure_of
 
 Held = tuple[tuple[dict[str, Any], str, Any], ...]
 """What hung where when a call was made: the dict, the key, the value."""
@@ -36,6 +36,7 @@ class Layer(NamedTuple):
         attributes: of each of these.
         state: names of its parameters and buffers, all but the statistics.
         tensors: these parameters and buffers.
+        all_state, all_tensors: the same with statistics and moving buffers, which a call in eval mode reads as they are.
         statistics: running statistics by name, each with its norm: a norm reads them unless it is in train mode, where it
             moves them.
         moving: small buffers of other modules, such as the vectors of a spectral norm: a module, the name of the buffer. In
@@ -48,7 +49,7 @@ class Layer(NamedTuple):
         bare: attributes of the modules that have no forward of their own.
         forward: the forward of the class of the module.
         caches: attributes that a forward may fill or replace, such as a cache of biases: a module's attributes, the name, and
-            None, as `mutable_now` has it while it is empty.
+            what `mutable_now` has of it as long as nothing does: None, or a tuple of numbers and words.
         hooks: dicts of the hooks of all modules below this one, and of those of all modules.
         structure: what `structure_of` gave when all this was looked up.
     """
@@ -62,6 +63,8 @@ class Layer(NamedTuple):
     attributes: tuple[dict[str, Any], ...]
     state: tuple[str, ...]
     tensors: tuple[Tensor, ...]
+    all_state: tuple[str, ...]
+    all_tensors: tuple[Tensor, ...]
     statistics: tuple[tuple[str, Tensor, nn.Module], ...]
     moving: tuple[tuple[str, nn.Module, str], ...]
     slots: Held
@@ -77,22 +80,22 @@ class Layer(NamedTuple):
     structure: Structure
     steps: Steps
 
-    def state_now(self) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    def state_now(self, *, in_eval: bool) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
         """Parameters and buffers that a call made now reads as they are, names and tensors; to be compared when it is read."""
         # A norm in train mode moves its statistics, and reads those of its batch: they must not make its map stale. Buffers
         # that a forward in train mode may move are held as copies, see `mutable_now`.
-        if not self.statistics and not self.moving:
-            return self.state, self.tensors
+        if in_eval:
+            return self.all_state, self.all_tensors
         still = [(name, tensor) for name, tensor, norm in self.statistics if not norm.training]
         still += [(path, b) for path, m, name in self.moving if not m.training and (b := m._buffers[name]) is not None]
         return (*self.state, *[name for name, _ in still]), (*self.tensors, *[tensor for _, tensor in still])
 
-    def mutable_now(self) -> Held:
+    def mutable_now(self, *, in_eval: bool) -> Held:
         """Caches and moving buffers as they are before a call, which may change them: a dict, the key, a copy of the value."""
-        if self.moving:
+        if self.moving and not in_eval:
             return self._filled_now()
-        for holder, name, _ in self.caches:
-            if holder.get(name) is not None:
+        for holder, name, usual in self.caches:
+            if holder.get(name) is not usual:
                 return self._filled_now()
         return self.caches  # the usual call: all that could be filled is empty
 
@@ -139,28 +142,30 @@ class _Looking:
         self.slots: list[tuple[dict[str, Any], str, Any]] = []
         self.parts: list[tuple[dict[str, Any], str, Any]] = []
         self.things: list[tuple[dict[str, Any], str, Any]] = []
-        self.caches: list[tuple[dict[str, Any], str, None]] = []
+        self.caches: list[tuple[dict[str, Any], str, Any]] = []
 
     def look_at(self, number: int, prefix: str, module: nn.Module) -> None:
         """Gather what a module has."""
         attributes = module.__dict__
         parameters, buffers, children = attributes["_parameters"], attributes["_buffers"], attributes["_modules"]
-        self.slots += [(parameters, key, tensor) for key, tensor in parameters.items()]
-        self.slots += [(buffers, key, tensor) for key, tensor in buffers.items()]
-        for key, parameter in parameters.items():
-            if parameter is not None:
-                self.state.setdefault(id(parameter), (prefix + key, parameter))
+        if parameters:
+            self.slots += [(parameters, key, parameters[key]) for key in parameters]
+            for key in parameters:
+                if (parameter := parameters[key]) is not None:
+                    self.state.setdefault(id(parameter), (prefix + key, parameter))
         if buffers:
+            self.slots += [(buffers, key, buffers[key]) for key in buffers]
             self._look_at_buffers(prefix, module)
-        numbers = self.structure.numbers[number]
-        self.parts += [(attributes, name, value) for name, value in numbers.items()]
-        self.parts += [(children, name, child) for name, child in children.items()]
+        if numbers := self.structure.numbers[number]:
+            self.parts += [(attributes, name, numbers[name]) for name in numbers]
+        if children:
+            self.parts += [(children, name, children[name]) for name in children]
         if "forward" in attributes:
             self.parts.append((attributes, "forward", attributes["forward"]))
         for name in attributes.keys() - INTERNAL - numbers.keys():
             value = attributes[name]
             if type(value) in _CACHES or isinstance(value, (dict, list, set, tuple, Tensor)):
-                self.caches.append((attributes, name, None))
+                self.caches.append((attributes, name, value if type(value) is tuple and _is_plain(value) else None))
             else:
                 self.things.append((attributes, name, value))
 
@@ -178,6 +183,10 @@ class _Looking:
                 self.state.setdefault(id(buffer), (prefix + key, buffer))
 
 
+def _is_plain(values: tuple[Any, ...]) -> bool:
+    return all(type(each) in PLAIN for each in values)
+
+
 def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block: nn.Module | None = None) -> Layer:
     """Look up what every call of a module will need, when it is hooked and whenever it has become another one."""
     named = walk(module)
@@ -188,6 +197,8 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
         found.look_at(number, f"{path}." if path else "", m)
     structure.leave_out(found.caches, attributes)
     names, tensors = zip(*found.state.values()) if found.state else ((), ())
+    apart = {path: buffer for path, buffer, _ in found.statistics}
+    apart |= {path: buffer for path, m, name in found.moving if (buffer := m._buffers[name]) is not None}
     # "forward" of an instance: accelerate, for one, patches it there, and the recipe of the class no longer holds
     bare = tuple([each for each in attributes if "forward" not in each])
     # [1:], since hooks on the module itself run outside of what is read
@@ -203,6 +214,8 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
         attributes=attributes,
         state=names,
         tensors=tensors,
+        all_state=(*names, *apart),
+        all_tensors=(*tensors, *apart.values()),
         statistics=tuple(found.statistics),
         moving=tuple(found.moving),
         slots=tuple(found.slots),
@@ -232,7 +245,7 @@ def stamps_of(layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ..
 def values_of(layer: Layer, tensors: tuple[Tensor, ...], read: Stamps, held: Held) -> tuple[Any, ...]:
     """The rest of `stamps_of`, for which memory is looked at; `read` are stamps of arguments and of the state."""
     hooks = _hooks_of_others(layer.hooks) if any(layer.hooks) else []
-    if held is layer.caches:  # as they hang there while they are empty
+    if held is layer.caches:  # as they hang there while nothing fills them
         cached = None
     else:
         cached = stamps([*tensors_in([value for _, _, value in held if value is not None])], layer.steps)

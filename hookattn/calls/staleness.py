@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-_PLAIN = frozenset({int, float, bool, str})
+# Plain numbers and words, such as a scale or a window size, that a forward may depend on. `type(...) in` these, not isinstance:
+# what a subclass of float or str makes of `==` is not known.
+PLAIN = frozenset({int, float, bool, str})
 # What may be set between a call and its reading without the map being another one: training flags, which are set back when it
 # is read; the choice of a kernel; and marks of PyTorch's own. Undocumented: `_is_full_backward_hook` is set by backward hooks
 # (torch 2.6 to 2.14); `_is_torch_compile` by torch.compile on its wrapper, which hands it on to the module (2.14, not in 2.6).
@@ -55,16 +57,13 @@ def structure_of(modules: tuple[nn.Module, ...], held: Sequence[tuple[dict[str, 
     found = Structure(
         type(modules[0]),
         type(modules[0]).forward,
-        [numbers_of(each) for each in attributes],
+        [
+            {name: value for name, value in each.items() if type(value) in PLAIN and name not in _HARMLESS}
+            for each in attributes
+        ],
         [[*map(id, each["_modules"].values())] for each in attributes],
         [{*each["_parameters"], *each["_buffers"]} for each in attributes],
         [id(each.get("forward")) for each in attributes],
     )
     found.leave_out(held, attributes)
     return found
-
-
-def numbers_of(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Attributes that are plain numbers or words, such as a scale or a window size, that a forward may depend on."""
-    # `type(...) in`, not isinstance: what a subclass of float or str makes of `==` is not known
-    return {name: value for name, value in attributes.items() if type(value) in _PLAIN and name not in _HARMLESS}

@@ -14,4 +14,5 @@ From top to bottom, an import may only point down:
     training     train mode: the random streams that dropout draws from
     autocast     mixed precision
     changes      what tells that a tensor has changed since the forward
+    modules      the modules of a model by name
 """

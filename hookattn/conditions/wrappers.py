@@ -8,30 +8,42 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .modules import walk
 
 # By name, since to import torch.distributed takes long. One process each, in which the model inside is called as it is.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 
 
-def recordable(model: nn.Module) -> nn.Module:
-    """The module that a recorder can be opened around, out of what it was given, or an error that says why there is none."""
+def recordable(model: nn.Module) -> dict[str, nn.Module]:
+    """The module that a recorder can be opened around, under "", and all below it by name, out of what it was given.
+
+    Raises:
+        ModelError: there is none, and why.
+    """
     if not isinstance(model, nn.Module):
         raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}{_instead_of(model)}.")
     model = _unwrapped(model)
-    for name, module in model.named_modules():
-        where = f" (its module {name!r})" if name else ""
-        if isinstance(module, nn.DataParallel):
-            raise ModelError(
-                f"DataParallel{where} runs copies of the model in threads that share the hooks; record the model inside: "
-                "AttentionRecorder(model.module)."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(
-                f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model."
-            )
-        if isinstance(module, (torch.fx.GraphModule, torch.export.UnflattenedModule)):
-            raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
-    return model
+    named = walk(model)
+    if any(issubclass(cls, _NOT_RECORDABLE) for cls in {*map(type, named.values())}):
+        for name, module in named.items():
+            _refuse(module, f" (its module {name!r})" if name else "")
+    return named
+
+
+_GRAPHS = (torch.fx.GraphModule, torch.export.UnflattenedModule)
+_NOT_RECORDABLE = (nn.DataParallel, torch.jit.ScriptModule, *_GRAPHS)
+
+
+def _refuse(module: nn.Module, where: str) -> None:
+    if isinstance(module, nn.DataParallel):
+        raise ModelError(
+            f"DataParallel{where} runs copies of the model in threads that share the hooks; record the model inside: "
+            "AttentionRecorder(model.module)."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(f"a scripted or traced model{where} runs no Python hooks with the arguments; record the eager model.")
+    if isinstance(module, _GRAPHS):
+        raise ModelError(f"an exported or traced graph{where} has no attention modules left; record the eager model.")
 
 
 def _instead_of(thing: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import LayoutError, TokenError
 from .images import Images, Patches
 from .tokens import Size, Tokens
-from .trunk import grid_size, patch_size, path_to, prefix_names, sees_patches, trunk_of
+from .trunk import Cut, cut_of, grid_size, path_to, sees_patches, trunk_of
 from .windows import whole_grid
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
@@ -34,6 +34,7 @@ class Geometry(NamedTuple):
         arguments: what the module was called with, tensors by their sizes.
         block_arguments: the same of the block that cuts its input into windows; None if there is no such block.
         block_settings: numbers of that block at the time, such as the size of a window.
+        cut: how the model cut the image then; None where its stem was not called.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Geometry(NamedTuple):
     arguments: ArgumentSizes = ((), {})
     block_arguments: ArgumentSizes | None = None
     block_settings: Mapping[str, Any] = MappingProxyType({})
+    cut: Cut | None = None
 
     @property
     def module(self) -> Any:
@@ -51,7 +53,11 @@ class Geometry(NamedTuple):
     @property
     def trunk(self) -> nn.Module:
         """The part of the model that cuts the image into patches."""
-        return trunk_of(self.model, self.name)
+        return trunk_of(self.model, self.name) if self.cut is None else self.cut.trunk
+
+    @property
+    def _cut(self) -> Cut:
+        return cut_of(self.trunk) if self.cut is None else self.cut
 
     @property
     def image_size(self) -> Size | None:
@@ -67,7 +73,7 @@ class Geometry(NamedTuple):
         Raises:
             TokenError: the size of the image or of its patches is not known.
         """
-        patch = patch_size(self.trunk)
+        patch = self._cut.patch_size
         if isinstance(self.images, Patches):
             patch = self.images.patch_size or patch
             if patch is None:
@@ -100,7 +106,7 @@ class Geometry(NamedTuple):
 
     def path(self) -> Iterator[nn.Module]:
         """The module and all that hold it, outwards to the model."""
-        yield from reversed(list(path_to(self.model, self.name)))
+        yield from reversed(path_to(self.model, self.name))
 
     def find_holder(self, attribute: str) -> Any:
         """The innermost module around the call, itself included, that has such an attribute.
@@ -150,39 +156,23 @@ class Geometry(NamedTuple):
                 f"{self.name!r} is outside of the part of the {type(self.model).__name__} that cuts the image into patches, so "
                 "its tokens may be words, or what was made of patches; slice the map itself, m[...]."
             )
-        trunk = self.trunk
-        names = prefix_names(trunk)
+        cut = self._cut
+        names = cut.prefix
         if isinstance(self.images, Patches):
             return _lay_out_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
         size = self.image_size
         # where it is not known whether prefix tokens are among them, with them is tried first
         for each in {None: (names, ()), True: (names,), False: ((),)}[prefix]:
-            grid = grid_size(trunk, size, count - len(each), exactly=prefix is not None)
+            grid = grid_size(cut, size, count - len(each), exactly=prefix is not None)
             if grid is not None:
                 return whole_grid(grid, each)
         seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
         how = {None: "with or without", True: "with", False: "without"}[prefix]
         raise TokenError(
             f"{count} tokens are no grid of patches over {seen}, {how} {len(names)} prefix tokens "
-            f"({type(trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
+            f"({type(cut.trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
             "itself, m[...]."
         )
-
-
-def read_settings(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that are numbers, words or tuples of such."""
-    # what tells of windows is plain; modules and tensors may be large
-    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
-
-
-class ModuleSnapshot:
-    """A module whose numbers are those of an earlier time, all else as it is."""
-
-    def __init__(self, module: nn.Module, settings: Mapping[str, Any]) -> None:
-        self._module, self._settings = module, settings
-
-    def __getattr__(self, name: str) -> Any:
-        return self._settings[name] if name in self._settings else getattr(self._module, name)
 
 
 def measure_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentSizes:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .sizes import pair, size_after
+from .snapshot import ModuleSnapshot, read_settings
 from .tokens import Size
 
 # Models of timm, transformers, torchvision, open_clip and vit-pytorch name what cuts their image with one of these words. A
@@ -22,19 +24,35 @@ _REGISTERS = ("reg_token", "register_tokens")
 _VOCABULARY = ("token_embedding", "word_embeddings", "text_embeddings", "embed_tokens", "wte")
 
 
-def path_to(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def path_to(model: nn.Module, name: str) -> list[nn.Module]:
     """The model, and module after module down to the one of that name."""
-    yield model
-    module: nn.Module | None = model
+    path, module = [model], model
     for part in name.split("."):
-        module = None if module is None else module._modules.get(part)
-        if module is not None:
-            yield module
+        if (below := module._modules.get(part)) is None:
+            break
+        module = below
+        path += [module]
+    return path
 
 
 def trunk_of(model: nn.Module, name: str = "") -> nn.Module:
     """The part of a model that cuts the image into patches for the module of that name: the outermost with a stem."""
-    return next((m for m in path_to(model, name) if _stem_attribute(m) is not None), model)
+    return find_trunks(model, [name])[name]
+
+
+def find_trunks(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """`trunk_of` for several modules by name; what is around many is looked at once."""
+    has_stem: dict[nn.Module, bool] = {}
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        found[name] = model
+        for module in path_to(model, name):
+            if module not in has_stem:
+                has_stem[module] = _stem_attribute(module) is not None
+            if has_stem[module]:
+                found[name] = module
+                break
+    return found
 
 
 def stem_of(trunk: nn.Module) -> nn.Module | None:
@@ -53,9 +71,40 @@ def stems_of(trunks: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
     return stems
 
 
-def prefix_names(trunk: nn.Module) -> tuple[str, ...]:
+class Cut(NamedTuple):
+    """How a part of a model cuts an image into patches, as it is at one time.
+
+    Attributes:
+        trunk: the part of the model.
+        prefix: names of the tokens it puts before its patches.
+        patch_size: (height, width) in pixels of a patch; None where it does not say.
+        holders: the modules that tell.
+        embed: what embeds patches, with its numbers of that time; None where nothing is named so.
+        settings: names and values of what all this follows from.
+    """
+
+    trunk: nn.Module
+    prefix: tuple[str, ...]
+    patch_size: Size | None
+    holders: list[nn.Module]
+    embed: Any
+    settings: list[Any]
+
+
+def cut_of(trunk: nn.Module, before: Cut | None = None) -> Cut:
+    """Look at how a part of a model cuts an image now; the cut from before, if it still does it like that."""
+    holders = [trunk, *_children(trunk, _STEMS).values()] if before is None else before.holders
+    settings = [each for holder in holders for item in read_settings(holder).items() for each in item]
+    # by identity, since what a tuple holds may not be comparable
+    if before is not None and len(before.settings) == len(settings) and all(map(operator.is_, before.settings, settings)):
+        return before
+    embed = next(iter(_children(trunk, _EMBEDDINGS).values()), None)
+    snapshot = None if embed is None else ModuleSnapshot(embed, read_settings(embed))
+    return Cut(trunk, _prefix_names(holders), _patch_size(holders), holders, snapshot, settings)
+
+
+def _prefix_names(holders: list[nn.Module]) -> tuple[str, ...]:
     """Names of the tokens a model puts before its patches."""
-    holders = [trunk, *(m for name in _STEMS if isinstance(m := getattr(trunk, name, None), nn.Module))]
 
     def first(names: tuple[str, ...]) -> Any:
         return next((t for m in holders for n in names if isinstance(t := getattr(m, n, None), Tensor)), None)
@@ -73,28 +122,26 @@ def prefix_names(trunk: nn.Module) -> tuple[str, ...]:
     return tuple((names + [f"prefix{i}" for i in range(len(names), count)])[:count])
 
 
-def patch_size(trunk: nn.Module) -> Size | None:
+def _patch_size(holders: list[nn.Module]) -> Size | None:
     """(height, width) in pixels of the patches a model cuts its image into; None where it does not say."""
-    holders = [trunk, *(m for name in _STEMS if isinstance(m := getattr(trunk, name, None), nn.Module))]
     sizes = (pair(size) for m in holders if isinstance(size := getattr(m, "patch_size", None), (int, tuple, list)))
     return next(((int(size[0]), int(size[1])) for size in sizes if len(size) == 2), None)
 
 
-def grid_size(trunk: Any, image_size: Size | None, patches: int, *, exactly: bool = False) -> Size | None:
+def grid_size(cut: Cut, image_size: Size | None, patches: int, *, exactly: bool = False) -> Size | None:
     """(rows, columns) of so many patches; None if they are no grid over the image.
 
     Args:
         exactly: take the word of a patch embedding that tells its grid, where else a coarser one would do.
     """
-    embed: Any = next((m for name in _EMBEDDINGS if isinstance(m := getattr(trunk, name, None), nn.Module)), None)
     grid = None
     if image_size is None:
-        grid = getattr(embed, "grid_size", None)
-    elif hasattr(embed, "dynamic_feat_size"):
-        grid = embed.dynamic_feat_size(image_size)
+        grid = getattr(cut.embed, "grid_size", None)
+    elif hasattr(cut.embed, "dynamic_feat_size"):
+        grid = cut.embed.dynamic_feat_size(image_size)
     # a square of what was left after dropping must not be taken for a grid
-    if grid is None and image_size is not None and any("PatchDrop" in type(m).__name__ for m in trunk.modules()):
-        stem = stem_of(trunk)
+    if grid is None and image_size is not None and any("PatchDrop" in type(m).__name__ for m in cut.trunk.modules()):
+        stem = stem_of(cut.trunk)
         grid, exactly = (size_after(image_size, stem), True) if isinstance(stem, nn.Conv2d) else (None, exactly)
     if grid is not None and grid[0] * grid[1] == patches:
         return int(grid[0]), int(grid[1])
@@ -108,7 +155,7 @@ def sees_patches(model: nn.Module, name: str) -> bool:
 
     A model in which no part is known to cut the image is such a part itself.
     """
-    for module in reversed(list(path_to(model, name))):
+    for module in reversed(path_to(model, name)):
         if _has_vocabulary(module):
             return False
         if _stem_attribute(module) is not None:
@@ -116,14 +163,23 @@ def sees_patches(model: nn.Module, name: str) -> bool:
     return all(_stem_attribute(module) is None for module in model.modules())
 
 
+def _children(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Modules in a module that have one of these names, in the order of the names."""
+    below, cls = module._modules, type(module)
+    # a property of the class may give one, too
+    found = {n: below[n] if n in below else getattr(module, n, None) for n in names if n in below or hasattr(cls, n)}
+    return {name: child for name, child in found.items() if isinstance(child, nn.Module)}
+
+
 def _stem_attribute(module: nn.Module) -> str | None:
-    return next((n for n in _STEMS if isinstance(m := getattr(module, n, None), nn.Module) and not _has_vocabulary(m)), None)
+    stems = _children(module, _STEMS)
+    return next((name for name, child in stems.items() if not _has_vocabulary(child)), None) if stems else None
 
 
 def _has_vocabulary(module: nn.Module) -> bool:
     """Whether words come in here, directly or through what embeds them."""
-    holders = [module, *(m for name in _STEMS if isinstance(m := getattr(module, name, None), nn.Module))]
-    return any(isinstance(getattr(m, name, None), nn.Module) for m in holders for name in _VOCABULARY)
+    holders = [module, *_children(module, _STEMS).values()]
+    return any(_children(holder, _VOCABULARY) for holder in holders)
 
 
 def _factors(patches: int, image_size: Size) -> Size | None:

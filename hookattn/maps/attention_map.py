@@ -66,6 +66,7 @@ class AttentionMap(LazyArray):
         self.name, self._deliver = name, deliver
         self._origin, self._geometry = origin, geometry
         self._called_from, self._gradient, self._compared = called_from, gradient, compared
+        self._tokens: tuple[Tokens, Tokens] | None = None  # of queries and of keys, once they are asked for
 
     def open(self) -> AbstractContextManager[Source]:
         """What the map is computed from, and the modes of its call for as long as the block lasts."""
@@ -165,7 +166,7 @@ class AttentionMap(LazyArray):
         Raises:
             TokenError: the keys are no prefix tokens and patches, or it is not known of which part of the image.
         """
-        return find_tokens(self._geometry, self.shape)[1]
+        return self._both_tokens()[1]
 
     @property
     def query_tokens(self) -> Tokens:
@@ -174,7 +175,7 @@ class AttentionMap(LazyArray):
         Raises:
             TokenError: see `tokens`.
         """
-        return find_tokens(self._geometry, self.shape)[0]
+        return self._both_tokens()[0]
 
     def image(self, query: Query = "cls", heads: str | int | None = "mean", size: Size | int | None = None) -> Tensor:
         """What a query attends to, as a picture: its row over the patches, laid out on the grid that covers the image.
@@ -198,7 +199,7 @@ class AttentionMap(LazyArray):
         Raises:
             TokenError: there is no such query, or it is not known where the keys lie on the image.
         """
-        queries, keys = find_tokens(self._geometry, self.shape)
+        queries, keys = self._both_tokens()
         return self._deliver(draw_rows(self, queries, keys, query, heads, size))
 
     def computed(self) -> AttentionMap:
@@ -216,6 +217,11 @@ class AttentionMap(LazyArray):
     def watched(self, watch: Watch) -> AttentionMap:
         """This map, to be computed of what was noted while its module ran."""
         return self._from(Watched(self.call, watch))
+
+    def _both_tokens(self) -> tuple[Tokens, Tokens]:
+        if self._tokens is None:
+            self._tokens = find_tokens(self._geometry, self.shape)
+        return self._tokens
 
     @property
     def why_unreadable(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..attention.sources import largest_difference
 from ..calls.call import Call
 from ..errors import UnfaithfulMapError, UnreadableError
 from .established import TellWhy, arrange
@@ -167,3 +167,11 @@ def _alternating(attention: Tensor) -> Tensor:
 
 def _floats(output: Any) -> Iterator[Tensor]:
     yield from (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; a NaN equals a NaN and differs from everything else by infinity."""
+    a, b = a.detach().double(), b.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = (a - b).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0.0)
+    return float(difference.max()) if difference.numel() else 0.0

@@ -77,6 +77,11 @@ _REASONS.register(
 )
 
 
+def may_have_no_map(cls: type) -> bool:
+    """Whether a module of a class may be known to have no readable map, see `why_no_map`."""
+    return _REASONS.is_about(cls)
+
+
 def why_no_map(module: nn.Module) -> str | None:
     """Why a module that is known to have no readable map has none; None for all others."""
     # also where a derived class has a forward of its own: it is not known to be attention, and looks like it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..errors import LayoutError, TokenError
-from ..image.geometry import Geometry, ModuleSnapshot
+from ..image.geometry import Geometry
 from ..image.images import Patches
+from ..image.snapshot import ModuleSnapshot
 from ..image.tokens import Size, Tokens
 from ..image.trunk import path_to
 from .registry import Shape, attends_to_channels, find_layout, find_partition, qualified_name
@@ -20,8 +21,21 @@ from .registry import Shape, attends_to_channels, find_layout, find_partition, q
 
 def find_block(model: nn.Module, name: str) -> nn.Module | None:
     """The innermost block around a module that cuts its input into windows."""
-    around = [m for m in list(path_to(model, name)) if find_partition(m) is not None]
-    return around[-1] if around else None  # the path leads inwards
+    return find_blocks(model, [name])[name]
+
+
+def find_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module | None]:
+    """`find_block` for several modules by name; what is around many is looked at once."""
+    cuts: dict[nn.Module, bool] = {}
+    found: dict[str, nn.Module | None] = {}
+    for name in names:
+        found[name] = None
+        for module in path_to(model, name):
+            if module not in cuts:
+                cuts[module] = find_partition(module) is not None
+            if cuts[module]:
+                found[name] = module
+    return found
 
 
 def find_windows(geometry: Geometry) -> Tokens | None:

@@ -92,6 +92,10 @@ class Registry(Generic[T]):
         """The fact about a module's class, or the nearest it is derived from, be its forward another or not."""
         return next((self._facts[name] for name in qualified_names(module) if name in self._facts), None)
 
+    def is_about(self, cls: type) -> bool:
+        """Whether there is a fact about a class, or one it is derived from."""
+        return any(qualified_name(base) in self._facts for base in cls.__mro__)
+
     def as_dict(self) -> dict[str, T]:
         """A copy of all facts by qualified name."""
         return dict(self._facts)
@@ -169,6 +173,11 @@ def list_recipes() -> dict[str, Recipe]:
 def is_known(module: nn.Module) -> bool:
     """Whether a module's class, or one it is derived from, is known to form a map, be its forward another or not."""
     return _if_described(module, _RECIPES.find_inherited(module)) is not None or _UNNAMED.find_inherited(module) is not None
+
+
+def may_be_known(cls: type) -> bool:
+    """Whether a module of a class may be known to form a map, see `is_known`."""
+    return _RECIPES.is_about(cls) or _UNNAMED.is_about(cls)
 
 
 def _if_described(module: nn.Module, found: Recipe | None) -> Recipe | None:

@@ -20,7 +20,7 @@ from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.images import Patches
 from ..image.tokens import Tokens
-from ..image.trunk import grid_size
+from ..image.trunk import cut_of, grid_size
 from ..image.windows import cut_windows, whole_grid
 from .mechanisms import append_tokens, cut_square_windows, raise_shuffled
 from .places import find_queries
@@ -214,7 +214,7 @@ def jumbo_class_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens
 @layout("vit_pytorch.cross_vit.Attention")
 def cross_vit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, Tokens]:
     """Patches of two sizes, each with a class token; the class token of one looks at itself and the patches of the other."""
-    patches = grid_size(geometry.trunk, geometry.image_size, shape[3] - 1)
+    patches = grid_size(cut_of(geometry.trunk), geometry.image_size, shape[3] - 1)
     if patches is None:
         raise TokenError(
             f"the {shape[3]} tokens of {geometry.name!r} are no grid over its image; slice the map itself, m[...]."

@@ -14,6 +14,7 @@ from ..calls.call import Call, capture, recaptured
 from ..calls.hooks import Args, Around, Kwargs
 from ..calls.layer import look_up
 from ..conditions.checkpoints import checkpoint_around, fingerprint, in_backward
+from ..conditions.modules import walk
 from ..conditions.threads import Here
 from ..errors import LayerNotFoundError
 from ..maps.reading import source_of
@@ -62,7 +63,7 @@ class Edits:
 
     def _named(self, layer: Layer, recorded: list[str]) -> list[str]:
         if not isinstance(layer, int) or isinstance(layer, bool):
-            return list(choose(self._model, layer).readable)
+            return list(choose(walk(self._model), layer).readable)
         if not -len(recorded) <= layer < len(recorded):
             raise LayerNotFoundError(f"there is no layer {layer} to edit: {len(recorded)} are recorded.")
         return [recorded[layer]]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Container, Iterator
+from functools import cached_property
 from itertools import count
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..conditions.frames import Running, caller_of_hook, code_of_methods
 from ..conditions.threads import Here
 from ..image.geometry import ArgumentSizes
 from ..image.images import Images, images_in
+from ..image.trunk import Cut
 from ..maps.attention_map import AttentionMap
 from ..maps.gradient import Backwards, Gradient
 
@@ -80,6 +82,7 @@ class ForwardPasses(Around):
         let_go: names of maps of forwards before the last that are not kept, each with what of the model was called.
         images: the pictures that the maps to come are of, by the part of the model that looks at them.
         blocks: what blocks that cut windows were called with, tensors by their sizes.
+        cuts: how parts of the model cut the images that went into them last.
     """
 
     def __init__(
@@ -97,12 +100,17 @@ class ForwardPasses(Around):
         self.let_go: dict[str, str] = {}
         self.here, self.elsewhere = here, dict[str, None]()
         self.blocks: dict[nn.Module, ArgumentSizes] = {}
+        self.cuts: dict[nn.Module | None, Cut] = {}
         self._modules, self._keep_all = modules, keep_all
-        self._methods = code_of_methods(model)
         self._call: Running | None = None
         # The call of the model that runs. `_call` may be of a method instead, in which each call of the model is a pass.
         self._announced: ForwardPass | None = None
         self.images: dict[nn.Module | None, Images] = {}
+
+    @cached_property
+    def _methods(self) -> set[CodeType]:
+        """Code of the model's methods, asked for where a module is called and no call of the model is announced."""
+        return code_of_methods(self.module)
 
     def is_recorded_here(self) -> bool:
         """Whether a module that is called now belongs to a forward that is recorded: one where the recorder was opened."""

@@ -15,9 +15,10 @@ from ..calls.callsite import CallSite, Origins, call_site
 from ..calls.hooks import Args, Around, Kwargs
 from ..calls.layer import Layer
 from ..conditions.checkpoints import in_backward
-from ..image.geometry import Geometry, measure_arguments, read_settings
+from ..image.geometry import Geometry, measure_arguments
 from ..image.images import images_in
-from ..image.trunk import stems_of
+from ..image.snapshot import read_settings
+from ..image.trunk import cut_of, stems_of
 from ..maps.attention_map import AttentionMap, reason_of
 from ..maps.established import deferring
 from ..maps.gradient import Gradient
@@ -61,8 +62,8 @@ class Recording:
         arounds += [_Stem(stem, of, self.passes) for stem, of in stems_of(trunks).items()]
         blocks = dict.fromkeys(layer.block for layer in layers if layer.block is not None)
         arounds += [_Block(block, self.passes) for block in blocks]
+        stack.callback(_close, arounds)
         for around in arounds:
-            stack.callback(around.close)
             # most recorded calls need no second hook; one is put on when a first call does
             around.hook(
                 ends=isinstance(around, _RecordedLayer)
@@ -105,10 +106,12 @@ class Recording:
         """Make the map of a call, which is not computed yet, with what is known of its place in the image."""
         layer = call.layer
         images = forward.images.get(layer.trunk if layer.trunk in forward.images else None)
-        geometry = Geometry(self.model, layer.name, images, measure_arguments(call.args, call.kwargs))
-        if layer.block is not None:
-            around = self.passes.blocks.get(layer.block)
-            geometry = geometry._replace(block_arguments=around, block_settings=read_settings(layer.block))
+        sizes, cut = measure_arguments(call.args, call.kwargs), self.passes.cuts.get(layer.trunk)
+        if layer.block is None:
+            geometry = Geometry(self.model, layer.name, images, sizes, cut=cut)
+        else:
+            around, settings = self.passes.blocks.get(layer.block), read_settings(layer.block)
+            geometry = Geometry(self.model, layer.name, images, sizes, around, settings, cut)
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
     def lost(self, layer: Layer, name: str, error: Exception) -> AttentionMap:
@@ -127,6 +130,11 @@ class Recording:
         if self.origins is None:
             return None
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self.origins)
+
+
+def _close(arounds: list[Around]) -> None:
+    for around in arounds:
+        around.close()
 
 
 class _Begun(NamedTuple):
@@ -238,6 +246,8 @@ class _Stem(Around):
         """Note the images that go in."""
         if self._passes.is_recorded_here() and (images := images_in(args, kwargs)) is not None:
             self._passes.images.update(dict.fromkeys(self._trunks, images))
+            for trunk in self._trunks:  # which may be made for images of another size between two forwards
+                self._passes.cuts[trunk] = cut_of(trunk, self._passes.cuts.get(trunk))
 
 
 class _Block(Around):

@@ -17,17 +17,18 @@ from ..calls.copies import copied_without_hooks
 from ..calls.hooks import Args, Hook, Kwargs, put_on
 from ..calls.layer import Layer, look_up
 from ..conditions.compiled import EAGER, INSIDE
+from ..conditions.modules import walk
 from ..conditions.threads import Here
 from ..conditions.wrappers import recordable
 from ..errors import NoMapError, RecorderError
 from ..image.geometry import Geometry
 from ..image.images import images_in
-from ..image.trunk import stems_of, trunk_of
+from ..image.trunk import find_trunks, stems_of, trunk_of
 from ..maps.attention_map import AttentionMap
 from ..maps.comparison import Difference
 from ..maps.lazy import Delivery
 from ..maps.reading import Lost
-from ..recipes.places import find_block
+from ..recipes.places import find_block, find_blocks
 from .detect import Detection
 from .edits import Edit, Edits
 from .keep_maps import KeepMaps
@@ -98,8 +99,9 @@ class AttentionRecorder:
             raise ValueError(f'passes={passes!r} is not known: passes="last" or passes="all".')
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype!r} holds no probabilities: dtype=torch.float32, torch.float16, or None.")
-        self.model = recordable(model)
-        found = choose(self.model, layers)
+        named = recordable(model)
+        self.model = named[""]
+        found = choose(named, layers)
         self._skipped = found.skipped
         self._modules = dict(found.readable)
         deliver = Delivery(dtype, None if device is None else torch.device(device))
@@ -154,7 +156,7 @@ class AttentionRecorder:
         """
         ran = self._maps_of(self._passes.all[-1]).skipped if self._passes.all else {}
         recorded = {name: None for forward in self._passes.all for name in forward.maps}
-        unnamed = {n: why for n, why in find_unnamed(self.model).items() if n not in self._modules and n not in recorded}
+        unnamed = {n: why for n, why in find_unnamed(walk(self.model)).items() if n not in self._modules and n not in recorded}
         return {**self._skipped, **ran, **unnamed}
 
     @property
@@ -226,7 +228,7 @@ class AttentionRecorder:
         origins = Origins(self.model) if self._called_from else None
         recording = Recording(self.model, self._wanted, self._passes, origins, keep_maps)
         if self._modules:
-            recording.hook([self._look_up(name) for name in self._modules], stack)
+            recording.hook(self._look_up(), stack)
         else:
             self._detect(recording, stack)
         stack.callback(self._passes.close, compute=self._wanted.maps)
@@ -235,13 +237,14 @@ class AttentionRecorder:
             for module in self.model.modules():
                 stack.enter_context(put_on(module.register_forward_hook, Hook(partial(_note, origins, self._passes))))
 
-    def _look_up(self, name: str) -> Layer:
-        return look_up(name, self._modules[name], trunk_of(self.model, name), find_block(self.model, name))
+    def _look_up(self) -> list[Layer]:
+        trunks, blocks = find_trunks(self.model, self._modules), find_blocks(self.model, self._modules)
+        return [look_up(name, module, trunks[name], blocks[name]) for name, module in self._modules.items()]
 
     def _detect(self, recording: Recording, stack: ExitStack) -> None:
         """Watch the first forward for modules that form maps, and hook those; for models with nothing named like attention."""
         names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
-        stems = stems_of(trunk_of(self.model, name) for name in names.values())
+        stems = stems_of(find_trunks(self.model, names.values()).values())
 
         def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
             if (images := images_in(args, kwargs)) is not None:
@@ -259,7 +262,7 @@ class AttentionRecorder:
             if not returned:
                 self._modules.clear()  # there may be more where it did not get to
             elif self._hooks is not None:
-                recording.hook([self._look_up(name) for name in self._modules], self._hooks)
+                recording.hook(self._look_up(), self._hooks)
 
         Detection(self.model, enter, leave, end).hook(stack)
 

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from ..errors import LayerNotFoundError, ModelError, UnreadableError, did_you_mean, listed
-from ..recipes.no_map import why_no_map
-from ..recipes.registry import is_known
+from ..recipes.no_map import may_have_no_map, why_no_map
+from ..recipes.registry import is_known, may_be_known
 
+Named = Mapping[str, nn.Module]
+"""All modules of a model by name, itself under ""."""
 Layer = Union[str, int]
 Layers = Union[None, Layer, Sequence[Layer], Callable[[str, nn.Module], bool]]
 _NO_LIST = (str, bytes, type, nn.Module, torch.Tensor)
@@ -36,10 +38,16 @@ class Found(NamedTuple):
     skipped: dict[str, str]
 
 
-def find_attention(model: nn.Module) -> Found:
-    """Find all attention of a model: what has a recipe, and the innermost modules whose class is named like attention."""
+def find_attention(named: Named) -> Found:
+    """Find all attention of a model, given by all its modules: what has a recipe, and the innermost modules whose class is named like attention."""
     # innermost: classes such as `ViTAttention` of transformers 4 wrap the module that forms the map
-    named = {name or type(module).__name__: module for name, module in model.named_modules()}
+    # by class first: a model has hundreds of modules, of a few classes
+    may_be = {
+        cls
+        for cls in {*map(type, named.values())}
+        if _is_named_like_attention(cls) or may_be_known(cls) or may_have_no_map(cls)
+    }
+    named = {name or type(module).__name__: module for name, module in named.items() if type(module) in may_be}
     skipped = {name: reason for name, module in named.items() if (reason := why_no_map(module))}
     likely = {name: m for name, m in named.items() if name not in skipped and _is_attention(m)}
     inner = [*likely.values(), *(named[name] for name in skipped)]
@@ -47,8 +55,8 @@ def find_attention(model: nn.Module) -> Found:
     return Found(readable, skipped)
 
 
-def choose(model: nn.Module, layers: Layers) -> Found:
-    """Choose the attention modules of a model that `layers` names.
+def choose(named: Named, layers: Layers) -> Found:
+    """Choose the attention modules of a model that `layers` names, out of all its modules.
 
     Returns:
         What was found; nothing readable and nothing skipped if no class of the model is named like attention.
@@ -58,7 +66,7 @@ def choose(model: nn.Module, layers: Layers) -> Found:
         LayerNotFoundError: a name, pattern or index fits nothing, or a name is that of a module around attention.
         UnreadableError: a name asks for a module that forms no readable map.
     """
-    found = find_attention(model)
+    found, model = find_attention(named), named[""]
     if layers is None:
         if found.skipped and not found.readable:
             reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.skipped.items())[:3])
@@ -72,22 +80,22 @@ def choose(model: nn.Module, layers: Layers) -> Found:
         wanted = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, _NO_LIST) else [layers]
         if not wanted:
             raise _none(f"layers={layers!r} names nothing. There is:", found)
-        chosen = [name for layer in wanted for name in _named(model, found, layer)]
-    modules = {**found.readable, **dict(model.named_modules())}
+        chosen = [name for layer in wanted for name in _named(named, found, layer)]
+    modules = {**found.readable, **named}
     # in the order of the model, whatever that of `layers`, and each once: positions count in this order
     in_order = [name for name in modules if name in set(chosen)]
     return Found({name: modules[name] for name in in_order}, found.skipped)
 
 
-def find_unnamed(model: nn.Module) -> dict[str, str]:
-    """Names of modules that may form a map though nothing names them attention, each with the `layers=` that reads it.
+def find_unnamed(named: Named) -> dict[str, str]:
+    """Names of a model's modules that may form a map though nothing names them attention, each with the `layers=` that reads it.
 
     Told by the code of their classes, which takes a softmax or calls SDPA; whether it weighs values shows when they run.
     """
-    found = find_attention(model)
+    found = find_attention(named)
     known = [*found.readable, *found.skipped]
     unnamed = {}
-    for name, module in model.named_modules():
+    for name, module in named.items():
         inside = any(name == other or name.startswith(f"{other}.") for other in known)
         around = any(not name or other.startswith(f"{name}.") for other in known)
         if not inside and not around and _takes_a_softmax(type(module)):
@@ -106,13 +114,13 @@ def _takes_a_softmax(cls: type[nn.Module]) -> bool:
     return any(not _SOFTMAXES.isdisjoint(inspect.unwrap(method).__code__.co_names) for method in methods)
 
 
-def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:
+def _named(named: Named, found: Found, layer: Any) -> list[str]:
     """Names of the modules that one entry of `layers` stands for."""
     names = list(found.readable)
     if not isinstance(layer, str):
         layer = _position(layer)
         if not names:
-            raise _nothing(model, found)
+            raise _nothing(named[""], found)
         if not -len(names) <= layer < len(names):
             raise LayerNotFoundError(
                 f"there is no layer {layer}: the model has {len(names)} attention modules, 0 to {len(names) - 1}."
@@ -122,7 +130,7 @@ def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:
         return [layer]
     if layer in found.skipped:
         raise UnreadableError(f"{layer!r} has no map to read. {found.skipped[layer]}.")
-    if layer and (module := dict(model.named_modules()).get(layer)) is not None:
+    if layer and (module := named.get(layer)) is not None:
         inside = [name for name in names if name.startswith(f"{layer}.")]
         if inside and not _is_attention(module):
             raise LayerNotFoundError(
@@ -132,7 +140,7 @@ def _named(model: nn.Module, found: Found, layer: Any) -> list[str]:
         return [layer]
     matches = fnmatch.filter(names, layer)
     if not matches and not names:
-        raise _nothing(model, found)
+        raise _nothing(named[""], found)
     if not matches:
         raise LayerNotFoundError(f"no attention module is called {layer!r}. {did_you_mean(layer, names)}")
     return matches
@@ -163,8 +171,12 @@ def _nothing(model: nn.Module, found: Found) -> LayerNotFoundError:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    name = type(module).__name__  # what projects queries or keys is named after the attention that it belongs to
-    return is_known(module) or (_LOOKS_LIKE_ATTENTION.search(name) is not None and not name.endswith("Projection"))
+    return is_known(module) or _is_named_like_attention(type(module))
+
+
+def _is_named_like_attention(cls: type) -> bool:
+    name = cls.__name__  # what projects queries or keys is named after the attention that it belongs to
+    return _LOOKS_LIKE_ATTENTION.search(name) is not None and not name.endswith("Projection")
 
 
 def _holds_another(module: nn.Module, others: Iterable[nn.Module]) -> bool:

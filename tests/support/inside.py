@@ -21,6 +21,7 @@ from hookattn.calls.layer import look_up
 from hookattn.calls.restore import is_reading, restoring
 from hookattn.conditions import changes
 from hookattn.conditions.function_modes import OwnMode, lowest
+from hookattn.conditions.modules import walk as walk
 from hookattn.figures.plot import _rollout_image as rollout_image
 from hookattn.image.sizes import size_after
 from hookattn.maps import established, lazy, reading
