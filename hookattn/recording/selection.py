@@ -39,14 +39,10 @@ class Found(NamedTuple):
 
 
 def find_attention(named: Named) -> Found:
-    """Find all attention of a model, given by all its modules: what has a recipe, and the innermost modules whose class is named like attention."""
+    """Find all attention of a model: what has a recipe, and the innermost modules whose class is named like attention."""
     # innermost: classes such as `ViTAttention` of transformers 4 wrap the module that forms the map
     # by class first: a model has hundreds of modules, of a few classes
-    may_be = {
-        cls
-        for cls in {*map(type, named.values())}
-        if _is_named_like_attention(cls) or may_be_known(cls) or may_have_no_map(cls)
-    }
+    may_be = {cls for cls in {*map(type, named.values())} if _may_be_attention(cls)}
     named = {name or type(module).__name__: module for name, module in named.items() if type(module) in may_be}
     skipped = {name: reason for name, module in named.items() if (reason := why_no_map(module))}
     likely = {name: m for name, m in named.items() if name not in skipped and _is_attention(m)}
@@ -88,7 +84,7 @@ def choose(named: Named, layers: Layers) -> Found:
 
 
 def find_unnamed(named: Named) -> dict[str, str]:
-    """Names of a model's modules that may form a map though nothing names them attention, each with the `layers=` that reads it.
+    """Names of modules that may form a map though nothing names them attention, each with the `layers=` that reads it.
 
     Told by the code of their classes, which takes a softmax or calls SDPA; whether it weighs values shows when they run.
     """
@@ -172,6 +168,10 @@ def _nothing(model: nn.Module, found: Found) -> LayerNotFoundError:
 
 def _is_attention(module: nn.Module) -> bool:
     return is_known(module) or _is_named_like_attention(type(module))
+
+
+def _may_be_attention(cls: type) -> bool:
+    return _is_named_like_attention(cls) or may_be_known(cls) or may_have_no_map(cls)
 
 
 def _is_named_like_attention(cls: type) -> bool:

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.inside import walk
 from support.models import tiny
 from torch import nn
-
-from hookattn.conditions.modules import walk
 
 SHARED = nn.Linear(2, 2)
 

@@ -14,15 +14,16 @@ from hookattn import AttentionMap, AttentionRecorder, StaleMapError, TokenError
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SWIN = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 BOTH = [{"img_size": (96, 96)}, {"img_size": (64, 128)}]
+FINER = [{"img_size": (32, 32), "patch_size": 8}, {"img_size": (64, 128), "patch_size": (16, 32)}]  # as many tokens, elsewhere
 WINDOWS = [*BOTH, {"img_size": (64, 64), "window_size": (2, 8)}]
 # (model, how it is made, size of its images, what is set then)
 CASES: list[tuple[str, dict[str, Any], int, list[dict[str, Any]]]] = [
-    ("vit_tiny_patch16_224", VIT, 64, [*BOTH, {"patch_size": 8}]),
-    ("vit_tiny_patch16_224", {**VIT, "dynamic_img_size": True}, 64, [*BOTH, {"patch_size": 8}]),
-    ("vit_small_patch16_rope_224", VIT, 64, BOTH),
-    ("vit_small_patch16_dinov3", VIT, 64, BOTH),
+    ("vit_tiny_patch16_224", VIT, 64, [*BOTH, *FINER, {"patch_size": 8}]),
+    ("vit_tiny_patch16_224", {**VIT, "dynamic_img_size": True}, 64, [*BOTH, *FINER, {"patch_size": 8}]),
+    ("vit_small_patch16_rope_224", VIT, 64, [*BOTH, *FINER]),
+    ("vit_small_patch16_dinov3", VIT, 64, [*BOTH, *FINER]),
     ("beit_base_patch16_224", VIT, 64, BOTH),
-    ("vit_relpos_small_patch16_224", VIT, 64, BOTH),
+    ("vit_relpos_small_patch16_224", VIT, 64, [*BOTH, *FINER]),
     ("swin_tiny_patch4_window7_224", SWIN, 64, WINDOWS),
     ("swinv2_tiny_window8_256", SWIN, 64, WINDOWS),
     ("swinv2_cr_tiny_224", SWIN, 64, WINDOWS),
