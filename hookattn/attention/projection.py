@@ -52,7 +52,8 @@ class Projected(Tensor):
         bias: Tensor | None = None,
         own: Own | None = None,
     ) -> Projected:
-        shape = (len(x), len(weight), x.shape[1], weight.shape[1])
+        (batch, tokens, _), (heads, width, _) = x.shape, weight.shape
+        shape = (batch, heads, tokens, width)
         cast, dtype = False, weight.dtype
         if torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
             device = x.device.type
@@ -227,6 +228,14 @@ class _Plan(NamedTuple):
         )
 
 
+    def part_of(self, y: Tensor, axes: dict[str, int], i: int) -> Tensor:
+        """(batch, heads, tokens, head_dim) of one part, out of (batch, tokens, parts * heads * head_dim) in their order."""
+        parts = self.packed.index("parts")
+        part = y.view(*y.shape[:2], *[axes.get(name, -1) for name in self.packed]).select(2 + parts, i)
+        heads_first = self.packed.index("h") < self.packed.index("d")
+        return part.transpose(1, 2) if heads_first else part.permute(0, 3, 1, 2)
+
+
 @lru_cache
 def _plan(pattern: str) -> _Plan | None:
     """The plan of a pattern whose outcome is (parts, batch, heads, tokens, head_dim); None of others, which are not cut."""
@@ -251,7 +260,9 @@ def _lazily(
     tokens = rearrange(x, plan.x, **{n: size for n, size in axes.items() if n not in plan.packed}) if plan.x else x
 
     def part(i: int) -> Callable[[Tensor], Tensor]:
-        return lambda y: rearrange(y, pattern, **axes)[i]
+        if plan.x:
+            return lambda y: rearrange(y, pattern, **axes)[i]
+        return lambda y: plan.part_of(y, axes, i)
 
     return tuple([Projected(tokens, weights[i], biases[i], Own(layer, x, part(i))) for i in range(parts)])
 

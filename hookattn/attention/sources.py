@@ -183,7 +183,7 @@ class QK(_Product):
         if isinstance(k, Projected):
             # by heads, which have a weight each for all images
             absorbed = torch.bmm((q * scale).transpose(0, 1).flatten(1, 2), k.weight.to(q.dtype))
-            absorbed = absorbed.view(q.shape[1], len(q), q.shape[2], k.x.shape[2]).transpose(0, 1)
+            absorbed = absorbed.view(q.shape[1], q.shape[0], q.shape[2], k.x.shape[2]).transpose(0, 1)
             scores = torch.bmm(absorbed.flatten(1, 2), k.x.to(q.dtype).mT)
         else:
             # scaled within the product, which saves a pass over the scores; with beta=0 what is added to is not even read

@@ -26,7 +26,7 @@ def keep_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: boo
     # somebody else may be given it after ours, and put other values in.
     for value in (*args, *kwargs.values()):
         if type(value) is Tensor and not (detach and value.requires_grad):
-            tensors.append(value)
+            tensors += (value,)  # no call of a method: this runs at every recorded call
         elif type(value) not in _AS_THEY_ARE:
             break
     else:

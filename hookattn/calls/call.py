@@ -169,9 +169,11 @@ class Call(NamedTuple):
 
     def check_at_hand(self) -> None:
         """Raise StaleMapError or UnreadableError if values that the call reads are gone or elsewhere; looks at none of them."""
-        read = (*self.tensors, *self.state, *tensors_in(self.held))
+        read = (*self.tensors, *self.state)
+        if self.held is not self.layer.caches:
+            read = (*read, *tensors_in([value for _, _, value in self.held]))
         who = f"{self.layer.name!r} ({type(self.layer.module).__name__})"
-        if any(map(is_left_behind, read)):
+        if any(map(_is_wrapped, read)) and any(map(is_left_behind, read)):
             raise UnreadableError(
                 f"{who} ran under torch.vmap, and what it was called with is gone with it. Open the recorder inside "
                 "what is mapped, and return from there what is read: m[...]."

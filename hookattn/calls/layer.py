@@ -95,7 +95,7 @@ class Layer(NamedTuple):
         if self.moving and not in_eval:
             return self._filled_now()
         for holder, name, usual in self.caches:
-            if holder.get(name) is not usual:
+            if name not in holder or holder[name] is not usual:
                 return self._filled_now()
         return self.caches  # the usual call: all that could be filled is empty
 

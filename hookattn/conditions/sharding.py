@@ -42,8 +42,5 @@ def is_spread(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> bool:
 
     To read such a call is to talk to the other processes, which need not be reading, and would be waited for.
     """
-    return gathers(map(type, modules)) or any(_derives(t, {"DTensor"}) for t in tensors)
-
-
-def _derives(thing: object, names: set[str]) -> bool:
-    return any(cls.__name__ in names for cls in type(thing).__mro__)
+    kinds = {*map(type, tensors)} - {Tensor, nn.Parameter}  # nearly always none are left
+    return gathers(map(type, modules)) or any(base.__name__ == "DTensor" for kind in kinds for base in kind.__mro__)

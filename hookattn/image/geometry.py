@@ -178,7 +178,9 @@ class Geometry(NamedTuple):
 def measure_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentSizes:
     """What a module is called with, tensors by their sizes."""
     # runs in every recorded call: what is a plain tensor or a number takes no function call
-    positional = tuple([a.shape if type(a) is Tensor else _size(a) for a in args])
+    positional: tuple[Any, ...] = ()
+    for value in args:
+        positional += (value.shape if type(value) is Tensor else _size(value),)
     named = {**kwargs}
     for name in kwargs:
         if type(value := kwargs[name]) not in _PLAIN:

@@ -24,7 +24,7 @@ from .comparison import Comparison, Difference, compare_runs, compare_with_outpu
 from .established import NotEstablishedError
 from .gradient import Gradient
 from .lazy import Delivery, LazyArray, Spec
-from .picture import draw_rows
+from .picture import draw_rows, read_rows
 from .reading import Captured, Deferred, Kept, Lost, Origin, Watched
 from .sites import Watch
 
@@ -201,6 +201,20 @@ class AttentionMap(LazyArray):
         """
         queries, keys = self._both_tokens()
         return self._deliver(draw_rows(self, queries, keys, query, heads, size))
+
+    def rows(self, query: Query = "cls") -> Tensor:
+        """What a query attends to, head by head: its row of the map, of every image.
+
+        Args:
+            query: as in `image`, but no "mean".
+
+        Returns:
+            (images, heads, keys); where an image is cut into windows, the keys of the window that the query is in.
+
+        Raises:
+            TokenError: there is no such query, or it stands in several windows.
+        """
+        return self._deliver(read_rows(self, *self._both_tokens(), query))
 
     def computed(self) -> AttentionMap:
         """This map computed now, for keep="maps" while the call is at hand; or one that says why it could not be.

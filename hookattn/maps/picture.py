@@ -1,4 +1,4 @@
-"""What a query attends to, laid out on the image."""
+"""What a query attends to: its rows, and these laid out on the image."""
 
 from __future__ import annotations
 
@@ -22,6 +22,20 @@ def draw_rows(
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in keys.image_by_image(pixels)])
     return pixels if heads is None else pixels.mean(1)
+
+
+def read_rows(m: LazyArray, queries: Tokens, keys: Tokens, query: Query) -> Tensor:
+    """Compute the row of a query, of every image and head; see `AttentionMap.rows`."""
+    if queries.places is None:  # all tokens in one window
+        return m.read((ALL, ALL, queries.index(query)))
+    at = _select(queries, keys, query).nonzero()
+    if len(at) != 1:
+        raise TokenError(
+            f"{query!r} stands in {len(at)} rows of {m.name!r}, of several windows or images: see m.image({query!r}), or slice "
+            "the map itself, m[...]."
+        )
+    _, window, row = at[0].tolist()
+    return m.read((slice(window, None, queries.windows), ALL, row))
 
 
 def _select(queries: Tokens, keys: Tokens, query: Query) -> Tensor:

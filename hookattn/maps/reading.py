@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from types import TracebackType
-from typing import Union
+from typing import Any, Union
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
+from ..calls.staleness import PLAIN, Structure
 from ..conditions.transforms import is_left_behind
 from ..errors import RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
@@ -44,8 +46,7 @@ class Captured:
     def spec(self) -> Spec:
         """Shape, dtype and device of the map; looked up once, without computing it where its module has a recipe."""
         with TellWhy(self.call.layer.name):
-            source = _source_of_shapes(self.call)
-            return Spec(source.shape, source.dtype, self.call.x.device)
+            return _spec_of(self.call)
 
 
 class _Opened:
@@ -172,9 +173,42 @@ def source_of(call: Call) -> Source:
         return source_by_recipe(call) or replayed(call)
 
 
+def _spec_of(call: Call) -> Spec:
+    """Shape, dtype and device of a map, remembered for calls of its module with arguments of the same sizes."""
+    call.check_fresh()
+    structure, known = _SPECS.get(call.layer.module, (None, {}))
+    if structure != call.layer.structure:  # it has become another module
+        _, known = _SPECS[call.layer.module] = call.layer.structure, {}
+    key = _sizes_of(call)
+    found = None if key is None else known.get(key)
+    if found is None:
+        source = _source_of_shapes(call)
+        found = Spec(source.shape, source.dtype, call.x.device)
+        if key is not None:
+            while len(known) >= _MOST:
+                known.pop(next(iter(known)), None)
+            known[key] = found
+    return found
+
+
+_MOST = 64  # sizes of arguments that are remembered of a module
+_SPECS: WeakKeyDictionary[nn.Module, tuple[Structure, dict[Any, Spec]]] = WeakKeyDictionary()
+
+
+def _sizes_of(call: Call) -> Any:
+    """All that the shape of a map follows from in the usual call; None where it may follow from values."""
+    given, modes = (*call.args, *call.kwargs.values()), call.modes
+    if modes.functions or True in modes.training or call.held is not call.layer.caches:
+        return None
+    if not all([type(each) in PLAIN or each is None or (type(each) is Tensor and each.is_floating_point()) for each in given]):
+        return None
+    sizes = [(each.shape, each.dtype, each.device) if isinstance(each, Tensor) else each for each in given]
+    state = [(tensor.shape, tensor.dtype) for tensor in call.state]
+    return len(call.args), tuple(call.kwargs), tuple(sizes), tuple(state), modes.autocast, any(call.layer.hooks)
+
+
 def _source_of_shapes(call: Call) -> Source:
     """As `source_of`, for shape and dtype alone: a recipe runs on tensors without values, which costs no arithmetic."""
-    call.check_fresh()
     hooked = any(call.layer.hooks)  # hooks of others expect values
     # A replay needs values as well, since forwards branch on them, and so does train mode, with the random streams of the call.
     if find_recipe(call.layer.module) is not None and not hooked and not any(call.modes.training):

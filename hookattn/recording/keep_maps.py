@@ -53,12 +53,16 @@ class KeepMaps:
         self._watches = not any(isinstance(m, _WITH_A_FAST_PATH) for m in model.modules())  # else modules are run again
         self._watched: WeakSet[Sites] | None = None  # None until the mode is on
         self._hooked: set[nn.Module] = set()
+        self._waits_for: dict[nn.Module, nn.Module] = {}  # what the last call of a module waited for
         self._waiting: WeakSet[Awaited] = WeakSet()
 
     def begin(self, call: Call, m: AttentionMap, put: Put) -> Awaited:
         """Make the map of a call that is about to run: now, or as soon as the module has projected its queries and keys."""
         awaited = Awaited(call, m, put)
-        self._go_on(awaited)
+        if (layer := self._waits_for.get(call.layer.module)) is None:
+            self._go_on(awaited)
+        else:
+            self._wait_for(layer, awaited)
         return awaited
 
     def end(self, awaited: Awaited, output: Any) -> None:
@@ -97,7 +101,7 @@ class KeepMaps:
         if layer not in self._hooked:
             self._hooked.add(layer)
             self._stack.enter_context(put_on(layer.register_forward_hook, Hook(self._hear)))
-        awaited.layer = layer
+        awaited.layer = self._waits_for[awaited.call.layer.module] = layer
         self._waiting.add(awaited)
 
     def _hear(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:

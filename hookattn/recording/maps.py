@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import LayerNotFoundError, UnreadableError, did_you_mean
+from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
 
 _NONE: Mapping[str, str] = {}
@@ -58,6 +61,10 @@ class Maps(Mapping[str, AttentionMap]):
 
     def __len__(self) -> int:
         return len(self._maps)
+
+    def rows(self, query: Query = "cls") -> dict[str, Tensor]:
+        """The rows of a query in every map, by name, see `AttentionMap.rows`."""
+        return {name: m.rows(query) for name, m in self._maps.items()}
 
     def __repr__(self) -> str:
         of = f" of {self.called}" if self.called else ""

@@ -105,8 +105,10 @@ class Recording:
     ) -> AttentionMap:
         """Make the map of a call, which is not computed yet, with what is known of its place in the image."""
         layer = call.layer
-        images = forward.images.get(layer.trunk if layer.trunk in forward.images else None)
-        sizes, cut = measure_arguments(call.args, call.kwargs), self.passes.cuts.get(layer.trunk)
+        trunk, seen = layer.trunk, forward.images
+        images = seen[trunk] if trunk in seen else seen.get(None)
+        cut = self.passes.cuts[trunk] if trunk in self.passes.cuts else None
+        sizes = measure_arguments(call.args, call.kwargs)
         if layer.block is None:
             geometry = Geometry(self.model, layer.name, images, sizes, cut=cut)
         else:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calls.call import Call, capture
 from ..calls.callsite import CallSite, Origins
@@ -23,6 +23,7 @@ from ..conditions.wrappers import recordable
 from ..errors import NoMapError, RecorderError
 from ..image.geometry import Geometry
 from ..image.images import images_in
+from ..image.tokens import Query
 from ..image.trunk import find_trunks, stems_of, trunk_of
 from ..maps.attention_map import AttentionMap
 from ..maps.comparison import Difference
@@ -170,6 +171,19 @@ class AttentionRecorder:
         if not filled:
             raise NoMapError(why_empty(self.model, self._passes, self.layers))
         return filled
+
+    def rows(self, query: Query = "cls") -> dict[str, Tensor]:
+        """What a query attends to in every layer of the last forward, by name, such as the class token for token pruning.
+
+            rows = rec.rows("cls")["blocks.11.attn"]  # (images, heads, keys)
+
+        See `AttentionMap.rows` for what a query may be.
+
+        Raises:
+            NoMapError: as for `maps`.
+            TokenError: a layer has no such query; `layers=` leaves it out.
+        """
+        return self.maps.rows(query)
 
     def edit(self, edits: Mapping[str | int, Edit]) -> AbstractContextManager[None]:
         """Let the model go on with other maps than its own, for as long as the block lasts.
