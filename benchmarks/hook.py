@@ -36,16 +36,18 @@ from hookattn import AttentionRecorder
 FORWARDS = 20  # in one measurement
 GIVEN: dict[str, Any] = {"attn_mask": None, "is_causal": False}  # what a block of timm calls its attention with, besides x
 CURRENT = "recording.passes:ForwardPasses.current"
+FRESH = "calls.layer:Layer.is_as_it_was"
 PARTS: dict[str, tuple[str, ...]] = {
     "is it compiled or traced?": ("calls.hooks:is_traced",),
-    "is it a forward that is recorded, and which?": ("recording.passes:ForwardPasses.is_recorded_here", CURRENT),
+    "is it a forward that is recorded, and which?": (CURRENT,),
     "arguments": ("calls.call:keep_arguments",),
-    "is the module as it was looked up?": ("calls.layer:Layer.refreshed",),
+    "is the module as it was looked up?": (FRESH,),
     "autocast": ("calls.call:autocast_now",),
     "caches and moving buffers": ("calls.layer:Layer.state_now", "calls.layer:Layer.mutable_now"),
-    "stamps of x and of parameters": ("calls.layer:stamps_of_arguments", "calls.layer:stamps"),
+    "stamps of x and of parameters": ("calls.layer:stamps",),
+    "some values of x": ("calls.layer:values_of_arguments",),
     "some values of parameters": ("conditions.changes:Samples.take",),
-    "hooks of others": ("calls.layer:_hooks_of_others", "calls.hooks:Around.is_followed"),
+    "hooks of others": ("calls.hooks:Around.is_followed",),
     "the map and its geometry": ("recording.record:Recording.map_of",),
 }
 

@@ -1,10 +1,11 @@
-"""What Python costs around a model: the calls of functions, counted, and their time over that of the bare arithmetic.
+"""What Python costs around a model: calls of functions, counted, and times over those of the bare arithmetic.
 
-usage: python benchmarks/overhead.py [--rounds 60] [--kinds "vit*,swin*"] [--out benchmarks/results/overhead-cpu.json]
+usage: python benchmarks/overhead.py [--rounds 30] [--kinds "vit*,swin*"] [--out benchmarks/results/overhead-cpu.json]
 
 On a GPU a model at batch 1 waits for Python, and Python can be measured without one. Calls of Python's and of C's functions are
-counted by `sys.setprofile`, which gives the same number each time; a test holds them (tests/house/test_overhead.py). Times are
-of one thread and one image, each the best of many rounds in turns, and mean something as ratios to what stands beside them.
+counted by `sys.setprofile`, which gives the same number each time; tests/house/test_overhead.py holds them. Times are of one
+thread and one image, in turns, and mean something beside what was measured in the same rounds: the bare arithmetic of one row
+and of one map, and of the rows of all layers.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from command import matching
+import torch.nn.functional as F
+from command import RESULTS, matching, plain_parser, write_results
+from machine import describe_machine, in_words, installed_versions
+from measure import in_turns, spread, timed
 from torch import Tensor, nn
 
 from hookattn import AttentionMap, AttentionRecorder
 
 
-class ByHand(nn.Module):
+class HandAttention(nn.Module):
     """Attention of nobody's, which has no recipe."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -37,36 +42,36 @@ class ByHand(nn.Module):
         return out
 
 
-class HandAttention(ByHand):
-    """Named like attention."""
-
-
-def encoder(width: int = 384, heads: int = 6, depth: int = 12) -> nn.Module:
-    """PyTorch's own."""
-    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, batch_first=True)
-    return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False).eval()
-
-
-def by_hand(width: int = 384, heads: int = 6, depth: int = 12) -> nn.Module:
-    """Layers that are replayed."""
-    return nn.Sequential(*[HandAttention(width, heads) for _ in range(depth)]).eval()
-
-
 Made = tuple[Any, Tensor]
-KINDS: dict[str, Callable[..., Made]] = {  # a model, and one image or a sequence
-    "vit_small_patch16_224": lambda **o: (timm.create_model("vit_small_patch16_224", **o).eval(), torch.randn(1, 3, 224, 224)),
-    "vit_large_patch16_224": lambda **o: (timm.create_model("vit_large_patch16_224", **o).eval(), torch.randn(1, 3, 224, 224)),
-    "swin_base_patch4_window7_224": lambda **o: (
-        timm.create_model("swin_base_patch4_window7_224", **o).eval(),
-        torch.randn(1, 3, 224, 224),
-    ),
-    "vit_small_patch16_dinov3": lambda **o: (
-        timm.create_model("vit_small_patch16_dinov3", **o).eval(),
-        torch.randn(1, 3, 256, 256),
-    ),
-    "nn.TransformerEncoder": lambda **o: (encoder(**o), torch.randn(1, 197, o.get("width", 384))),
-    "no recipe": lambda **o: (by_hand(**o), torch.randn(1, 197, o.get("width", 384))),
+WINDOWS = {"embed_dim": 16, "num_heads": (1, 2, 4, 8)}
+
+
+def of_timm(name: str, size: int, small: dict[str, Any], *, is_small: bool) -> Made:
+    """A model of timm, small in all but its layers if that is enough, and one image."""
+    return timm.create_model(name, **(small if is_small else {})).eval(), torch.randn(1, 3, size, size)
+
+
+def encoder(*, is_small: bool) -> Made:
+    width, heads = (48, 3) if is_small else (384, 6)
+    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, batch_first=True)
+    return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False).eval(), torch.randn(1, 197, width)
+
+
+def by_hand(*, is_small: bool) -> Made:
+    width, heads = (48, 3) if is_small else (384, 6)
+    return nn.Sequential(*[HandAttention(width, heads) for _ in range(12)]).eval(), torch.randn(1, 197, width)
+
+
+NARROW = {"embed_dim": 48, "num_heads": 3}
+KINDS: dict[str, Callable[..., Made]] = {
+    "vit_small_patch16_224": partial(of_timm, "vit_small_patch16_224", 224, NARROW),
+    "vit_large_patch16_224": partial(of_timm, "vit_large_patch16_224", 224, NARROW),
+    "swin_base_patch4_window7_224": partial(of_timm, "swin_base_patch4_window7_224", 224, WINDOWS),
+    "vit_small_patch16_dinov3": partial(of_timm, "vit_small_patch16_dinov3", 256, NARROW),
+    "nn.TransformerEncoder": encoder,
+    "no recipe": by_hand,
 }
+RECORDED: dict[str, dict[str, Any]] = {"recorded call": {}, 'recorded call, keep="maps"': {"keep": "maps"}}
 
 
 def count_calls(run: Callable[[], Any]) -> int:
@@ -86,48 +91,111 @@ def count_calls(run: Callable[[], Any]) -> int:
     return count - 1  # of setprofile itself
 
 
-def open_and_leave(model: nn.Module, **options: Any) -> None:
-    with AttentionRecorder(model, **options):
+def open_and_leave(model: nn.Module) -> None:
+    with AttentionRecorder(model):
         pass
 
 
-def recorded(model: nn.Module, x: Tensor, **options: Any) -> AttentionRecorder:
-    with AttentionRecorder(model, **options) as rec:
-        model(x)
-    return rec
-
-
-READS: dict[str, Callable[[AttentionRecorder, AttentionMap], Any]] = {
-    "row": lambda rec, m: m[:, :, 0],
-    "map": lambda rec, m: m[...],
-    "image": lambda rec, m: m.image("cls") if "cls" in m.tokens.prefix else m.image((0.5, 0.5)),
-    "rec.rows": lambda rec, m: rec.rows(0),
-}
+def reads_of(rec: AttentionRecorder) -> dict[str, Callable[[], Any]]:
+    """What is read, by name; of a model that sees no image there are fewer."""
+    m: AttentionMap = rec.maps[-1]
+    reads: dict[str, Callable[[], Any]] = {"row": lambda: m[:, :, 0], "map": lambda: m[...]}
+    if m._geometry.image_size is not None:  # type: ignore[union-attr]
+        query = "cls" if "cls" in m.tokens.prefix else (0, 0)
+        reads["image"] = lambda: m.image(query)
+        reads["rows of all layers"] = lambda: rec.rows(query)
+    return reads
 
 
 @torch.no_grad()
 def counted(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Calls of functions: of a recorder that is opened and left, of a recorded call, and of what is read."""
     open_and_leave(model)
-    rec = recorded(model, x)
-    layers = len(rec.maps)
-    found: dict[str, float] = {"layers": layers, "open and leave": count_calls(partial(open_and_leave, model))}
+    found: dict[str, float] = {"open and leave": count_calls(partial(open_and_leave, model))}
     bare = count_calls(partial(model, x))
-    for title, options in (("recorded call", {}), ("call kept", {"keep": "maps"})):
+    layers = len(AttentionRecorder(model).layers)
+    for title, options in RECORDED.items():
         with AttentionRecorder(model, **options):
             model(x)
             found[title] = round((count_calls(partial(model, x)) - bare) / layers, 1)
-    m = rec.maps[-1]
-    for title, read in READS.items():
-        try:
-            read(rec, m)
-        except Exception:
-            continue
-        found[title] = count_calls(partial(read, rec, m))
-    return found
+    with AttentionRecorder(model) as rec:
+        model(x)
+    for title, read in reads_of(rec).items():
+        read()
+        found[title] = count_calls(read)
+    return {"layers": layers, **found}
+
+
+def bare_row(attention: Any, x: Tensor) -> Tensor:
+    """The class token's row of timm's plain attention, as little as can be done for it."""
+    heads, width = attention.num_heads, x.shape[-1]
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q = F.linear(x[:, :1], weight[:width], bias[:width]).view(1, heads, -1) * attention.head_dim**-0.5
+    absorbed = torch.bmm(q.transpose(0, 1), weight[width : 2 * width].view(heads, -1, width))
+    return (absorbed.transpose(0, 1) @ x.mT).softmax(-1)
+
+
+def bare_map(attention: Any, x: Tensor) -> Tensor:
+    """All of its map."""
+    heads, width = attention.num_heads, x.shape[-1]
+    qk = F.linear(x, attention.qkv.weight[: 2 * width], attention.qkv.bias[: 2 * width])
+    q, k = qk.view(x.shape[1], 2, heads, -1).permute(1, 2, 0, 3)
+    return torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=attention.head_dim**-0.5).softmax(-1)
+
+
+@torch.no_grad()
+def timed_vit(model: Any, x: Tensor, rounds: int) -> dict[str, Any]:
+    """Seconds of everything that is done around a ViT, and of the bare arithmetic beside it."""
+    with AttentionRecorder(model) as rec:
+        model(x)
+    attentions, inputs = [block.attn for block in model.blocks], [m.x for m in rec.maps.values()]
+    runs: dict[str, Callable[[], Any]] = {
+        "open and leave": partial(open_and_leave, model),
+        "bare row": lambda: bare_row(attentions[-1], inputs[-1]),
+        "bare map": lambda: bare_map(attentions[-1], inputs[-1]),
+        "bare rows": lambda: [bare_row(attention, given) for attention, given in zip(attentions, inputs)],
+        **reads_of(rec),
+    }
+    for read, bare in (("row", "bare row"), ("map", "bare map")):
+        torch.testing.assert_close(runs[read]().flatten(), runs[bare]().flatten(), rtol=1e-4, atol=1e-6)
+    turns = {title: partial(lambda run, _: timed(lambda _: run(), [x], 10), run) for title, run in runs.items()}
+    return {title: spread(list(times.values())) for title, times in in_turns(turns, rounds).items()}
+
+
+def table(results: dict[str, Any]) -> str:
+    kinds = results["calls"]
+    rows = [title for title in next(iter(kinds.values())) if title != "layers"]
+    names = [f"{kind}, {each['layers']} layers" for kind, each in kinds.items()]
+    lines = [f"| {row} | {' | '.join(f'{k[row]:,.0f}' if row in k else '' for k in kinds.values())} |" for row in rows]
+    times = {title: each["min"] * 1e6 for title, each in results["seconds"].items()}
+    over = {"row": "bare row", "map": "bare map", "image": "bare row", "rows of all layers": "bare rows"}
+    seen = [f"| {t} | {times[t]:,.0f} | {f'{times[t] / times[over[t]]:.1f}' if t in over else ''} |" for t in times]
+    return "\n".join(
+        [
+            f"{in_words(results)}\n",
+            f"| calls of functions | {' | '.join(names)} |",
+            "|---" * (len(kinds) + 1) + "|",
+            *lines,
+            f"\n| {results['timed']}, batch 1, one thread | best, µs | over bare |\n|---|---|---|",
+            *seen,
+        ]
+    )
+
+
+def main() -> None:
+    parser = plain_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--kinds", default="*", help=f"globs of {', '.join(KINDS)}")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead-cpu.json")
+    o = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"machine": describe_machine("cpu"), "versions": installed_versions()}
+    results["calls"] = {kind: counted(*KINDS[kind](is_small=False)) for kind in matching(o.kinds, KINDS)}
+    results["timed"] = "vit_small_patch16_224"
+    results["seconds"] = timed_vit(*KINDS[results["timed"]](is_small=False), o.rounds)
+    write_results(results, o.out)
+    print(table(results))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for kind in matching(sys.argv[1] if len(sys.argv) > 1 else "*", KINDS):
-        print(kind, counted(*KINDS[kind]()))
+    main()

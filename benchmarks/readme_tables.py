@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hook
+import overhead
 from command import RESULTS, plain_parser, say
 from coverage_table import WORDS, count_by_tool, read_records, table_by_class, table_by_tool, the_others
 
@@ -93,6 +94,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "throughput": throughput,
     "coverage by tool": lambda: f"{table_by_tool(read_records())}\n\n{the_others(read_records())}",
     "hook": lambda: hook.table(json.loads((RESULTS / "hook-cpu.json").read_text())),
+    "overhead": lambda: overhead.table(json.loads((RESULTS / "overhead-cpu.json").read_text())),
     "coverage by class": lambda: table_by_class(read_records()),
 }
 

@@ -4,5 +4,6 @@ From top to bottom, an import may only point down:
 
     sources      queries and keys, scores, or a map that is there already
     projection   queries and keys that are cut to what is asked for before they are computed
+    layers       layers that are a projection and nothing else
     overheard    what a module's own layers put out while it runs
 """

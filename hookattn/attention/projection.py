@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeGuard, TypeVar, Union
+from typing import Any, NamedTuple, TypeVar, Union
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
-from ..calls.hooks import is_ours
+from .layers import is_plain_conv, is_plain_linear, is_pointwise
 from .overheard import Own, heard_now
 
 T = TypeVar("T")
@@ -182,7 +181,7 @@ def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, *
     if not (is_plain_linear(layer) or is_plain_conv(layer)):
         return torch.unbind(rearrange(layer(x), pattern, parts=of, **axes))[:parts]
     plan = _plan(pattern)
-    if plan is not None and (isinstance(layer, nn.Linear) or _is_pointwise(layer)) and is_bare(x, layer.weight, layer.bias):
+    if plan is not None and (isinstance(layer, nn.Linear) or is_pointwise(layer)) and is_bare(x, layer.weight, layer.bias):
         return _lazily(layer, x, pattern, plan, parts, {"parts": of, **axes})
     rows = _rows(layer.weight, pattern, parts, of, axes)
     weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
@@ -226,7 +225,6 @@ class _Plan(NamedTuple):
             if self.packed == ("parts", "h", "d")
             else t.movedim([self.packed.index(name) for name in ("parts", "h", "d")], (0, 1, 2))
         )
-
 
     def part_of(self, y: Tensor, axes: dict[str, int], i: int) -> Tensor:
         """(batch, heads, tokens, head_dim) of one part, out of (batch, tokens, parts * heads * head_dim) in their order."""
@@ -273,32 +271,6 @@ def scale_of(module: nn.Module) -> float | Tensor | None:
     fused = getattr(module, "fused_attn", False)
     scale: float | Tensor = module.scale  # type: ignore[assignment]
     return None if fused else scale
-
-
-def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer computes x W^T + b and nothing else, so that rows of W may be left out."""
-    # `type(...) is`: a class that is derived may do anything in its forward. Parametrised layers are told by this too: PyTorch
-    # makes a class for each (undocumented, torch 2.6 to 2.14).
-    return type(layer) is nn.Linear and _is_untouched(layer)
-
-
-def is_plain_conv(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a layer is a convolution and nothing else, each of whose channels sees all of the input."""
-    return type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and _is_untouched(layer)
-
-
-def _is_pointwise(layer: nn.Conv2d) -> bool:
-    """Whether each place is projected by itself."""
-    return layer.kernel_size == (1, 1) == layer.stride and layer.padding in ((0, 0), "valid", "same")
-
-
-def _is_untouched(layer: nn.Module) -> bool:
-    """Whether nobody but a recorder has put a hook on a layer, or replaced its forward."""
-    # Undocumented, torch 2.6 to 2.14: the dicts of hooks of a module, and those of hooks on all modules in `nn.modules.module`.
-    if "forward" in layer.__dict__ or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-        return False
-    hooks = layer._forward_hooks, layer._forward_pre_hooks
-    return not any(hooks) or all(is_ours(hook) for each in hooks for hook in list(each.values()))
 
 
 def _rows(weight: Tensor, pattern: str, parts: int, of: int, axes: dict[str, int]) -> Union[slice, Tensor]:

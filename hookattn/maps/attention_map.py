@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..attention.sources import Source
@@ -20,12 +19,12 @@ from ..errors import (
 from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
 from ..recipes.places import Places, find_tokens, name_axes, settle
-from .comparison import Comparison, Difference, compare_runs, compare_with_output
+from .comparison import Comparison, Difference, compare_runs, compare_with_output, saving_unseen
 from .established import NotEstablishedError
 from .gradient import Gradient
 from .lazy import Delivery, LazyArray, Spec
 from .picture import draw_rows, read_rows
-from .reading import Captured, Deferred, Kept, Lost, Origin, Watched
+from .reading import Captured, Deferred, Kept, Lost, Origin, Watched, reason_of
 from .sites import Watch
 
 
@@ -253,7 +252,7 @@ class AttentionMap(LazyArray):
         try:
             call = call.restamped()
             m = self if isinstance(self._origin, Kept) else self._from(Captured(call))
-            with _saving_unseen():
+            with saving_unseen():
                 compared = compare_with_output(call, m.read(...).detach().to(call.x.device), output)
         except Exception as error:  # whatever it is, the user's forward goes on
             kind = type(error) if isinstance(error, HookattnError) else UnreadableError
@@ -295,16 +294,3 @@ class AttentionMap(LazyArray):
     @property
     def _rest(self) -> tuple[CallSite | None, Gradient | None, Comparison | HookattnError | None]:
         return self._called_from, self._gradient, self._compared
-
-
-def _saving_unseen() -> AbstractContextManager[Any]:
-    """Hide what is saved for backward from hooks of others: a checkpoint counts it by such."""
-    # Undocumented, torch 2.6 to 2.14: whether there can be such hooks; inside of torch.func there are none.
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-
-
-def reason_of(error: Exception) -> str:
-    """What to say of an error that was kept: ours speak for themselves."""
-    return str(error) if isinstance(error, HookattnError) else f"it could not be computed: {type(error).__name__}: {error}"

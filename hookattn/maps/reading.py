@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
 from ..calls.staleness import PLAIN, Structure
+from ..conditions.function_modes import SDPA
 from ..conditions.transforms import is_left_behind
-from ..errors import RecorderError, UnreadableError
+from ..errors import HookattnError, RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
 from .established import NameInErrors, TellWhy, arrange, as_in_training, source_by_recipe
 from .lazy import Spec
@@ -174,52 +175,66 @@ def source_of(call: Call) -> Source:
 
 
 def _spec_of(call: Call) -> Spec:
-    """Shape, dtype and device of a map, remembered for calls of its module with arguments of the same sizes."""
+    """Shape, dtype and device of a map, without its values where they need not be looked at."""
     call.check_fresh()
+    # A replay needs values, since forwards branch on them, and so do hooks of others and train mode, with its random streams.
+    layer = call.layer
+    needs_values = find_recipe(layer.module) is None or any(layer.hooks) or any(call.modes.training)
+    if not needs_values and (found := _spec_without_values(call)) is not None:
+        return found
+    with call.in_its_modes():
+        source = source_of(call)
+    return Spec(source.shape, source.dtype, call.x.device)
+
+
+def _spec_without_values(call: Call) -> Spec | None:
+    """The same by recipe, remembered for calls of the module with arguments of the same sizes; None where it declines one."""
     structure, known = _SPECS.get(call.layer.module, (None, {}))
     if structure != call.layer.structure:  # it has become another module
         _, known = _SPECS[call.layer.module] = call.layer.structure, {}
-    key = _sizes_of(call)
-    found = None if key is None else known.get(key)
-    if found is None:
-        source = _source_of_shapes(call)
-        found = Spec(source.shape, source.dtype, call.x.device)
-        if key is not None:
-            while len(known) >= _MOST:
-                known.pop(next(iter(known)), None)
-            known[key] = found
-    return found
+    if (key := _sizes_of(call)) is None:
+        return _spec_by_recipe(call)
+    if key not in known:
+        while len(known) >= _MOST:
+            known.pop(next(iter(known)), None)
+        known[key] = _spec_by_recipe(call)
+    return known[key]
 
 
 _MOST = 64  # sizes of arguments that are remembered of a module
-_SPECS: WeakKeyDictionary[nn.Module, tuple[Structure, dict[Any, Spec]]] = WeakKeyDictionary()
+_SPECS: WeakKeyDictionary[nn.Module, tuple[Structure, dict[Any, Spec | None]]] = WeakKeyDictionary()
 
 
 def _sizes_of(call: Call) -> Any:
-    """All that the shape of a map follows from in the usual call; None where it may follow from values."""
+    """All that a recipe sees of a call without values; None where it is given more than tensors, numbers and words."""
     given, modes = (*call.args, *call.kwargs.values()), call.modes
-    if modes.functions or True in modes.training or call.held is not call.layer.caches:
-        return None
-    if not all([type(each) in PLAIN or each is None or (type(each) is Tensor and each.is_floating_point()) for each in given]):
+    if (
+        modes.functions
+        or call.held is not call.layer.caches
+        or any(type(each) is not Tensor and type(each) not in _PLAIN for each in given)
+    ):
         return None
     sizes = [(each.shape, each.dtype, each.device) if isinstance(each, Tensor) else each for each in given]
     state = [(tensor.shape, tensor.dtype) for tensor in call.state]
-    return len(call.args), tuple(call.kwargs), tuple(sizes), tuple(state), modes.autocast, any(call.layer.hooks)
+    return len(call.args), tuple(call.kwargs), tuple(sizes), tuple(state), modes.autocast, modes.sdpa is SDPA
 
 
-def _source_of_shapes(call: Call) -> Source:
-    """As `source_of`, for shape and dtype alone: a recipe runs on tensors without values, which costs no arithmetic."""
-    hooked = any(call.layer.hooks)  # hooks of others expect values
-    # A replay needs values as well, since forwards branch on them, and so does train mode, with the random streams of the call.
-    if find_recipe(call.layer.module) is not None and not hooked and not any(call.modes.training):
-        bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
-        # Undocumented, torch 2.6 to 2.14: tensors with shape, dtype and device that know what comes of any operator. Parameters
-        # stay what they are (`allow_non_fake_inputs`), since the recipe takes them from the module.
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
-            shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
-            with shapes.in_its_modes():
-                if (source := source_by_recipe(shapes)) is not None:
-                    return source
-    with call.in_its_modes():
-        return source_of(call)
+_PLAIN = frozenset({*PLAIN, type(None)})
+
+
+def _spec_by_recipe(call: Call) -> Spec | None:
+    """What a recipe makes of tensors that have a shape and no values, which costs no arithmetic."""
+    bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
+    # Undocumented, torch 2.6 to 2.14: tensors with shape, dtype and device that know what comes of any operator. Parameters
+    # stay what they are (`allow_non_fake_inputs`), since the recipe takes them from the module.
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
+        shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
+        with shapes.in_its_modes():
+            source = source_by_recipe(shapes)
+    return None if source is None else Spec(source.shape, source.dtype, call.x.device)
+
+
+def reason_of(error: Exception) -> str:
+    """What to say of an error that was kept: ours speak for themselves."""
+    return str(error) if isinstance(error, HookattnError) else f"it could not be computed: {type(error).__name__}: {error}"

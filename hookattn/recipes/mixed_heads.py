@@ -17,7 +17,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention.projection import is_plain_conv, is_plain_linear, project, scale_of
+from ..attention.layers import is_plain_conv, is_plain_linear
+from ..attention.projection import project, scale_of
 from ..attention.sources import QK, Scores, Source, exact_dtype, without_autocast
 from ..image.geometry import Geometry
 from ..image.sizes import size_after

@@ -19,11 +19,11 @@ from ..image.geometry import Geometry, measure_arguments
 from ..image.images import images_in
 from ..image.snapshot import read_settings
 from ..image.trunk import cut_of, stems_of
-from ..maps.attention_map import AttentionMap, reason_of
+from ..maps.attention_map import AttentionMap
 from ..maps.established import deferring
 from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
-from ..maps.reading import Captured, Lost
+from ..maps.reading import Captured, Lost, reason_of
 from ..recipes.registry import find_recipe
 from .edits import edit_before_others, is_edited
 from .follow import match_recomputed
@@ -107,8 +107,7 @@ class Recording:
         layer = call.layer
         trunk, seen = layer.trunk, forward.images
         images = seen[trunk] if trunk in seen else seen.get(None)
-        cut = self.passes.cuts[trunk] if trunk in self.passes.cuts else None
-        sizes = measure_arguments(call.args, call.kwargs)
+        sizes, cut = measure_arguments(call.args, call.kwargs), self.passes.cuts.get(trunk)
         if layer.block is None:
             geometry = Geometry(self.model, layer.name, images, sizes, cut=cut)
         else:

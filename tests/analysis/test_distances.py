@@ -173,6 +173,11 @@ def test_a_patch_that_looks_at_no_patch_is_left_out_of_the_mean_distance() -> No
 
 def test_distances_of_patches_of_no_known_size_are_refused() -> None:
     rec, _ = naflex()
+    before = mean_attention_distance(rec.maps["blocks.0.attn"])
     del rec.model.embeds.patch_size
+    assert torch.equal(mean_attention_distance(rec.maps["blocks.0.attn"]), before)  # it was known in the forward
+    m = rec.maps["blocks.0.attn"]
+    never: Any = m._geometry._replace(cut=None)  # type: ignore[union-attr]  # as where the stem is not called
+    m._geometry = never
     with pytest.raises(TokenError, match="has no `patch_size`"):
-        mean_attention_distance(rec.maps["blocks.0.attn"])
+        mean_attention_distance(m)

@@ -294,3 +294,50 @@ def test_a_tensor_without_memory_is_asked_for_none() -> None:
     x.untyped_storage().resize_(0)
     with pytest.raises(StaleMapError):
         rec.maps[0][...]
+
+
+class Scaled(Attention):  # type: ignore[misc]
+    """Its scores depend on things that are no parameters and no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 4)
+        self.shift, self.factors = torch.tanh, (1.0, 2.0)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        shift = self.shift if isinstance(self.shift, float) else 0.0
+        return super().forward(x * self.factors[1] + shift)  # type: ignore[no-any-return]
+
+
+def test_what_becomes_a_number_is_told_and_a_tuple_is_put_back() -> None:
+    attn, x = Scaled().eval(), torch.randn(2, 5, 16)
+    with AttentionRecorder(attn) as rec, torch.no_grad():
+        attn(x)
+    before = rec.maps[0][...]
+    attn.factors = (1.0, 3.0)
+    assert torch.equal(rec.maps[0][...], before)
+    assert attn.factors == (1.0, 3.0)
+    attn.shift = 0.5
+    with pytest.raises(StaleMapError, match="a number inside the module was replaced"):
+        rec.maps[0][...]
+
+
+def test_a_map_that_was_read_is_stale_when_anything_changes_afterwards() -> None:
+    """Each change is found alone, in a module that was plainly fresh a moment before."""
+    changes: list[Callable[[Any], object]] = [
+        lambda attn: attn.qkv.weight.data.add_(1),
+        lambda attn: attn.register_buffer("extra", torch.zeros(1)),
+        lambda attn: setattr(attn.qkv, "forward", attn.qkv.forward),
+        lambda attn: setattr(attn.q_norm, "eps", 1.0),
+        lambda attn: attn.add_module("another", nn.Identity()),
+        lambda attn: attn.proj_drop.register_forward_pre_hook(lambda *_: None),
+        lambda attn: delattr(attn.proj_drop, "inplace"),
+    ]
+    for change in changes:
+        attn, x = Attention(16, 4).eval(), torch.randn(2, 5, 16)
+        with AttentionRecorder(attn) as rec, torch.no_grad():
+            attn(x)
+        m = rec.maps[0]
+        m[:, :, 0]
+        change(attn)
+        with pytest.raises(StaleMapError):
+            m[:, :, 0]

@@ -1,0 +1,32 @@
+"""What Python does around a model, counted: no change makes a block, a call or a reading slower unseen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import overhead
+
+# Calls of functions with Python 3.11, torch 2.14, timm 1.0.31: open and leave, recorded call, the same with keep="maps", row,
+# map, image, rows of all layers.
+SEEN: dict[str, tuple[int, ...]] = {
+    "vit_small_patch16_224": (3210, 70, 370, 212, 194, 369, 2628),
+    "vit_large_patch16_224": (5646, 65, 365, 212, 194, 369, 5244),
+    "swin_base_patch4_window7_224": (6470, 92, 421, 237, 202, 509, 8174),
+    "vit_small_patch16_dinov3": (3368, 77, 461, 306, 280, 453, 3756),
+    "nn.TransformerEncoder": (3678, 77, 343, 249, 231),
+    "no recipe": (3699, 67, 1902, 1821, 1806),
+}
+MARGIN = 1.1
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="older versions of Python call more functions for the same")
+@pytest.mark.parametrize("kind", SEEN)
+def test_no_more_functions_are_called_than_before(kind: str) -> None:
+    found = overhead.counted(*overhead.KINDS[kind](is_small=True))
+    del found["layers"]
+    assert len(found) == len(SEEN[kind])
+    assert {title: n for (title, n), seen in zip(found.items(), SEEN[kind]) if n > MARGIN * seen} == {}
