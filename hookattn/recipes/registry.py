@@ -51,7 +51,7 @@ class Registry(Generic[T]):
         self._facts: dict[str, T] = {}
         # by class, with the forward that it is about: looked for in the bases of a class once, and asked at every reading
         self._found: WeakKeyDictionary[type, tuple[weakref.ref[Any], T | None]] = WeakKeyDictionary()
-        self._found_in = (0, 0)
+        self._found_in = self._facts
 
     def register(self, fact: T, *classes: str | type) -> None:
         """Register one fact for several classes; a name that does not exist here costs nothing.
@@ -73,10 +73,9 @@ class Registry(Generic[T]):
         if "forward" in module.__dict__:  # replaced on the instance: what is known is of another forward
             return None
         cls = type(module)
-        facts = id(self._facts), len(self._facts)
-        if facts != self._found_in:
+        if self._found_in is not self._facts:
             self._found.clear()
-            self._found_in = facts
+            self._found_in = self._facts
         known, forward = self._found.get(cls), cls.forward
         if known is not None and known[0]() is forward:
             return known[1]
