@@ -165,8 +165,7 @@ def own_registers(patch: pytest.MonkeyPatch) -> None:
 
 def refile(patch: pytest.MonkeyPatch, name: str, recipe: Any) -> None:
     """Put another recipe in place of that of a class."""
-    patch.setitem(registry._RECIPES._facts, name, recipe)
-    registry._RECIPES._found.clear()
+    patch.setattr(registry._RECIPES, "_facts", {**registry._RECIPES.as_dict(), name: recipe})
 
 
 def read_by(patch: pytest.MonkeyPatch, recipe: Any = global_attention.attention) -> None:
