@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, Union
 
@@ -98,13 +99,18 @@ class Projected(Tensor):
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = weight.flatten(0, 1), None if bias is None else bias.flatten()
-        if self._cast == torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14: of whatever device
+        with self._modes():
             y = F.linear(x, *flat)
-        else:  # as it was when this was made: it may be off by now, as for the softmax
-            device = x.device.type
-            with torch.autocast(device, self.dtype if self._cast else None, enabled=self._cast):
-                y = F.linear(x, *flat)
         return y.view(*x.shape[:2], *weight.shape[:2]).transpose(1, 2)
+
+    def _modes(self) -> AbstractContextManager[None]:
+        """Autocast as it was when this was made, for the product: it may be off by now, as for the softmax."""
+        if not self._cast and not torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
+            return nullcontext()
+        device = self.x.device.type
+        if not torch.amp.is_autocast_available(device) or self._cast == torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, self.dtype if self._cast else None, enabled=self._cast)
 
     @classmethod
     def __torch_function__(
@@ -220,11 +226,8 @@ class _Plan(NamedTuple):
         """(parts, heads, head_dim, ...) of (parts * heads * head_dim, ...), in whatever order they are packed."""
         sizes = [axes.get(name, -1) for name in self.packed]
         t = t.view(*sizes, *t.shape[1:])
-        return (
-            t
-            if self.packed == ("parts", "h", "d")
-            else t.movedim([self.packed.index(name) for name in ("parts", "h", "d")], (0, 1, 2))
-        )
+        order = ("parts", "h", "d")
+        return t if self.packed == order else t.movedim([self.packed.index(name) for name in order], (0, 1, 2))
 
     def part_of(self, y: Tensor, axes: dict[str, int], i: int) -> Tensor:
         """(batch, heads, tokens, head_dim) of one part, out of (batch, tokens, parts * heads * head_dim) in their order."""

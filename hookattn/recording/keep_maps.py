@@ -90,6 +90,10 @@ class KeepMaps:
         else:
             if attention is not None:
                 awaited.put(m.kept(attention))
+            elif awaited.layer is not None:  # other calls of the module waited for that layer; this one is run again at its end
+                awaited.layer = None
+                del self._waits_for[call.layer.module]
+                self._waiting.add(awaited)
             elif self._watches:
                 awaited.watch = Watch(as_called=True)
                 self._watching().add(awaited.watch)

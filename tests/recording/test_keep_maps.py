@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.inside import find_recipe, project_heads, read_by
+from support.inside import find_recipe, own_registers, project_heads, read_by
 from support.models import SCORES, TINY, B, C, D, H, N, plain, randomise, tiny
 from support.modes import operations_of
 from support.reading import read, same
@@ -19,7 +19,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
-from hookattn import AttentionRecorder, RecorderError, UnreadableError
+from hookattn import QK, AttentionRecorder, RecorderError, UnreadableError, project, recipe
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -308,3 +308,24 @@ def test_maps_that_are_kept_let_go_of_all_tensors_of_the_call_however_they_were_
     given.clear()
     assert [tensor() for tensor in held] == [None, None]
     assert rec.maps[0].shape == (2, 4, 5, 5)
+
+
+def test_a_call_that_its_recipe_declines_is_kept_after_one_that_it_describes(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_registers(monkeypatch)
+
+    class Declined(Attention):  # type: ignore[misc]
+        def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+            return super().forward(x, attn_mask=attn_mask)  # type: ignore[no-any-return]
+
+    @recipe(Declined)
+    def without_a_mask(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Any:
+        q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+        return QK(q, k) if attn_mask is None else NotImplemented
+
+    attn, x, mask = Declined(16, 4).eval(), torch.randn(2, 5, 16), torch.randn(5, 5)
+    with AttentionRecorder(attn, keep="maps", passes="all") as rec, torch.no_grad():
+        for given in (None, mask, None, mask):
+            attn(x, attn_mask=given)
+    q, k, _ = attn.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+    for maps, added in zip(rec.passes, (0.0, mask, 0.0, mask), strict=True):
+        torch.testing.assert_close(maps[0][...], (q @ k.mT / 2 + added).softmax(-1), rtol=0, atol=1e-6)
