@@ -28,6 +28,9 @@ def true(module: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("keep", ["inputs", "maps"])
 def test_a_forward_replaced_on_the_class_is_the_one_that_is_read(keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = randomise(Attention(32, 4)).eval(), torch.randn(2, 9, 32)
+    with torch.no_grad(), AttentionRecorder(module, keep=keep) as rec:  # its recipe is known from before
+        module(x)
+        torch.testing.assert_close(rec.maps[0][...], own_map(module, x))
     monkeypatch.setattr(Attention, "forward", sharpened)
     with torch.no_grad(), AttentionRecorder(module, keep=keep) as rec:
         module(x)

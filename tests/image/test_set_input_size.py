@@ -78,3 +78,16 @@ def test_what_is_read_after_it_is_that_of_the_forward(
                 assert now == then, fact
         assert torch.equal(kept.maps[name][...], before[name]["map"])
         assert torch.equal(kept.maps[name].image("mean"), before[name]["image"])
+
+
+def test_each_forward_of_a_block_has_the_grid_that_it_was_cut_into() -> None:
+    model: Any = randomise(timm.create_model("vit_tiny_patch16_224", img_size=64, **VIT)).eval()
+    if not hasattr(model, "set_input_size"):
+        pytest.skip("an older timm")
+    with AttentionRecorder(model, passes="all") as rec, torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+        model.set_input_size(img_size=(64, 128), patch_size=(8, 16))
+        model(torch.randn(2, 3, 64, 128))
+    assert [maps[0].tokens.grid_size for maps in rec.passes] == [(4, 4), (8, 8)]
+    cells = [maps[0]._geometry.cell_size(maps[0].tokens.grid_size) for maps in rec.passes]
+    assert cells == [(16, 16), (8, 16)]

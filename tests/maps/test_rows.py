@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.inside import own_registers
 from support.models import randomise, tiny
 from support.oracle import unfused
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder, NoMapError, TokenError
+from hookattn import QK, AttentionRecorder, NoMapError, TokenError, project, recipe
 
 
 @torch.no_grad()
@@ -84,7 +85,15 @@ class Shrinking(Attention):  # type: ignore[misc]
         return super().forward(torch.cat((x[:, : self.most], self.more.expand(len(x), -1, -1)), 1))  # type: ignore[no-any-return]
 
 
-def test_a_shape_that_is_remembered_is_that_of_the_call() -> None:
+def test_a_shape_that_is_remembered_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_registers(monkeypatch)
+
+    @recipe(Shrinking)
+    def shrinking(self: Any, x: Tensor) -> QK:
+        x = torch.cat((x[:, : self.most], self.more.expand(len(x), -1, -1)), 1)
+        q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+        return QK(q, k)
+
     model = Shrinking().eval()
 
     def shape(x: Tensor) -> tuple[int, ...]:
