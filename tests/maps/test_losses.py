@@ -12,7 +12,7 @@ from support.models import randomise, tiny
 from support.oracle import unfused
 from torch import Tensor, nn
 
-from hookattn import AttentionRecorder
+from hookattn import QK, AttentionRecorder
 
 
 def kinds() -> dict[str, nn.Module]:
@@ -98,3 +98,15 @@ def test_an_entropy_and_the_logits_can_be_in_one_loss() -> None:
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+def test_a_bias_and_a_mask_are_in_a_map_that_autograd_follows() -> None:
+    q, k = torch.randn(2, 3, 5, 4).double(), torch.randn(2, 3, 5, 4).double()
+    bias, mask = torch.randn(3, 5, 5).double().requires_grad_(), torch.randn(2, 1, 1, 5) > -1
+    mask[..., 0] = True
+    expected = (q @ k.mT * 0.5 + bias).masked_fill(~mask, -torch.inf).softmax(-1)
+    weight = torch.randn_like(expected)
+    got = QK(q, k, scale=0.5, bias=bias, mask=mask).values()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad((a * weight).sum(), bias)[0] for a in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
