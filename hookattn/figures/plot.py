@@ -147,7 +147,7 @@ def _rollout_image(maps: Sequence[AttentionMap], query: Query, size: tuple[int, 
     joint = rollout(maps)[:1]  # of the first image alone, as everything in the picture
     selected = tokens.select(query)[:1].flatten(1).to(joint)
     row = (selected / selected.sum())[:, None] @ joint
-    return F.interpolate(next(tokens.image_by_image(tokens.lay_out(row[:, None]))), size, mode="bilinear")[0, 0]
+    return tokens.stretch(tokens.lay_out(row[:, None]), size)[0, 0]
 
 
 def _short(name: str) -> str:

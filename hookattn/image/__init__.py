@@ -7,6 +7,7 @@ From top to bottom, an import may only point down:
     geometry     what of a call outlives its tensors: sizes, images, the block that cuts windows
     trunk        how a model cuts its image into patches
     snapshot     a module as it was in a forward
+    cells        how large the cells of a grid are on the image
     images       what a model looks at, found among its arguments
     windows      tokens of a whole grid, and of a grid that is cut or pooled
     sizes        how large a feature map is after convolutions and pools

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError, TokenError
+from .cells import Cells, find_cells
 from .images import Images, Patches
 from .tokens import Size, Tokens
-from .trunk import Cut, cut_of, grid_size, path_to, sees_patches, trunk_of
+from .trunk import Cut, cut_of, grid_size, path_to, sees_patches, stem_grid, trunk_of
 from .windows import whole_grid
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
@@ -65,17 +66,16 @@ class Geometry(NamedTuple):
         return None if self.images is None or isinstance(self.images, Patches) else self.images[1:]
 
     def cell_size(self, grid_size: Size) -> tuple[float, float]:
-        """(height, width) in pixels of a cell of a grid that covers the image.
+        """(height, width) in pixels of a cell of a grid over the image.
 
-        The image is as it came into the part of the model that cuts it. A grid of its patches has cells of their size, also
-        where they reach over the border of the image or leave some of it out.
+        The image is as it came into the part of the model that cuts it. Cells are as large as the step from one to the next,
+        also where layers overlap, reach over the border of the image or leave some of it out.
 
         Raises:
             TokenError: the size of the image or of its patches is not known.
         """
-        patch = self._cut.patch_size
         if isinstance(self.images, Patches):
-            patch = self.images.patch_size or patch
+            patch = self.images.patch_size or self._cut.patch_size
             if patch is None:
                 raise TokenError(
                     f"the {type(self.trunk).__name__} around {self.name!r} was given patches and has no `patch_size`, so they "
@@ -87,22 +87,20 @@ class Geometry(NamedTuple):
                 f"no image was seen before {self.name!r} ran, so its tokens have no place in pixels; inside the block of the "
                 "recorder, call the model on images (batch, channels, height, width), or slice the map itself, m[...]."
             )
-        height, width = (side / n for side, n in zip(self.image_size, grid_size))
-        # rounded down where a rest is left out, up where the image is padded
-        if patch and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, self.image_size, patch)):
-            return patch
-        return height, width
+        return self._find_cells(self.image_size, grid_size).size
+
+    def _find_cells(self, image_size: Size, grid_size: Size) -> Cells:
+        cut = self._cut
+        return find_cells(image_size, grid_size, cut.patch_size, stem_grid(cut, image_size))
 
     def measured(self, tokens: Tokens) -> Tokens:
-        """Tokens with how much of the image their grid covers, where that is known."""
-        try:
-            cell = self.cell_size(tokens.grid_size) if all(tokens.grid_size) else None
-        except TokenError:
-            cell = None
-        if self.image_size is None or cell is None:
+        """Tokens with how much of the image their grid covers and sees, where that is known."""
+        size = self.image_size
+        if size is None or not all(tokens.grid_size) or not all(size):
             return tokens
-        height, width = (n * side / all_of_it for n, side, all_of_it in zip(tokens.grid_size, cell, self.image_size))
-        return replace(tokens, extent=(height, width))
+        cells = self._find_cells(size, tokens.grid_size)
+        height, width = (n * side / all_of_it for n, side, all_of_it in zip(tokens.grid_size, cells.size, size))
+        return replace(tokens, extent=(height, width), seen=(cells.seen[0] / size[0], cells.seen[1] / size[1]))
 
     def path(self) -> Iterator[nn.Module]:
         """The module and all that hold it, outwards to the model."""

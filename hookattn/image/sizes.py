@@ -11,7 +11,7 @@ from torch import nn
 from .tokens import Size
 
 # what changes the size of a grid; other layers leave it as it is
-_STRIDING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+STRIDING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 def size_after(size: Sequence[int], *modules: nn.Module | None) -> Size:
@@ -23,7 +23,7 @@ def size_after(size: Sequence[int], *modules: nn.Module | None) -> Size:
     """
     rows, columns = (int(n) for n in size[-2:])
     for layer in (layer for module in modules if module is not None for layer in module.modules()):
-        if isinstance(layer, _STRIDING):
+        if isinstance(layer, STRIDING):
             rows, columns = (_after(n, layer, axis) for axis, n in enumerate((rows, columns)))
         elif isinstance(layer, nn.ZeroPad2d):
             left, right, upper, lower = layer.padding

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Union
@@ -32,6 +31,7 @@ class Tokens:
             form no cell of a coarser grid.
         extent: how much of the height and the width of the image the grid covers: less than 1 where a rest is left out that
             fills no patch, more where the image is padded.
+        seen: how much of the height and the width of the image the model looks at: less than 1 where a rest is left out.
     """
 
     prefix: tuple[str, ...]
@@ -39,6 +39,7 @@ class Tokens:
     places: Tensor | None = None
     spread: int = 1
     extent: tuple[float, float] = (1.0, 1.0)
+    seen: tuple[float, float] = (1.0, 1.0)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -133,13 +134,27 @@ class Tokens:
         centres = centres.masked_fill(places[..., None] < 0, torch.nan)
         return F.pad(centres, (0, 0, 0, 0, len(self.prefix), 0), value=torch.nan)
 
-    def image_by_image(self, pixels: Tensor) -> Iterator[Tensor]:
-        """Pictures on the grid in groups of one size: each cut to what its image covers, where images differ in that."""
-        if self.places is None or len(self.places) == 1:
-            yield pixels
-            return
-        for (rows, columns), picture in zip(self._covered(), pixels):
-            yield picture[None, :, :rows, :columns]
+    def stretch(self, pixels: Tensor, size: Size) -> Tensor:
+        """Draw pictures on the grid as pixels of the image: each gets what the patch under its centre has.
+
+        Images that have grids of their own are stretched each by its own.
+
+        Args:
+            pixels: (images, heads, rows, columns).
+            size: (height, width) of the whole image.
+
+        Returns:
+            (images, heads, height, width); NaN where no patch lies.
+        """
+        if self.places is None or len(self.places) < 2:
+            return self._stretch(pixels, size)
+        return torch.stack([replace(self, grid_size=grid)._stretch(own, size) for grid, own in zip(self._covered(), pixels)])
+
+    def _stretch(self, pixels: Tensor, size: Size) -> Tensor:
+        centres = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in size)
+        rows, columns = (self._cells_at(each, axis).to(pixels.device) for axis, each in enumerate(centres))
+        inside = (rows >= 0)[:, None] & (columns >= 0)
+        return pixels[..., rows.clamp(min=0)[:, None], columns.clamp(min=0)].masked_fill(~inside, torch.nan)
 
     def choices(self) -> str:
         """A sentence that lists the queries there are."""
@@ -176,12 +191,21 @@ class Tokens:
         return [(int((places // columns).max()) + 1, int((places % columns).max()) + 1) for places in shown]
 
     def _patch_at(self, point: tuple[float, float]) -> Size:
-        if any(fraction > reach for fraction, reach in zip(point, self.extent)):
+        row, column = (int(self._cells_at(torch.tensor([p], dtype=torch.float64), axis)) for axis, p in enumerate(point))
+        if row < 0 or column < 0:
             raise TokenError(
-                f"the point {point} lies where no patch does: patches end at {tuple(round(reach, 3) for reach in self.extent)} "
+                f"the point {point} lies where no patch does: patches end at {tuple(round(reach, 3) for reach in self.seen)} "
                 f"of the image, and the rest, which fills none, is left out. {self.choices()}"
             )
-        return _patch_at(tuple(fraction / reach for fraction, reach in zip(point, self.extent)), self.grid_size)
+        return row, column
+
+    def _cells_at(self, fractions: Tensor, axis: int) -> Tensor:
+        """The row (axis 0) or column (axis 1) under fractions of the height or width of the image; -1 where none is."""
+        n, seen = self.grid_size[axis], self.seen[axis]
+        # pixels are rarely exact as fractions of an image: one in a million of a cell is no other cell
+        cells = (fractions / self.extent[axis] * n + 1e-6).floor().long().clamp(max=n - 1)
+        # the border of the image belongs to the last patch, that of a rest to the rest
+        return cells.masked_fill((fractions > seen - 1e-6 / n) & (seen < 1), -1)
 
     def _index_by_image(self, query: Query) -> int | Tensor:
         """The number of a token, image by image where a point lies on another patch in each: (images, 1, 1)."""
@@ -189,7 +213,7 @@ class Tokens:
         # the same point lies on another patch where images have grids of their own
         if len(self.patches) == 1 or not _is_point(query):
             return index
-        found = [_patch_at(query, size) for size in self._covered()]  # type: ignore[arg-type]  # is a point
+        found = [replace(self, grid_size=size)._patch_at(query) for size in self._covered()]  # type: ignore[arg-type]
         columns = self.grid_size[1]
         return torch.tensor([self.num_prefix_tokens + row * columns + column for row, column in found])[:, None, None]
 
@@ -197,10 +221,3 @@ class Tokens:
 def _is_point(query: Query) -> bool:
     """Whether a query is a point of the image and not the (row, col) of a patch."""
     return isinstance(query, tuple) and not all(isinstance(i, Integral) for i in query)
-
-
-def _patch_at(point: Sequence[float], grid_size: Size) -> Size:
-    """The patch (row, col) under a point of a grid in fractions of its height and width."""
-    # the lower right border belongs to the last patch
-    row, column = (min(int(fraction * n), n - 1) for fraction, n in zip(point, grid_size))
-    return row, column

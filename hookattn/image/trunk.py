@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .sizes import pair, size_after
+from .sizes import STRIDING, pair, size_after
 from .snapshot import ModuleSnapshot, read_settings
 from .tokens import Size
 
@@ -77,7 +77,8 @@ class Cut(NamedTuple):
     Attributes:
         trunk: the part of the model.
         prefix: names of the tokens it puts before its patches.
-        patch_size: (height, width) in pixels of a patch; None where it does not say.
+        patch_size: (height, width) in pixels from one patch to the next; None where it is not known.
+        stem: the layer that makes these steps, where one layer does.
         holders: the modules that tell.
         embed: what embeds patches, with its numbers of that time; None where nothing is named so.
         settings: names and values of what all this follows from.
@@ -86,6 +87,7 @@ class Cut(NamedTuple):
     trunk: nn.Module
     prefix: tuple[str, ...]
     patch_size: Size | None
+    stem: nn.Module | None
     holders: list[nn.Module]
     embed: Any
     settings: list[Any]
@@ -100,7 +102,17 @@ def cut_of(trunk: nn.Module, before: Cut | None = None) -> Cut:
         return before
     embed = next(iter(_children(trunk, _EMBEDDINGS).values()), None)
     snapshot = None if embed is None else ModuleSnapshot(embed, read_settings(embed))
-    return Cut(trunk, _prefix_names(holders), _patch_size(holders), holders, snapshot, settings)
+    stem = _find_stride(trunk)
+    # windows of an overlapping stem are larger than the steps they go in, which are what a patch has to itself
+    patch_size = _patch_size(holders) if stem is None else pair(stem.stride)
+    return Cut(trunk, _prefix_names(holders), patch_size, stem, holders, snapshot, settings)
+
+
+def _find_stride(trunk: nn.Module) -> Any:
+    """The one convolution of a stem that skips pixels; None where there are several, one after or beside the other, or none."""
+    stem = stem_of(trunk)
+    convolutions = [] if stem is None else [m for m in stem.modules() if isinstance(m, STRIDING) and set(pair(m.stride)) != {1}]
+    return convolutions[0] if len(convolutions) == 1 else None
 
 
 def _prefix_names(holders: list[nn.Module]) -> tuple[str, ...]:
@@ -126,6 +138,16 @@ def _patch_size(holders: list[nn.Module]) -> Size | None:
     """(height, width) in pixels of the patches a model cuts its image into; None where it does not say."""
     sizes = (pair(size) for m in holders if isinstance(size := getattr(m, "patch_size", None), (int, tuple, list)))
     return next(((int(size[0]), int(size[1])) for size in sizes if len(size) == 2), None)
+
+
+def stem_grid(cut: Cut, image_size: Size) -> Size | None:
+    """(rows, columns) of patches that the first layer makes of an image; None where it is not one layer that does."""
+    if cut.stem is None:
+        return None
+    # padding before that layer is told by a patch embedding alone
+    told = getattr(cut.embed, "dynamic_feat_size", None)
+    rows, columns = size_after(image_size, cut.stem) if told is None else told(image_size)
+    return int(rows), int(columns)
 
 
 def grid_size(cut: Cut, image_size: Size | None, patches: int, *, exactly: bool = False) -> Size | None:

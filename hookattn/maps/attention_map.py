@@ -188,9 +188,10 @@ class AttentionMap(LazyArray):
                 grid of the queries, (y, x) for the patch under a point, in fractions of the image (0.0 to 1.0), or the
                 number of a token.
             heads: "mean" over heads, one head by its number, or None for all of them.
-            size: (height, width) or one number for both, in pixels, to resize to (bilinear); None for the grid of the keys.
-                Images that came as patches, each with a grid of its own, are resized one by one; without a size they lie in
-                the upper left corner of a common grid.
+            size: (height, width) of the whole image in pixels, or one number for both, to draw patches on: a pixel gets what
+                the patch under its centre has, and NaN where the model saw nothing, as in a rest that fills no patch; None for
+                the grid of the keys. Images that came as patches, each with a grid of its own, are drawn one by one; without
+                a size they lie in the upper left corner of a common grid.
 
         Returns:
             (images, height, width), or (images, heads, height, width) for heads=None.

@@ -19,8 +19,7 @@ def draw_rows(
     picked = _pick_heads(heads, m.shape[1])
     pixels = keys.lay_out(mean_of_rows(m, picked, _select(queries, keys, query)))
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in keys.image_by_image(pixels)])
+        pixels = keys.stretch(pixels, (size, size) if isinstance(size, int) else size)
     return pixels if heads is None else pixels.mean(1)
 
 

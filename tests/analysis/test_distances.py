@@ -49,14 +49,16 @@ def test_distances_are_between_centres_of_patches(keep: Any, prefix: int, size: 
     torch.testing.assert_close(mean_attention_distance(m), distances(m, tokens, tokens), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("grid", [(2, 4), (3, 5), (1, 2)])
-def test_cells_are_patches_where_a_grid_is_of_patches_and_else_parts_of_the_image(grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("grid", "cell"), [((2, 6), (16, 16)), ((3, 7), (16, 16)), ((1, 3), (32, 32)), ((2, 5), (47 / 2, 111 / 5))], ids=str
+)
+@pytest.mark.parametrize("told", [True, False], ids=["steps", "patch_size"])
+def test_cells_are_patches_or_whole_numbers_of_them_and_else_parts_of_the_image(grid: Any, cell: Any, told: bool) -> None:
     model = nn.Module()
-    model.patch_embed = nn.Conv2d(3, 8, 16, 16)
-    assert Geometry(model, "patch_embed", (1, 47, 79)).cell_size(grid) == (47 / grid[0], 79 / grid[1])
+    model.patch_embed = nn.Conv2d(3, 8, 16, 16) if told else nn.Flatten()
     model.patch_embed.patch_size = 16
-    cell = Geometry(model, "patch_embed", (1, 47, 79)).cell_size(grid)  # 2 x 4 and a rest, or 3 x 5 and padding
-    assert cell == ((47, 39.5) if grid == (1, 2) else (16, 16))
+    # 2 x 6 patches and a rest, 3 x 7 and padding, two patches in one, or no number of patches
+    assert Geometry(model, "patch_embed", (1, 47, 111)).cell_size(grid) == cell
 
 
 @pytest.mark.parametrize("block", [0, 1], ids=["plain", "shifted"])
