@@ -37,7 +37,7 @@ def find_cells(image_size: Size, grid_size: Size, patch_size: Size | None, stem_
             return Cells(size, _cover(grid_size, size, reach))
     if patch_size and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, image_size, patch_size)):
         return Cells(patch_size, _cover(grid_size, patch_size, image_size))
-    if stem_grid is None and (image_size[0] % rows or image_size[1] % columns):
+    if stem_grid is None and (patch_size or image_size[0] % rows or image_size[1] % columns):
         first = patch_size or (1, 1)
         for steps in _powers((image_size[0] / first[0], image_size[1] / first[1]), grid_size):
             size = first[0] * steps, first[1] * steps
