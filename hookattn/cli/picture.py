@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import TokenError
+from ..image.photo import Photo
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
 from ..recording.recorder import AttentionRecorder
 from .output import console
 
 
-def save_picture(image: np.typing.ArrayLike, rec: AttentionRecorder, query: Query | None, out: Path, title: str) -> None:
+def save_picture(
+    image: np.typing.ArrayLike | Photo, rec: AttentionRecorder, query: Query | None, out: Path, title: str
+) -> None:
     from ..figures.plot import overview
 
     # with no map to draw, the last one is tried all the same: its error says why

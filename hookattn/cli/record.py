@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, Any, Union, cast
 
-import timm
 import torch
 import typer
-from PIL import Image
+from torch import nn
 
 from ..errors import HookattnError
+from ..image.photo import Photo
 from ..image.tokens import Query
 from ..recording.recorder import AttentionRecorder
-from .models import DEFAULT_MODEL, load_model, size_options
-from .output import answering_errors, console, name_shapes
+from .models import DEFAULT_MODEL, load_model, read_size
+from .output import answering_errors, console, join_sizes, name_shapes
 from .picture import save_picture
 
 
@@ -30,36 +30,47 @@ def record(
     query: Annotated[
         Union[str, None],
         typer.Option(
-            help="cls, mean, row and column of a patch as 3,7, a point as 0.4,0.6 of height and width, or a token's number."
+            help="cls, mean, row and column of a patch as 3,7, a point of the photo as 0.4,0.6 of its height and width, or a "
+            "token's number."
         ),
     ] = None,
-    img_size: Annotated[Union[int, None], typer.Option(help="Resize to this many pixels instead of the model's own.")] = None,
+    img_size: Annotated[
+        Union[str, None],
+        typer.Option(metavar="H,W", help="This many pixels instead of the model's own; or one number."),
+    ] = None,
+    crop: Annotated[
+        Union[str, None],
+        typer.Option(metavar="none|center", help="Show the whole photo or its middle; whole if the model takes any size."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the picture goes.")] = Path("attention.png"),
 ) -> None:
     """Record any timm model on any photo and draw what a token attends to."""
     with answering_errors():
         asked = None if query is None else _query(query)
         with console.status(f"loading {model}"):
-            vit = load_model(model, checkpoint, img_size)
-        config = timm.data.resolve_data_config(size_options(img_size), model=vit)
-        x = timm.data.create_transform(**config, is_training=False)(_open(photo)).unsqueeze(0)
+            size = read_size(img_size)
+            vit = load_model(model, checkpoint, size, whole=crop != "center")
+        shown = Photo.open(photo, vit, size=size, crop=cast(Any, crop))
+        console.print(f"{photo.name}, {join_sizes(shown.size)}: {'; '.join(shown.steps) or 'as it is'} (crop {shown.crop})")
         with console.status("running"), AttentionRecorder(vit, _layers(layers)) as rec, torch.no_grad():
-            vit(x)
+            _run(vit, shown)
         with console.status("putting every map back into its module"):
             moved = rec.verify()
-        console.print(f"{photo.name} at {x.shape[-2]} x {x.shape[-1]}: {len(rec.maps)} maps of {model}, {name_shapes(rec)}")
+        console.print(f"{photo.name} at {join_sizes(shown.input_size)}: {len(rec.maps)} maps of {model}, {name_shapes(rec)}")
         console.print(f"put back into their modules, they move the output by {moved:.1e} at most")
-        from ..figures.plot import shown_image  # matplotlib is an extra of its own, and takes long to import
-
         with console.status("drawing"):
-            save_picture(shown_image(x[0], config["mean"], config["std"]), rec, asked, out, f"{photo.name}, {model}")
+            save_picture(shown, rec, asked, out, f"{photo.name}, {model}")
 
 
-def _open(photo: Path) -> Image.Image:
+def _run(model: nn.Module, photo: Photo) -> None:
     try:
-        return Image.open(photo).convert("RGB")
-    except OSError as error:
-        raise HookattnError(f"{photo} is no image that can be read ({error}).") from error
+        model(photo.tensor[None])
+    except (AssertionError, RuntimeError) as error:
+        if photo.crop == "center" or isinstance(error, HookattnError):
+            raise
+        # not all models say which sizes they take
+        size = join_sizes(photo.input_size)
+        raise HookattnError(f"this {type(model).__name__} takes no images of {size} ({error}). Try --crop center.") from error
 
 
 def _query(text: str) -> Query:
