@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .tokens import Size
+
+Sides = tuple[float, float]
 
 
 class Cells(NamedTuple):
@@ -16,8 +18,8 @@ class Cells(NamedTuple):
         seen: (height, width) in pixels of what the grid sees of the image; the rest fills no cell.
     """
 
-    size: tuple[float, float]
-    seen: tuple[float, float]
+    size: Sides
+    seen: Sides
 
 
 def find_cells(image_size: Size, grid_size: Size, patch_size: Size | None, stem_grid: Size | None) -> Cells:
@@ -31,27 +33,39 @@ def find_cells(image_size: Size, grid_size: Size, patch_size: Size | None, stem_
     """
     rows, columns = grid_size
     if patch_size and stem_grid:
-        reach = _cover(stem_grid, patch_size, image_size)
-        for steps in _powers(stem_grid, grid_size):
-            size = patch_size[0] * steps, patch_size[1] * steps
-            return Cells(size, _cover(grid_size, size, reach))
+        patches = Cells(patch_size, _cover(stem_grid, patch_size, image_size))
+        if (found := coarsen(patches, stem_grid, grid_size)) is not None:
+            return found
     if patch_size and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, image_size, patch_size)):
         return Cells(patch_size, _cover(grid_size, patch_size, image_size))
-    if stem_grid is None and (patch_size or image_size[0] % rows or image_size[1] % columns):
-        first = patch_size or (1, 1)
-        for steps in _powers((image_size[0] / first[0], image_size[1] / first[1]), grid_size):
-            size = first[0] * steps, first[1] * steps
-            return Cells(size, _cover(grid_size, size, image_size))
+    if patch_size or image_size[0] % rows or image_size[1] % columns:
+        height, width = patch_size or (1, 1)
+        count = image_size[0] / height, image_size[1] / width
+        if (found := coarsen(Cells((height, width), image_size), count, grid_size)) is not None:
+            return found
     return Cells((image_size[0] / rows, image_size[1] / columns), image_size)
 
 
-def _powers(before: tuple[float, float], after: Size) -> Iterator[int]:
-    """Powers of two that divide the sides of one grid to those of another: rounded up, as most do, then down."""
-    powers = [2**i for i in range(1 + int(max(before)).bit_length())]
-    yield from (p for p in powers if all(-(-b // p) == a for a, b in zip(after, before)))
-    yield from (p for p in powers if all(b // p == a for a, b in zip(after, before)))
+def coarsen(cells: Cells, before: Sides, after: Size, steps: Iterable[int] | None = None) -> Cells | None:
+    """The cells of a grid that is coarser by a whole number, or by a power of two; None if there is no such number.
+
+    Args:
+        cells: those of the finer grid.
+        before: (rows, columns) of it.
+        after: (rows, columns) of the coarser grid.
+        steps: the numbers there may be; None for powers of two.
+    """
+    numbers = [2**i for i in range(1 + int(max(before)).bit_length())] if steps is None else list(steps)
+    # of one or two cells two numbers may be true; most layers pad, which rounds up
+    up = (s for s in numbers if all(-(-b // s) == a for a, b in zip(after, before)))
+    down = (s for s in numbers if all(b // s == a for a, b in zip(after, before)))
+    step = next(up, None) or next(down, None)
+    if step is None:
+        return None
+    size = cells.size[0] * step, cells.size[1] * step
+    return Cells(size, _cover(after, size, cells.seen))
 
 
-def _cover(grid_size: Size, size: Size, reach: tuple[float, float]) -> tuple[float, float]:
+def _cover(grid_size: Size, size: Sides, reach: Sides) -> Sides:
     """(height, width) of what cells cover of what can be seen at all."""
     return min(grid_size[0] * size[0], reach[0]), min(grid_size[1] * size[1], reach[1])

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError, TokenError
-from .cells import Cells, find_cells
+from .cells import Cells, coarsen, find_cells
 from .images import Images, Patches
+from .sizes import STRIDING, pair
 from .tokens import Size, Tokens
 from .trunk import Cut, cut_of, grid_size, path_to, sees_patches, stem_grid, trunk_of
 from .windows import whole_grid
@@ -93,14 +94,18 @@ class Geometry(NamedTuple):
         cut = self._cut
         return find_cells(image_size, grid_size, cut.patch_size, stem_grid(cut, image_size))
 
-    def measured(self, tokens: Tokens) -> Tokens:
-        """Tokens with how much of the image their grid covers and sees, where that is known."""
+    def measured(self, queries: Tokens, keys: Tokens) -> tuple[Tokens, Tokens]:
+        """Queries and keys with how much of the image their grids cover and see, where that is known."""
         size = self.image_size
-        if size is None or not all(tokens.grid_size) or not all(size):
-            return tokens
-        cells = self._find_cells(size, tokens.grid_size)
-        height, width = (n * side / all_of_it for n, side, all_of_it in zip(tokens.grid_size, cells.size, size))
-        return replace(tokens, extent=(height, width), seen=(cells.seen[0] / size[0], cells.seen[1] / size[1]))
+        if size is None or not all(size):
+            return queries, keys
+        cells = {each.grid_size: self._find_cells(size, each.grid_size) for each in (queries, keys) if all(each.grid_size)}
+        if len(cells) == 2:  # what the attention itself tells of how it makes one of the other says more than sizes
+            strides = sorted({pair(m.stride)[0] for m in self.module.modules() if isinstance(m, STRIDING)})
+            found = coarsen(cells[queries.grid_size], queries.grid_size, keys.grid_size, strides)
+            cells[keys.grid_size] = found or cells[keys.grid_size]
+        measured = _measure(queries, cells, size)
+        return measured, measured if keys is queries else _measure(keys, cells, size)
 
     def path(self) -> Iterator[nn.Module]:
         """The module and all that hold it, outwards to the model."""
@@ -171,6 +176,13 @@ class Geometry(NamedTuple):
             f"({type(cut.trunk).__name__}); tokens may have been dropped or merged, pooled or cut into windows. Slice the map "
             "itself, m[...]."
         )
+
+
+def _measure(tokens: Tokens, cells: dict[Size, Cells], size: Size) -> Tokens:
+    if (found := cells.get(tokens.grid_size)) is None:
+        return tokens
+    height, width = (n * side / all_of_it for n, side, all_of_it in zip(tokens.grid_size, found.size, size))
+    return replace(tokens, extent=(height, width), seen=(found.seen[0] / size[0], found.seen[1] / size[1]))
 
 
 def measure_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentSizes:

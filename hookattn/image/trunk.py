@@ -56,10 +56,15 @@ def find_trunks(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def stem_of(trunk: nn.Module) -> nn.Module | None:
-    """The module the image goes into first: `patch_embed`, else the first 2-d convolution of the stem."""
+    """The module the image goes into first: `patch_embed`, else the first 2-d convolution, or what pads for it."""
     name = _stem_attribute(trunk)
     stem: nn.Module = trunk if name is None else getattr(trunk, name)
-    return stem if name in _EMBEDDINGS else next((m for m in stem.modules() if isinstance(m, nn.Conv2d)), None)
+    if name in _EMBEDDINGS:
+        return stem
+    inside = list(stem.modules())
+    # what pads images for its convolution is given them as they are
+    padding = (m for m in inside if name is not None and hasattr(m, "maybe_pad"))
+    return next(padding, next((m for m in inside if isinstance(m, nn.Conv2d)), None))
 
 
 def stems_of(trunks: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
@@ -144,7 +149,9 @@ def stem_grid(cut: Cut, image_size: Size) -> Size | None:
     """(rows, columns) of patches that the first layer makes of an image; None where it is not one layer that does."""
     if cut.stem is None:
         return None
-    # padding before that layer is told by a patch embedding alone
+    if hasattr(stem_of(cut.trunk), "maybe_pad"):  # of transformers: up to whole patches
+        height, width = pair(cut.stem.stride)
+        return -(-image_size[0] // height), -(-image_size[1] // width)
     told = getattr(cut.embed, "dynamic_feat_size", None)
     rows, columns = size_after(image_size, cut.stem) if told is None else told(image_size)
     return int(rows), int(columns)

@@ -136,8 +136,7 @@ def find_tokens(geometry: Geometry | Places, shape: Shape) -> tuple[Tokens, Toke
             f"{geometry.name!r} has {shape[2]} queries and {shape[3]} keys, not the {len(queries)} and {len(keys)} that its "
             "image makes; slice the map itself, m[...]."
         )
-    measured = geometry.measured(keys)
-    return measured if queries is keys else geometry.measured(queries), measured
+    return geometry.measured(queries, keys)
 
 
 def name_axes(geometry: Geometry | Places, shape: Shape) -> tuple[str, str, str, str]:
