@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
@@ -53,14 +55,16 @@ def import_pillow() -> Any:
     return Image
 
 
-def _open(path: str | PathLike[str]) -> Any:
+def _open(path: Any) -> Any:
     pil = import_pillow()
+    if not isinstance(path, (str, PathLike)):
+        raise HookattnError(f"a photo is a path, an image of PIL, an array or a tensor, not {type(path).__name__}.")
     try:
-        image = pil.open(path)
+        # read at once: PIL keeps a file open where it fails, and where there are more frames
+        image = pil.open(BytesIO(Path(path).read_bytes()))
         image.load()
     except (OSError, ValueError, SyntaxError, TypeError, AttributeError, pil.DecompressionBombError) as error:
-        name = fspath(path) if isinstance(path, (str, PathLike)) else repr(path)
-        raise HookattnError(f"{name} is no image that can be read ({error}).") from error
+        raise HookattnError(f"{fspath(path)} is no image that can be read ({error}).") from error
     return image
 
 

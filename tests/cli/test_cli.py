@@ -46,7 +46,8 @@ def test_record_reads_any_model_from_a_file_of_weights(tmp_path: Path, photo: Pa
     out = tmp_path / "out.png"
     result = run("record", photo, "--model", "test_vit", "--checkpoint", weights, "-o", out)
     assert result.exit_code == 0, result.output
-    assert "6 maps of test_vit, 1 x 2 x 101 x 101" in result.output
+    assert "photo.png, 120 x 90: resized to 192 x 144 (crop none)" in result.output
+    assert "photo.png at 192 x 144: 6 maps of test_vit, 1 x 2 x 109 x 109" in result.output
     assert is_a_picture(out)
 
 
@@ -55,7 +56,7 @@ def test_record_draws_the_layers_and_the_query_that_were_asked_for(tmp_path: Pat
     weights = tmp_path / "weights.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), str(weights))
     out = tmp_path / "out.png"
-    asked = ("--layers", "blocks.[01].attn,-1", "--query", query, "--img-size", "96")
+    asked = ("--layers", "blocks.[01].attn,-1", "--query", query, "--img-size", "96", "--crop", "center")
     result = run("record", photo, "-m", "test_vit", "-c", weights, *asked, "-o", out)
     assert result.exit_code == 0, result.output
     assert "at 96 x 96: 3 maps of test_vit, 1 x 2 x 37 x 37" in result.output
@@ -63,8 +64,42 @@ def test_record_draws_the_layers_and_the_query_that_were_asked_for(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("args", "answers"),
+    [
+        ((), ["turned upright (EXIF orientation 6); resized to 144 x 192 (crop none)", "at 144 x 192", "1 x 2 x 109 x 109"]),
+        (("--crop", "center"), ["resized to 168 x 224; its middle of 160 x 160 shown", "(crop center)", "1 x 2 x 101 x 101"]),
+        (("--img-size", "64,96"), ["resized to 64 x 96; widened by 12% (crop none)", "at 64 x 96", "1 x 2 x 25 x 25"]),
+    ],
+)
+def test_record_shows_the_whole_photo_or_says_what_it_cuts_off(
+    tmp_path: Path, args: tuple[str, ...], answers: list[str]
+) -> None:
+    weights, photo = tmp_path / "weights.safetensors", tmp_path / "turned.jpg"
+    save_file(timm.create_model("test_vit").state_dict(), str(weights))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(demo.draw(3, 120).image[:, :90]).save(photo, exif=exif)
+    result = run("record", photo, "-m", "test_vit", "-c", weights, "--layers", "-1", *args, "-o", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    assert all(answer in result.output for answer in answers), result.output
+    assert is_a_picture(tmp_path / "out.png")
+
+
+def test_record_says_what_a_model_does_not_take(tmp_path: Path, photo: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_model(timm.create_model("levit_128s", num_classes=0), str(weights))
+    given = ("record", photo, "-m", "levit_128s", "-c", weights, "-o", tmp_path / "out.png")
+    assert "takes no images of 256 x 192" in run(*given, "--crop", "none").output
+    assert "did not see the point (0.05, 0.5) of the photo" in run(*given, "--crop", "center", "--query", "0.05,0.5").output
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
     ("args", "answer"),
     [
+        (("-m", "test_vit", "--img-size", "0"), "--img-size '0' is no size"),
+        (("-m", "test_vit", "--img-size", "2,3,4"), "--img-size '2,3,4' is no size: a number of pixels such as 224"),
+        (("-m", "test_vit", "--crop", "left"), "crop='left' is no choice"),
         (("-m", "test_vitt"), "timm has no model 'test_vitt'. Did you mean test_vit"),
         (("-m", "test_vit", "-q", "x"), "No such option"),
         (("-m", "test_vit", "--query", "clss"), "there is no 'clss' token. There is: query='cls'"),
@@ -151,7 +186,7 @@ def test_a_scene_is_the_same_whenever_it_is_drawn() -> None:
 @pytest.mark.parametrize(
     ("model", "layers", "answer"),
     [
-        ("test_vit3", "blocks.0.*,attn_pool", "2 maps of test_vit3, 1 x 3 x 101 x 101, 1 x 3 x 1 x 101"),
+        ("test_vit3", "blocks.0.*,attn_pool", "2 maps of test_vit3, 1 x 3 x 109 x 109, 1 x 3 x 1 x 109"),
         (
             "xcit_nano_12_p16_224",
             "blocks.0.attn,cls_attn_blocks.*",

@@ -11,6 +11,7 @@ from support.inside import rollout_image
 
 from hookattn import AttentionRecorder, TokenError
 from hookattn.figures.plot import overview
+from hookattn.image import Photo
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,26 @@ def test_a_patch_that_is_another_place_in_each_layer_is_refused(swin: Any, query
     with pytest.raises(TokenError, match=r"grids of 16 x 16, 8 x 8 patches.*query=\(0\.4, 0\.6\)"):
         overview(torch.rand(64, 64, 3).numpy(), swin[:], query)
     assert len(overview(torch.rand(64, 64, 3).numpy(), swin[:2], query).axes) == 2 + 2 * 3
+
+
+def test_a_photo_is_drawn_whole_and_pale_where_the_model_saw_nothing(swin: Any) -> None:
+    config = {"input_size": (3, 64, 64), "crop_pct": 1.0}
+    photo = Photo.open(torch.rand(3, 50, 100), config)
+    figure = overview(photo, swin[:], (0.3, 0.7))
+    whole, mean, *panels = [axes.images[0].get_array() for axes in figure.axes]
+    assert whole.shape == mean.shape == (50, 100, 3)
+    for drawn in (whole, mean):
+        assert (drawn[:, :25] > 0.74).all()
+        assert (drawn[:, 75:] > 0.74).all()
+    torch.testing.assert_close(torch.from_numpy(whole[:, 25:75]), photo.pixels[:, 25:75].double() / 255)
+    assert all(panel.shape == (16, 33) for panel in panels)
+    expected = swin[1].image((0.3, (0.7 - 0.25) / 0.5), heads=0, size=64)[:1]
+    drawn = torch.tensor(panels[4])
+    torch.testing.assert_close(drawn, photo.place(expected, (16, 33))[0], equal_nan=True)
+    assert drawn[:, :8].isnan().all()
+    assert not drawn[:, 9:24].isnan().any()
+    with pytest.raises(TokenError, match="did not see the point"):
+        overview(photo, swin[:], (0.3, 0.1))
 
 
 def test_no_maps_are_no_picture() -> None:
