@@ -22,7 +22,9 @@ class Cells(NamedTuple):
     seen: Sides
 
 
-def find_cells(image_size: Size, grid_size: Size, patch_size: Size | None, stem_grid: Size | None) -> Cells:
+def find_cells(
+    image_size: Size, grid_size: Size, patch_size: Size | None, stem_grid: Size | None, told: Iterable[int] = ()
+) -> Cells:
     """The cells of a grid that a model made of an image in steps that divide it, each rounded up or down.
 
     Args:
@@ -30,18 +32,20 @@ def find_cells(image_size: Size, grid_size: Size, patch_size: Size | None, stem_
         grid_size: (rows, columns) of the grid.
         patch_size: (height, width) in pixels of the first step; None where it is not known.
         stem_grid: (rows, columns) after it; None where it is not known.
+        told: heights of cells that the model has by its own word, which are looked at first.
     """
     rows, columns = grid_size
     if patch_size and stem_grid:
         patches = Cells(patch_size, _cover(stem_grid, patch_size, image_size))
-        if (found := coarsen(patches, stem_grid, grid_size)) is not None:
+        steps = [height // patch_size[0] for height in told if height >= patch_size[0]]
+        if found := coarsen(patches, stem_grid, grid_size, steps) or coarsen(patches, stem_grid, grid_size):
             return found
     if patch_size and all(n in (s // p, -(-s // p)) for n, s, p in zip(grid_size, image_size, patch_size)):
         return Cells(patch_size, _cover(grid_size, patch_size, image_size))
     if patch_size or image_size[0] % rows or image_size[1] % columns:
         height, width = patch_size or (1, 1)
         count = image_size[0] / height, image_size[1] / width
-        if (found := coarsen(Cells((height, width), image_size), count, grid_size)) is not None:
+        if found := coarsen(Cells((height, width), image_size), count, grid_size):
             return found
     return Cells((image_size[0] / rows, image_size[1] / columns), image_size)
 

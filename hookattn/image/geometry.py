@@ -16,7 +16,7 @@ from .cells import Cells, coarsen, find_cells
 from .images import Images, Patches
 from .sizes import STRIDING, pair
 from .tokens import Size, Tokens
-from .trunk import Cut, cut_of, grid_size, path_to, sees_patches, stem_grid, trunk_of
+from .trunk import Cut, cut_of, grid_size, path_to, reductions_of, sees_patches, stem_grid, trunk_of
 from .windows import whole_grid
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
@@ -92,7 +92,7 @@ class Geometry(NamedTuple):
 
     def _find_cells(self, image_size: Size, grid_size: Size) -> Cells:
         cut = self._cut
-        return find_cells(image_size, grid_size, cut.patch_size, stem_grid(cut, image_size))
+        return find_cells(image_size, grid_size, cut.patch_size, stem_grid(cut, image_size), reductions_of(cut.trunk))
 
     def measured(self, queries: Tokens, keys: Tokens) -> tuple[Tokens, Tokens]:
         """Queries and keys with how much of the image their grids cover and see, where that is known."""

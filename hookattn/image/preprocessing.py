@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import TokenError
 from .pixels import import_pillow
 from .tokens import Size
+from .trunk import reductions_of
 
 Crop = Literal["none", "center"]
 _MOST_PIXELS = 2**27  # of a photo that is resized before it is cut
@@ -64,7 +65,7 @@ def preprocessing_of(model: nn.Module | Mapping[str, Any]) -> Preprocessing:
     if isinstance(own, tuple):  # the model was made for another size than its weights
         told = told._replace(input_size=(told.input_size[0], *own))
     any_size = not (holder.pretrained_cfg.get("fixed_input_size", False) if strict is None else strict)
-    return told._replace(multiple=_reduction(holder), any_size=any_size, strict=bool(strict))
+    return told._replace(multiple=max(reductions_of(holder), default=1), any_size=any_size, strict=bool(strict))
 
 
 def _from_config(config: Mapping[str, Any]) -> Preprocessing:
@@ -77,13 +78,6 @@ def _from_config(config: Mapping[str, Any]) -> Preprocessing:
             f"{len(found.std)}; make the model's input yourself."
         )
     return found
-
-
-def _reduction(model: Any) -> int:
-    """By how much a model of timm shrinks its images in all."""
-    info = getattr(model, "feature_info", None) or []
-    layers = list(getattr(info, "info", info))
-    return int(layers[-1].get("reduction", 1)) if layers else 1
 
 
 class Plan(NamedTuple):

@@ -157,6 +157,13 @@ def stem_grid(cut: Cut, image_size: Size) -> Size | None:
     return int(rows), int(columns)
 
 
+def reductions_of(model: Any) -> list[int]:
+    """By how much a model of timm says that its stages shrink images; nothing of others."""
+    info = getattr(model, "feature_info", None) or []
+    layers = getattr(info, "info", info)
+    return [int(layer["reduction"]) for layer in layers if isinstance(layer, dict) and layer.get("reduction")]
+
+
 def grid_size(cut: Cut, image_size: Size | None, patches: int, *, exactly: bool = False) -> Size | None:
     """(rows, columns) of so many patches; None if they are no grid over the image.
 

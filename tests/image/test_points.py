@@ -37,7 +37,7 @@ def timms(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: build(name, **options)
 
 
-HF_SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": (26, 39)}
+HF_SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": (30, 39)}
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], Any]] = {
     "vit": (timms("vit_tiny_patch16_224", **VIT, img_size=SIZE), SIZE, ["blocks.0.attn"]),
     "vit, patches that are not square": (
@@ -51,17 +51,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], Any]] = {
         ["blocks.0.attn"],
     ),
     "swin": (
-        timms("swin_tiny_patch4_window7_224", **SWIN, img_size=SIZE),
-        SIZE,
+        timms("swin_tiny_patch4_window7_224", **SWIN, img_size=(61, 87)),
+        (61, 87),  # 15 x 21 patches and a rest, which the next stage pads
         ["layers.0.blocks.1.attn", "layers.1.blocks.0.attn"],
     ),
     "pvt": (timms("pvt_v2_b0", **SHRUNK), SIZE, [f"stages.{i}.blocks.0.attn" for i in range(4)]),
-    "pvt, tiny": (timms("pvt_v2_b0", **SHRUNK), (65, 37), [f"stages.{i}.blocks.0.attn" for i in range(4)]),
     "mvit": (timms("mvitv2_tiny"), (33, 45), ["stages.1.blocks.1.attn"]),
     "twins": (timms("twins_svt_small", **SVT), SIZE, ["blocks.0.0.attn", "blocks.1.0.attn", "blocks.2.0.attn"]),
     "hiera": (timms("hiera_tiny_224", **HIERA), (64, 96), ["blocks.0.attn", "blocks.2.attn"]),
     "levit": (timms("levit_128s", img_size=64), (64, 64), ["stages.0.blocks.0.attn"]),
-    "swin of transformers": (lambda: hugging_face("Swin", **HF_SWIN), (26, 39), None),
+    "swin of transformers": (lambda: hugging_face("Swin", **HF_SWIN), (30, 39), None),
 }
 
 
@@ -144,6 +143,19 @@ def place_at(tokens: Tokens, point: Any) -> tuple[int, int] | None:
         return divmod(tokens.index(point) - tokens.num_prefix_tokens, tokens.grid_size[1])
     except TokenError:
         return None
+
+
+@pytest.mark.parametrize("size", [(33, 33), (57, 83), (64, 96), (129, 65)])
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "twins_svt_small"])
+def test_cells_are_as_large_as_the_model_says_its_stages_shrink_images(name: str, size: tuple[int, int]) -> None:
+    model = build(name, **(SHRUNK if name == "pvt_v2_b0" else SVT))
+    stages: dict[int, set[tuple[float, ...]]] = {}
+    for m in record(model, torch.randn(1, 3, *size).double()).maps.values():
+        tokens = m.query_tokens
+        cell = tuple(round(e * s / n, 6) for e, s, n in zip(tokens.extent, size, tokens.grid_size))
+        stages.setdefault(int(m.name.split(".")[1]), set()).add(cell)
+    shrinks = [info["reduction"] for info in model.feature_info]  # type: ignore[union-attr]
+    assert stages == {stage: {(shrinks[stage],) * 2} for stage in range(len(stages))}
 
 
 def test_the_pixels_of_a_rest_have_no_patch() -> None:
