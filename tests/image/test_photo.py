@@ -38,6 +38,7 @@ CONFIGS: Iterator[Any] = [
         ("center", 0.875, (32, 32), "bicubic"),
         ("center", 1.0, (32, 32), "bilinear"),
         ("center", 0.9, (30, 47), "bicubic"),
+        ("center", 1.25, (32, 32), "bilinear"),
         ("squash", 0.9, (32, 40), "bilinear"),
         ("squash", 1.0, (33, 33), "bicubic"),
         ("border", 1.0, (32, 45), "bicubic"),

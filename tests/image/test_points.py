@@ -55,7 +55,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], Any]] = {
         (61, 87),  # 15 x 21 patches and a rest, which the next stage pads
         ["layers.0.blocks.1.attn", "layers.1.blocks.0.attn"],
     ),
-    "pvt": (timms("pvt_v2_b0", **SHRUNK), SIZE, [f"stages.{i}.blocks.0.attn" for i in range(4)]),
+    "pvt": (timms("pvt_v2_b0", **SHRUNK), SIZE, ["stages.0.blocks.0.attn", "stages.2.blocks.0.attn"]),
     "mvit": (timms("mvitv2_tiny"), (33, 45), ["stages.1.blocks.1.attn"]),
     "twins": (timms("twins_svt_small", **SVT), SIZE, ["blocks.0.0.attn", "blocks.1.0.attn", "blocks.2.0.attn"]),
     "hiera": (timms("hiera_tiny_224", **HIERA), (64, 96), ["blocks.0.attn", "blocks.2.attn"]),
