@@ -36,7 +36,7 @@ def row_of(scene: demo.Scene) -> list[Picture]:
     }
     lights: dict[str, Tensor | None] = {"scene": None, "last layer, mean of heads": rec.maps[-1].image("cls")[0]}
     lights |= {caption: rows[0, 0, 1:].unflatten(-1, grid) for caption, rows in joint.items()}
-    return [(caption, partial(overlay, image=np.asarray(scene.image), attention=light)) for caption, light in lights.items()]
+    return [(caption, partial(overlay, np.asarray(scene.image), light)) for caption, light in lights.items()]
 
 
 def main() -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import reduce
-from typing import Union
 
 import torch
 from torch import Tensor
 
 from ..maps.attention_map import AttentionMap
-from ..recording.recorder import AttentionRecorder
-
-LayerMaps = Union[AttentionRecorder, Mapping[str, AttentionMap], Iterable[AttentionMap]]
+from .layers import LayerMaps, layers_in
 
 
 def rollout(maps: LayerMaps, *, residual: float = 0.5) -> Tensor:
@@ -105,8 +102,7 @@ def _product(maps: LayerMaps, name: str, residual: float, layer: Callable[[Atten
 def _layers(maps: LayerMaps, name: str) -> list[AttentionMap]:
     """The maps as a list, first layer first, if all have the same tokens as queries and as keys; else a ValueError."""
     # by axes as well as by sizes: windows are square and of one size too, and their product would mean nothing
-    maps = maps.maps if isinstance(maps, AttentionRecorder) else maps
-    layers = list(maps.values() if isinstance(maps, Mapping) else maps)
+    layers = layers_in(maps)
     pieces = next((m for m in layers if m.axes != ("batch", "head", "query", "key")), None)
     choose = f"Choose the layers: AttentionRecorder(model, layers=[...]) or {name}(rec.maps[:12])."
     if pieces is not None:

@@ -32,7 +32,7 @@ def save_picture(
         console.print(f"left out of the picture, query {query!r} is not among theirs: {others}", markup=False)
     drawn = asked
     out.parent.mkdir(parents=True, exist_ok=True)
-    overview(image, drawn, query, title=title).savefig(out)
+    overview(drawn, query, image=image, title=title).savefig(out)
     console.print(f"\nwrote {out}")
 
 

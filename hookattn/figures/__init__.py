@@ -2,5 +2,12 @@
 
 From top to bottom, an import may only point down:
 
-    plot         one picture of a forward, drawn with matplotlib
+    plot         pictures of one map, of its heads, of layers, of a whole forward, and of two beside each other
+    sheet        many panels on one sheet, with what is written around them
+    charts       entropy and distance of heads, by layer and against each other
+    frames       attention over an image, and over one image after another
+    draw         one panel on axes, over the image
+    scales       from what to what colours run
+    panels       the row of a query in one head, on the grid of the image
+    layout       where things stand on a sheet
 """

@@ -1,187 +1,261 @@
-"""Pictures of maps, drawn with matplotlib: `pip install "hookattn[plot]"`."""
+"""Pictures of maps, drawn with matplotlib: `pip install "hookattn[plot]"`.
+
+    artist = plot.attention(m, (0.4, 0.6), head=3, image=photo)     # one map on axes
+    plot.overview(rec, image=photo).savefig("attention.png")        # all layers and heads
+
+Each picture says layer, head and query, marks the patch that asks, and draws patches as patches. Colours are in units of what
+each key would get if the head looked at all alike.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Union
 
 import numpy as np
-import numpy.typing as npt
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from ..analysis.rollouts import rollout
 from ..errors import MissingExtraError, TokenError
-from ..image.photo import Photo
-from ..image.tokens import Query
+from ..image.tokens import Query, Size
 from ..maps.attention_map import AttentionMap
 
 try:
-    from matplotlib import colormaps
     from matplotlib.axes import Axes
+    from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 except ImportError as error:
     raise MissingExtraError('plots need matplotlib: pip install "hookattn[plot]".') from error
 
+from .charts import distances, scatter, statistics
+from .draw import Ground, Image, shown_image
+from .frames import animate, overlay
+from .layout import TEXT, TITLE, wrap, wrap_ragged
+from .panels import Head, Heads, Maps, Panel, maps_in, name_query, read_panels, row_of_rollout
+from .sheet import UNITS, Cell, Sheet, Style, draw_sheet, explain
 
-COLOURS = "inferno"
-_INK, _PALE = "#1d1d1f", "#6e6e73"
-_UNSEEN = "#d4d4d8"
-_LONGEST = 480  # pixels of the longer side of a photo
-_CELL, _GAP, _LINE = 0.72, 0.06, 0.2  # inches; a cell is one head of one layer, a line one of text
+__all__ = [
+    "animate",
+    "attention",
+    "compare",
+    "distances",
+    "heads",
+    "layers",
+    "overlay",
+    "overview",
+    "scatter",
+    "shown_image",
+    "statistics",
+]
+Queries = Union[Query, list[Query]]
+_ACROSS = 13  # panels side by side where layers have unlike numbers of heads
 
 
-def overview(image: npt.ArrayLike | Photo, maps: Sequence[AttentionMap], query: Query = "cls", *, title: str = "") -> Figure:
-    """One picture of a forward: the image, what the query attends to per layer and head, and the rollout.
+def attention(
+    m: AttentionMap,
+    query: Query = "cls",
+    head: Head = "mean",
+    image: Image = None,
+    ax: Axes | None = None,
+    *,
+    index: int = 0,
+    colorbar: bool = True,
+    **style: Any,
+) -> AxesImage:
+    """Draw what a query attends to in one map, on axes, and return the artist.
 
     Args:
-        image: (height, width, 3) RGB as the model saw it, uint8 or floats in 0 to 1; or the photo that it was shown, which is
-            drawn whole, pale where the model did not see it.
-        maps: maps of a forward, first layer first; the first item of the batch is shown.
-        query: whose attention is shown, see `AttentionMap.image`; a point is one of the photo.
+        m: the map.
+        query: as in `AttentionMap.image`; a point is one of the photo where `image` is a `Photo`.
+        head: its number, "mean" or "max" over heads.
+        image: what it is drawn over: a `Photo`, the model's input (height, width, 3), or None for the map alone.
+        ax: where to draw; None makes a figure, which is `artist.figure`.
+        index: which image of the batch.
+        colorbar: whether to draw one.
+        style: `scale`, `vmin`, `vmax`, `norm`, `cmap`, `alpha`, `smooth`, `threshold`, see `hookattn.figures.sheet.Style`.
+
+    Returns:
+        The artist; its array is (rows, columns), in units of what each key would get if the head looked at all alike.
+
+    Raises:
+        TokenError: there is no such query, head or image, or it is not known where the keys lie.
+    """
+    chosen, ground = Style(**style), Ground(image, _size_of(m))
+    (cell,) = chosen.cells(read_panels(m, ground.to_input(query), head, index))
+    if ax is None:
+        ax = Figure(figsize=(4.2 * max(1.0, ground.wide), 4.2), dpi=chosen.dpi, layout="constrained").add_subplot()
+    drawn: AxesImage = chosen.draw(ax, cell, ground)
+    ax.set_title(f"{_short(m.name)}, {_name_head(cell.panel.head)}, {cell.panel.query}", fontsize=TITLE, parse_math=False)
+    shares = ", ".join(f"{share:.1%} {kind}" for kind, share in cell.panel.kinds.items())
+    below = "\n".join([f"{shares}; entropy {cell.panel.entropy:.2f} nats", *cell.lines[1:]])
+    ax.text(0.5, -0.02, below, transform=ax.transAxes, ha="center", va="top", fontsize=TEXT, parse_math=False)
+    if colorbar:
+        ax.figure.colorbar(drawn, ax=ax, shrink=0.8, label=UNITS)
+    return drawn
+
+
+def heads(
+    m: AttentionMap, query: Queries = "cls", heads: Heads = None, image: Image = None, *, index: int = 0, **style: Any
+) -> Figure:
+    """Draw the heads of one map side by side, in as many rows as it takes; for a list of queries, a row for each.
+
+    Args:
+        m: the map.
+        query: one, or a list of them.
+        heads: numbers, "mean", "max" or a list of these; None for each head.
+        image, index, style: as in `attention`; `dpi` too.
+
+    Raises:
+        TokenError: as `attention`.
+    """
+    ground = Ground(image, _size_of(m))
+    rows = [(name_query(q), read_panels(m, ground.to_input(q), heads, index)) for q in _listed(query)]
+    columns = [_name_head(panel.head) for panel in rows[0][1]]
+    return _draw_rows(_short(m.name), rows, columns, ground, Style(**style))
+
+
+def layers(
+    maps: Maps, query: Queries = "cls", head: Head = "mean", image: Image = None, *, index: int = 0, **style: Any
+) -> Figure:
+    """Draw one head of every layer, or the mean of its heads; for a list of queries, a row for each.
+
+    Args:
+        maps: a recorder, `rec.maps`, some of them, or one.
+        query: one, or a list of them.
+        head, image, index, style: as in `attention`; `dpi` too.
+
+    Raises:
+        TokenError, ValueError: as `overview`.
+    """
+    shown, asked = maps_in(maps), _listed(query)
+    ground = Ground(image, _size_of(shown[0]))
+    for q in asked:
+        _check_place(shown, q)
+    rows = [(name_query(q), [read_panels(m, ground.to_input(q), head, index)[0] for m in shown]) for q in asked]
+    return _draw_rows(_name_head(head), rows, [_short(m.name) for m in shown], ground, Style(**style))
+
+
+def overview(
+    maps: Maps,
+    query: Queries = "cls",
+    heads: Heads = None,
+    image: Image = None,
+    *,
+    index: int = 0,
+    title: str = "",
+    **style: Any,
+) -> Figure:
+    """Draw a forward on one sheet: a row for each layer, with the mean of its heads and each of them; the image; the rollout.
+
+    Args:
+        maps: a recorder, `rec.maps`, some of them, or one.
+        query: whose attention is shown; with a list of them, columns are queries, and the mean of heads is shown.
+        heads: numbers, "mean", "max" or a list of these; None for the mean and all of them.
+        image, index, style: as in `attention`; `dpi` too.
         title: a line above the picture.
 
     Returns:
         A figure; `figure.savefig("attention.png")` writes it.
 
     Raises:
-        TokenError: a map does not lie on the image, there is no such query, or it is another place in each layer.
-        ValueError: there are no maps.
+        TokenError: a map does not lie on the image, there is no such query, head or image, or the query is another place in
+            each layer.
+        ValueError: there are no maps, or the sheet would be too large.
     """
-    shown, canvas = list(maps), _Canvas(image)
-    if not shown:
-        raise ValueError("there is no map to draw: give some of rec.maps[:].")
-    grids = dict.fromkeys(m.query_tokens.grid_size for m in shown if m.shape[2] > 1)
-    if len(grids) > 1 and not isinstance(query, str) and not _is_point(query):
+    shown, asked, chosen = maps_in(maps), _listed(query), Style(**style)
+    ground, several = Ground(image, _size_of(shown[0])), len(asked) > 1
+    for q in asked:
+        _check_place(shown, q)
+    rows: list[tuple[str, list[Panel]]] = []
+    for m in shown:
+        each: Heads = ["mean", *range(m.shape[1])] if heads is None and not several else "mean" if heads is None else heads
+        rows.append((_short(m.name), [p for q in asked for p in read_panels(m, ground.to_input(q), each, index)]))
+    longest = max((row for _, row in rows), key=len)
+    columns = [panel.query if several else _name_head(panel.head) for panel in longest]
+    strip: dict[str, Cell | None] = {} if image is None else {"what the model sees" if not ground.is_photo else "photo": None}
+    if not several and (rolled := _roll_out(shown, ground.to_input(asked[0]), index)) is not None:
+        strip |= dict(zip([rolled.name], chosen.cells([rolled])))
+    line = ", ".join(filter(None, [title, "" if several else name_query(asked[0])]))
+    sheet = replace(_sheet(line, rows, columns, ground, chosen, strip), is_bare=True)
+    counts = [len(row) for _, row in rows]
+    return draw_sheet(sheet.wrapped(wrap_ragged(counts)) if min(counts) < max(counts) > _ACROSS else sheet, chosen)
+
+
+def compare(
+    a: Maps, b: Maps, query: Query = "cls", head: Head = "mean", image: Image = None, *, index: int = 0, **style: Any
+) -> Figure:
+    """Draw two maps on one scale, or those of two forwards layer by layer, and beside them what the second has more.
+
+    Args:
+        a, b: as many maps of each; those of a pair have one grid.
+        query, head, image, index, style: as in `attention`; `dpi` too.
+
+    Raises:
+        TokenError: as `attention`.
+        ValueError: there are more of one than of the other, or the grids of a pair differ.
+    """
+    first, second, chosen = maps_in(a), maps_in(b), Style(**{"scale": "layer", **style})
+    if len(first) != len(second):
+        raise ValueError(f"there are {len(first)} maps on one side and {len(second)} on the other: give as many of each.")
+    ground = Ground(image, _size_of(first[0]))
+    rows: list[tuple[str, list[Cell]]] = []
+    for pair in zip(first, second):
+        one, other = (read_panels(m, ground.to_input(query), head, index)[0] for m in pair)
+        more = other.less(one)
+        largest = float(np.nanmax(np.abs(more.times_uniform), initial=0.0))
+        lines = (f"moved {np.nansum(np.abs(more.values)) / 2:.1%}", f"up to {largest:.3g}x")
+        difference = Cell(more, CenteredNorm(0, largest or 1.0), "RdBu_r", lines, has_bar=False, is_over=False)
+        name = _short(one.name) if one.name == other.name else f"{_short(one.name)}, {_short(other.name)}"
+        rows.append((name, [*chosen.cells([one, replace(other, name=one.name)]), difference]))
+    notes = [explain(chosen), "Moved: the share of the row that lies on other patches; red is more in the second, blue less."]
+    title = f"{_name_head(head)}, {name_query(query)}"
+    return draw_sheet(Sheet(title, rows, ("first", "second", "second - first"), ground, notes=notes), chosen)
+
+
+def _draw_rows(
+    title: str, rows: Sequence[tuple[str, Sequence[Panel]]], columns: Sequence[str], ground: Ground, style: Style
+) -> Figure:
+    """Draw rows of panels by query; a single one is broken into several."""
+    if len(rows) > 1:
+        return draw_sheet(_sheet(title, rows, columns, ground, style), style)
+    across = wrap(len(columns), ground.wide)
+    (query, panels) = rows[0]
+    return draw_sheet(_sheet(f"{title}, {query}", [("", panels)], columns, ground, style).wrapped(across), style)
+
+
+def _sheet(
+    title: str,
+    rows: Sequence[tuple[str, Sequence[Panel]]],
+    columns: Sequence[str],
+    ground: Ground,
+    style: Style,
+    strip: dict[str, Cell | None] | None = None,
+) -> Sheet:
+    cells = iter(style.cells([panel for _, row in rows for panel in row]))
+    placed = [(name, [next(cells) for _ in row]) for name, row in rows]
+    return Sheet(title, placed, columns, ground, strip or {}, [explain(style)])
+
+
+def _check_place(maps: Sequence[AttentionMap], query: Query) -> None:
+    """Refuse the (row, col) of a patch, or its number, where layers have several grids."""
+    grids = dict.fromkeys(m.query_tokens.grid_size for m in maps if m.shape[2] > 1)
+    if len(grids) > 1 and not isinstance(query, str) and not (isinstance(query, tuple) and isinstance(query[0], float)):
         sizes = ", ".join(f"{rows} x {columns}" for rows, columns in grids)
         raise TokenError(
             f"the layers have grids of {sizes} patches, and {query!r} is another place on each. Name a point in fractions of "
             "the image, query=(0.4, 0.6), or draw the layers of one grid."
         )
-    size, asked, query = canvas.size, query, canvas.asked(query)
-    rows, columns = len(shown), 1 + max(m.shape[1] for m in shown)
-    tall = max(rows * (_CELL + _GAP) - _GAP, 3 * 1.3)
-    side = (tall - 2 * _LINE) / 3
-    wide, label = size[1] / size[0], 0.2 + 0.058 * max(len(_short(m.name)) for m in shown)
-    page = _Page(side * wide + label + columns * (_CELL * wide + _GAP) + 3 * _GAP, tall + 3 * _LINE + 2 * _GAP)
-    page.write(_GAP, _LINE / 2, title, 9, _INK)
-    panels: dict[str, Tensor | None] = {
-        "what the model sees": None,
-        f"{_short(shown[-1].name)}, mean of heads": canvas.lay(shown[-1].image(query, size=canvas.input_size)[0]),
-    }
-    square = [m for m in shown if m.shape[2] == m.shape[3]]
-    if square and all(_sees_all(m, square[0]) for m in square):
-        caption = f"rollout of {len(square)} layer" + "s" * (len(square) > 1)
-        panels[caption] = canvas.lay(_rollout_image(square, query, canvas.input_size))
-    top, colours = 2 * _LINE, colormaps[COLOURS].with_extremes(bad=_UNSEEN)
-    for i, (caption, attention) in enumerate(panels.items()):
-        y = top + i * (side + _LINE)
-        page.write(_GAP, y - _LINE / 2, caption, 6.5, _PALE)
-        overlay(page.axes(_GAP, y, side * wide, side), canvas.pixels, attention, canvas.unseen)
-    left = side * wide + label + _GAP
-    at = [left + column * (_CELL * wide + _GAP) + _GAP * (column > 0) for column in range(columns)]
-    for column, x in enumerate(at):
-        page.write(x, top - _LINE / 2, f"head {column - 1}" if column else "mean", 6, _PALE)
-    for row, m in enumerate(shown):
-        y = top + row * (_CELL + _GAP)
-        page.write(left - 2 * _GAP, y + _CELL / 2, _short(m.name), 6, _PALE, ha="right")
-        heads = canvas.lay_small(m, query)
-        for x, panel in zip(at, [heads.mean(0), *heads]):
-            axes = page.axes(x, y, _CELL * wide, _CELL)
-            axes.imshow(panel.numpy(), cmap=colours, interpolation="nearest", vmin=0, vmax=_bright(panel), aspect="auto")
-    note = f"what query {asked!r} attends to; each panel runs from 0 to what one patch in 200 exceeds"
-    page.write(left, top + tall + _LINE / 2, note, 5.5, _PALE)
-    return page.figure
 
 
-class _Page:
-    """A figure on which things are placed in inches from its upper left corner."""
-
-    def __init__(self, width: float, height: float) -> None:
-        self.width, self.height = width, height
-        # no pyplot: it would keep the figure alive, and choose a backend for whoever calls
-        self.figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
-
-    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Axes without ticks or frame; matplotlib itself counts from below, in fractions of the figure."""
-        axes = self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height))
-        axes.set_axis_off()
-        return axes
-
-    def write(self, x: float, y: float, text: str, size: float, colour: str, ha: Literal["left", "right"] = "left") -> None:
-        self.figure.text(x / self.width, 1 - y / self.height, text, fontsize=size, color=colour, ha=ha, va="center")
-
-
-class _Canvas:
-    """What attention is drawn on: an image as the model saw it, or a whole photo of which it saw a part."""
-
-    def __init__(self, image: npt.ArrayLike | Photo) -> None:
-        self._photo = image if isinstance(image, Photo) else None
-        self.pixels = _shrink(image) if isinstance(image, Photo) else _rgb(image)
-        self.size = self.pixels.shape[0], self.pixels.shape[1]
-        self.input_size = self.size if self._photo is None else self._photo.input_size
-        self.unseen = self.lay(torch.zeros(1, 1)).isnan().numpy()
-
-    def asked(self, query: Query) -> Query:
-        """A query as maps take it: a point of the photo is another of the model's input."""
-        if self._photo is None or not (isinstance(query, tuple) and _is_point(query)):
-            return query
-        return self._photo.to_input((float(query[0]), float(query[1])))
-
-    def lay(self, pictures: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Pictures over the model's input on what is drawn: NaN where the model saw nothing."""
-        return pictures.cpu() if self._photo is None else self._photo.place(pictures.float().cpu(), size or self.size)
-
-    def lay_small(self, m: AttentionMap, query: Query) -> Tensor:
-        """(heads, height, width): what a query of the first image attends to, head by head."""
-        if self._photo is None:
-            return m.image(query, heads=None)[0].float().cpu()
-        height, width = (max(1, side // 3) for side in self.size)
-        return self.lay(m.image(query, heads=None, size=self.input_size)[0], (height, width))
-
-
-def _shrink(photo: Photo) -> npt.NDArray[np.float64]:
-    """A photo as (height, width, 3) floats, no larger than it is drawn."""
-    most = max(1.0, max(photo.size) / _LONGEST)
-    size = [max(1, round(side / most)) for side in photo.size]
-    pixels = F.interpolate(photo.pixels.permute(2, 0, 1)[None].float(), size, mode="area")
-    return _rgb(pixels[0].permute(1, 2, 0).double().numpy() / 255)
-
-
-def overlay(
-    axes: Axes, image: npt.ArrayLike, attention: Tensor | None = None, unseen: npt.NDArray[np.bool_] | None = None
-) -> None:
-    """Draw an image, lit where attention is: its light and colour fade towards where there is none.
-
-    Args:
-        axes: where to draw.
-        image: (height, width, 3) RGB.
-        attention: (rows, columns) of any size, not negative, NaN where nothing was seen; None draws the image as it is.
-        unseen: (height, width), True where the model did not see the image, which is drawn pale.
-    """
-    pixels = _rgb(image)
-    grey = pixels.mean(-1, keepdims=True)
-    if attention is not None:
-        light = F.interpolate(attention.float()[None, None], pixels.shape[:2], mode="nearest-exact")[0, 0]
-        unseen = light.isnan().cpu().numpy()
-        strength = (light / _bright(attention)).clamp(max=1).nan_to_num().cpu().numpy()[..., None]
-        heat = np.asarray(colormaps[COLOURS](strength[..., 0]))[..., :3]
-        # by looks: dark enough for the light to stand out, and light enough to see where one is
-        dimmed = (0.72 + 0.1 * strength) * (strength * pixels + (1 - strength) * grey)
-        drawn = np.clip(0.85 * dimmed + 0.5 * heat * strength, 0, 1)
-    else:
-        drawn = pixels
-    if unseen is not None:
-        drawn = np.where(unseen[..., None], 0.75 + 0.2 * grey, drawn)
-    axes.imshow(drawn, interpolation="lanczos", aspect="auto")
-
-
-def _bright(attention: Tensor) -> float:
-    """The value that is drawn brightest: what one patch in 200 exceeds."""
-    # not the largest: one patch that draws most of the attention would leave all else black; and never 0, to divide by
-    found = float(attention.float().nanquantile(0.995))
-    return max(found, 1e-12) if found == found else 1.0
+def _roll_out(maps: Sequence[AttentionMap], query: Query, index: int) -> Panel | None:
+    """The row of the query in the rollout of all maps; None where they do not follow each other, from all tokens to all."""
+    square = [m for m in maps if m.shape[2] == m.shape[3]]
+    if len(square) < 2 or not all(_sees_all(m, square[0]) for m in square) or not _follow_each_other(square):
+        return None
+    panel = row_of_rollout(square, query, index)
+    return replace(panel, name=f"rollout, {_short(square[0].name)} to {_short(square[-1].name)}")
 
 
 def _sees_all(m: AttentionMap, first: AttentionMap) -> bool:
@@ -190,33 +264,30 @@ def _sees_all(m: AttentionMap, first: AttentionMap) -> bool:
     return whole and m.shape[3] == first.shape[3]
 
 
-def _rollout_image(maps: Sequence[AttentionMap], query: Query, size: tuple[int, int]) -> Tensor:
-    """The row of the query in the rollout of all maps, over the patches: (height, width)."""
-    tokens = maps[-1].tokens
-    joint = rollout(maps)[:1]  # of the first image alone, as everything in the picture
-    selected = tokens.select(query)[:1].flatten(1).to(joint)
-    row = (selected / selected.sum())[:, None] @ joint
-    return tokens.stretch(tokens.lay_out(row[:, None]), size)[0, 0]
+def _follow_each_other(maps: Sequence[AttentionMap]) -> bool:
+    """Whether names count on by one from map to map, as "blocks.3.attn" and "blocks.4.attn" do."""
+    numbers = [tuple(map(int, re.findall(r"\d+", m.name))) for m in maps]
+    steps = [[b - a for a, b in zip(one, other)] for one, other in pairwise(numbers)]
+    return all(len(step) == len(numbers[0]) and sorted(step) == [0] * (len(step) - 1) + [1] for step in steps)
 
 
-def _is_point(query: Query) -> bool:
-    return isinstance(query, tuple) and any(isinstance(part, float) for part in query)
+def _size_of(m: AttentionMap) -> Size:
+    """(height, width) of the model's input that a map is of; of its grid, where none was seen."""
+    (rows, columns), reach = m.tokens.grid_size, m.tokens.extent
+    try:
+        height, width = m._geometry.cell_size(m.tokens.grid_size)
+    except TokenError:
+        height = width = 1.0
+    return round(rows * height / reach[0]), round(columns * width / reach[1])
+
+
+def _listed(query: Queries) -> list[Query]:
+    return query if isinstance(query, list) else [query]
+
+
+def _name_head(head: Head) -> str:
+    return f"head {head}" if isinstance(head, int) else {"mean": "mean of heads", "max": "largest of heads"}.get(head, head)
 
 
 def _short(name: str) -> str:
     return name.removesuffix(".attn")
-
-
-def _rgb(image: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """An image as (height, width, 3) floats in 0 to 1, of uint8 or floats."""
-    pixels = np.asarray(image)
-    if pixels.ndim != 3 or pixels.shape[-1] != 3:
-        raise ValueError(f"an image is (height, width, 3), not {pixels.shape}.")
-    scaled: npt.NDArray[np.float64] = pixels / 255 if pixels.dtype == np.uint8 else pixels.astype(np.float64)
-    return scaled
-
-
-def shown_image(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Undo a model's normalisation: (3, height, width) to (height, width, 3) in 0 to 1."""
-    pixels = x.detach().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return _rgb(pixels.clamp(0, 1).permute(1, 2, 0).double().numpy())

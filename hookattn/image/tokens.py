@@ -148,7 +148,7 @@ class Tokens:
         """
         if self.places is None or len(self.places) < 2:
             return self._stretch(pixels, size)
-        return torch.stack([replace(self, grid_size=grid)._stretch(own, size) for grid, own in zip(self._covered(), pixels)])
+        return torch.stack([replace(self, grid_size=grid)._stretch(own, size) for grid, own in zip(self.covered(), pixels)])
 
     def _stretch(self, pixels: Tensor, size: Size) -> Tensor:
         centres = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in size)
@@ -184,7 +184,7 @@ class Tokens:
             return self.places
         return torch.arange(self.grid_size[0] * self.grid_size[1])[None, None]
 
-    def _covered(self) -> list[Size]:
+    def covered(self) -> list[Size]:
         """(rows, columns) of the patches of each image, in the upper left corner of the grid."""
         columns = self.grid_size[1]
         shown = [places[places >= 0] for places in self.patches]
@@ -213,7 +213,7 @@ class Tokens:
         # the same point lies on another patch where images have grids of their own
         if len(self.patches) == 1 or not _is_point(query):
             return index
-        found = [replace(self, grid_size=size)._patch_at(query) for size in self._covered()]  # type: ignore[arg-type]
+        found = [replace(self, grid_size=size)._patch_at(query) for size in self.covered()]  # type: ignore[arg-type]
         columns = self.grid_size[1]
         return torch.tensor([self.num_prefix_tokens + row * columns + column for row, column in found])[:, None, None]
 

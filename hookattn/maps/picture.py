@@ -17,7 +17,7 @@ def draw_rows(
 ) -> Tensor:
     """Compute the picture of a query: its row over the patches, on the grid of the image; see `AttentionMap.image`."""
     picked = _pick_heads(heads, m.shape[1])
-    pixels = keys.lay_out(mean_of_rows(m, picked, _select(queries, keys, query)))
+    pixels = keys.lay_out(mean_of_rows(m, picked, select_queries(queries, keys, query)))
     if size is not None:
         pixels = keys.stretch(pixels, (size, size) if isinstance(size, int) else size)
     return pixels if heads is None else pixels.mean(1)
@@ -27,7 +27,7 @@ def read_rows(m: LazyArray, queries: Tokens, keys: Tokens, query: Query) -> Tens
     """Compute the row of a query, of every image and head; see `AttentionMap.rows`."""
     if queries.places is None:  # all tokens in one window
         return m.read((ALL, ALL, queries.index(query)))
-    at = _select(queries, keys, query).nonzero()
+    at = select_queries(queries, keys, query).nonzero()
     if len(at) != 1:
         raise TokenError(
             f"{query!r} stands in {len(at)} rows of {m.name!r}, of several windows or images: see m.image({query!r}), or slice "
@@ -37,7 +37,7 @@ def read_rows(m: LazyArray, queries: Tokens, keys: Tokens, query: Query) -> Tens
     return m.read((slice(window, None, queries.windows), ALL, row))
 
 
-def _select(queries: Tokens, keys: Tokens, query: Query) -> Tensor:
+def select_queries(queries: Tokens, keys: Tokens, query: Query) -> Tensor:
     """Mark the tokens that a query stands for: (images or 1, windows, queries), True for these."""
     try:
         return queries.select(query)
@@ -50,21 +50,27 @@ def _select(queries: Tokens, keys: Tokens, query: Query) -> Tensor:
         ) from error
 
 
-def mean_of_rows(m: LazyArray, heads: slice, selected: Tensor) -> Tensor:
+def mean_of_rows(m: LazyArray, heads: slice, selected: Tensor, image: int | None = None) -> Tensor:
     """Compute the mean of some rows of each image, by the windows they are in.
 
     Args:
         selected: (images or 1, windows, queries), True where a row is selected.
+        image: the one image that it is computed of; None for all.
 
     Returns:
         (images, windows, heads, keys), which sums to the mean over the windows of an image.
     """
-    batch, windows = m.shape[0], selected.shape[1]
+    windows, batch, first = selected.shape[1], m.shape[0], 0
+    if image is not None:
+        selected = selected[[image % len(selected)]]
+        batch, first = windows, image * windows
     weight = selected / selected.sum((1, 2), keepdim=True).clamp(min=1)
     # A single window, which is the usual question, is a slice of the batch, in which windows lie image by image; where rows
     # are in several, all windows are computed. Without any row the first stands for it: no images have a mean as well.
     asked, rows = (selected.any(0).any(axis).nonzero().flatten().tolist() or [0] for axis in (1, 0))
-    only, within = slice(asked[0], None, windows) if len(asked) == 1 else ALL, slice(rows[0], rows[-1] + 1)
+    whole = ALL if image is None else slice(first, first + batch)
+    only = slice(first + asked[0], first + batch, windows) if len(asked) == 1 else whole
+    within = slice(rows[0], rows[-1] + 1)
     weight = (weight[:, asked] if len(asked) == 1 else weight)[:, :, within]
     weight = weight.expand(batch // windows, -1, -1).flatten(0, 1)[:, None, :, None]
     sums: dict[int, Tensor] = {}

@@ -17,6 +17,7 @@ FACES = {
     "hookattn.analysis",
     "hookattn.cli",
     "hookattn.cli.app",
+    "hookattn.figures",
     "hookattn.figures.plot",
     "hookattn.image",
 }

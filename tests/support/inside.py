@@ -22,7 +22,6 @@ from hookattn.calls.restore import is_reading, restoring
 from hookattn.conditions import changes
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
-from hookattn.figures.plot import _rollout_image as rollout_image
 from hookattn.image.sizes import size_after
 from hookattn.maps import established, lazy, reading
 from hookattn.maps.comparison import compare_runs
@@ -46,7 +45,6 @@ __all__ = [
     "project_heads",
     "registry",
     "restoring",
-    "rollout_image",
     "size_after",
 ]
 REMEMBERED = "hookattn.calls.callsite.WeakTensorKeyDictionary"  # by tensor, who made it

@@ -1,0 +1,98 @@
+"""Figures of heads as charts: entropy and distance by layer, and one against the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import log
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..analysis.heads import HeadSummary, summarize_heads
+from .layout import TEXT
+from .panels import Maps, maps_in
+
+_COLOURS = "viridis"
+_ENTROPY, _DISTANCE = "entropy of rows, nats", "mean attention distance, pixels"
+
+
+def statistics(maps: Maps, *, dpi: float = 160) -> Figure:
+    """Draw the entropy and the mean attention distance of each head, by layer, one beside the other.
+
+    Args:
+        maps: a recorder, `rec.maps`, some of them, or one.
+        dpi: dots per inch.
+
+    Source: figures 7 and 11 of Dosovitskiy et al. 2021, "An image is worth 16x16 words"; figure 3 of Raghu et al. 2021, "Do
+    Vision Transformers see like convolutional neural networks?".
+    """
+    rows = summarize_heads(maps_in(maps))
+    figure = Figure(figsize=(9, 3.6), dpi=dpi, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*_by_depth(rows, lambda row: log(row.keys)), color="0.6", lw=0.8, ls="--", label="all keys alike: log(keys)")
+    _by_layer(left, rows, lambda row: row.entropy, _ENTROPY)
+    left.legend(fontsize=TEXT, frameon=False)
+    _by_layer(right, rows, lambda row: row.distance, _DISTANCE)
+    return figure
+
+
+def distances(maps: Maps, ax: Axes | None = None) -> PathCollection:
+    """Draw the mean attention distance of each head by layer, on axes, and return the artist.
+
+    Args:
+        maps: a recorder, `rec.maps`, some of them, or one.
+        ax: where to draw; None makes a figure, which is `artist.figure`.
+
+    Source: figure 7 of Dosovitskiy et al. 2021, "An image is worth 16x16 words".
+    """
+    return _by_layer(ax or _axes(), summarize_heads(maps_in(maps)), lambda row: row.distance, _DISTANCE)
+
+
+def scatter(maps: Maps, ax: Axes | None = None) -> PathCollection:
+    """Draw each head by its entropy and its mean attention distance, coloured by layer, on axes, and return the artist.
+
+    Args:
+        maps: a recorder, `rec.maps`, some of them, or one.
+        ax: where to draw; None makes a figure, which is `artist.figure`.
+    """
+    rows, ax = summarize_heads(maps_in(maps)), ax or _axes()
+    drawn = ax.scatter(
+        [row.distance for row in rows], [row.entropy for row in rows], c=[row.depth for row in rows], cmap=_COLOURS, s=14
+    )
+    ax.set(xlabel=_DISTANCE, ylabel=_ENTROPY)
+    _plain(ax)
+    ax.figure.colorbar(drawn, ax=ax, label="layer")
+    return drawn
+
+
+def _by_layer(ax: Axes, rows: Sequence[HeadSummary], figure: Callable[[HeadSummary], float], name: str) -> PathCollection:
+    """A dot for each head, and a line through the means of layers."""
+    heads = max(row.head for row in rows) + 1
+    drawn = ax.scatter(
+        [row.depth for row in rows], [*map(figure, rows)], c=[row.head / heads for row in rows], cmap=_COLOURS, s=12, zorder=2
+    )
+    ax.plot(*_by_depth(rows, figure), color="0.25", lw=1, zorder=1)
+    ax.set(xlabel="layer", ylabel=name)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _plain(ax)
+    return drawn
+
+
+def _by_depth(rows: Sequence[HeadSummary], figure: Callable[[HeadSummary], float]) -> tuple[list[int], list[float]]:
+    """Layers, and the mean of their heads."""
+    depths = sorted({row.depth for row in rows})
+    values = [[figure(row) for row in rows if row.depth == depth] for depth in depths]
+    return depths, [float(np.mean(each)) for each in values]
+
+
+def _plain(ax: Any) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_ylim(bottom=0)
+
+
+def _axes() -> Axes:
+    return Figure(figsize=(4.6, 3.6), dpi=160, layout="constrained").add_subplot()
