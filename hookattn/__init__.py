@@ -36,10 +36,15 @@ from .errors import (
     UnfaithfulMapError,
     UnreadableError,
 )
+from .figures.page import show_page as _show_page
+from .figures.page import write_page as _write_page
 from .maps.attention_map import AttentionMap
 from .recipes import layout, partition, recipe
 from .recording.inspection import inspect
 from .recording.recorder import AttentionRecorder
+
+# a recorder knows nothing of pages, which are made of its maps
+AttentionRecorder.explore, AttentionRecorder.show = _write_page, _show_page
 
 __all__ = [
     "QK",

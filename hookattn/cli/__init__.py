@@ -4,6 +4,7 @@ From top to bottom, an import may only point down:
 
     app          `hookattn` and its commands
     run_demo     `hookattn demo`: a small trained model on a scene drawn for the occasion
+    explore      `hookattn explore`: a page to explore the attention of any model of timm on photos
     record       `hookattn record`: any model of timm on any photo
     inspect      `hookattn inspect`: what attention a model has, and how it is read
     picture      the picture that is written

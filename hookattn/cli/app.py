@@ -1,4 +1,4 @@
-"""The command line: `hookattn demo`, `hookattn record`, `hookattn inspect`."""
+"""The command line: `hookattn demo`, `hookattn record`, `hookattn explore`, `hookattn inspect`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from ..errors import MissingExtraError
 try:
     import typer
 
+    from .explore import explore
     from .inspect import inspect_command
     from .record import record
     from .run_demo import demo
@@ -20,4 +21,5 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(record)
+app.command()(explore)
 app.command(name="inspect")(inspect_command)

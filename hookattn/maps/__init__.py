@@ -5,6 +5,7 @@ From top to bottom, an import may only point down:
     attention_map  AttentionMap, read when it is sliced
     reading        where a map comes from: a captured call, by recipe or by replay; a tensor that was kept
     comparison     whether a map is the one that its module's output came from
+    notebook       a map, and a list of maps, as a notebook shows them
     picture        what a query attends to, laid out on the image
     gradient       dL/dA: what backward brings to a module's output, carried on to its map
     lazy           what is computed when it is sliced, a chunk of rows at a time

@@ -23,6 +23,7 @@ from .comparison import Comparison, Difference, compare_runs, compare_with_outpu
 from .established import NotEstablishedError
 from .gradient import Gradient
 from .lazy import Delivery, LazyArray, Spec
+from .notebook import describe_in_html
 from .picture import draw_rows, read_rows
 from .reading import Captured, Deferred, Kept, Lost, Origin, Watched, reason_of
 from .sites import Watch
@@ -80,6 +81,8 @@ class AttentionMap(LazyArray):
             return f"AttentionMap({self.name!r}, shape={self.shape}, dtype={dtype}, device={self.device})"
         except Exception as error:  # a repr never raises
             return f"AttentionMap({self.name!r}, {type(error).__name__})"
+
+    _repr_html_ = describe_in_html
 
     @property
     def call(self) -> Call:

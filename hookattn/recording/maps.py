@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import LayerNotFoundError, UnreadableError, did_you_mean
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
+from ..maps.notebook import list_in_html
 
 _NONE: Mapping[str, str] = {}
 
@@ -69,6 +70,9 @@ class Maps(Mapping[str, AttentionMap]):
     def __repr__(self) -> str:
         of = f" of {self.called}" if self.called else ""
         return "\n".join([f"Maps{of}:", *(f"  {m!r}" for m in self._maps.values())])
+
+    def _repr_html_(self) -> str:
+        return list_in_html(self._maps.values(), self.skipped)
 
     def _why_not(self, key: Any) -> str:
         if key not in self._let_go:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,9 @@ class AttentionRecorder:
         ValueError: `keep` or `passes` is none of the words above, or `dtype` is no floating one.
         RecorderError: it is made or opened inside compiled code.
     """
+
+    explore: ClassVar[Callable[..., Any]]  # put here by the face of the package: figures/page.py stands above this room
+    show: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
