@@ -61,7 +61,7 @@ def to_frame(maps: LayerMaps) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError as error:
-        raise MissingExtraError("tables need pandas: pip install pandas.") from error
+        raise MissingExtraError('tables need pandas: pip install "hookattn[table]".') from error
     return pandas.DataFrame(summarize_heads(maps), columns=list(HeadSummary._fields))
 
 

@@ -10,26 +10,22 @@ from torch import Tensor
 from ..attention.sources import Source
 from ..calls.call import Call
 from ..calls.callsite import CallSite
-from ..errors import (
-    HookattnError,
-    RecorderError,
-    StaleMapError,
-    UnreadableError,
-)
+from ..errors import HookattnError, RecorderError, StaleMapError, UnreadableError
 from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
 from ..recipes.places import Places, find_tokens, name_axes, settle
 from .comparison import Comparison, Difference, compare_runs, compare_with_output, saving_unseen
 from .established import NotEstablishedError
 from .gradient import Gradient
-from .lazy import Delivery, LazyArray, Spec
+from .lazy import Delivery, Spec
 from .notebook import describe_in_html
 from .picture import draw_rows, read_rows
 from .reading import Captured, Deferred, Kept, Lost, Origin, Watched, reason_of
 from .sites import Watch
+from .vectors import OfVectors
 
 
-class AttentionMap(LazyArray):
+class AttentionMap(OfVectors):
     """The attention probabilities of one call of one module: (batch, head, query, key), before `attn_drop`.
 
     Nothing is computed until the map is sliced, and then only for the images, heads and rows that were asked for:

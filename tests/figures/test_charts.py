@@ -55,7 +55,6 @@ def test_heads_whose_tokens_have_no_place_have_no_distance() -> None:
 
 
 def test_a_table_has_a_row_for_each_head(rec: Any) -> None:
-    pytest.importorskip("pandas")
     table = to_frame(rec.maps)
     assert list(table.columns)[:5] == ["layer", "depth", "head", "entropy", "distance"]
     assert len(table) == 12

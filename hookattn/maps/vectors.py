@@ -1,0 +1,165 @@
+"""Queries, keys and values of a map: what meets in its softmax, and what it is multiplied onto."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.projection import ALL, Pick, Projected, compute, pick
+from ..attention.sources import QK, Dense, Source
+from ..calls.call import Call
+from ..errors import UnreadableError
+from ..image.tokens import Tokens
+from .established import NameInErrors, TellWhy, arrange, as_in_training
+from .lazy import Delivery, LazyArray, Spec
+from .reading import source_of
+from .replay import run_under
+from .sites import WatchValues
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Dense):
+    """Queries, keys or values of a call, projected when they are read, and then only what is asked for.
+
+    Attributes:
+        tensor: (batch, heads, tokens, head_dim).
+    """
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Rows:
+        """Cut them to some images, heads and tokens."""
+        if isinstance(self.tensor, Projected):
+            return Rows(self.tensor.compute_part(batch, heads, rows))
+        return Rows(pick(self.tensor, batch, heads, rows))
+
+    def values(self) -> Tensor:
+        """The vectors, a copy, since what is read is the reader's."""
+        return compute(self.tensor).clone()
+
+
+class Vectors(LazyArray):
+    """Queries, keys or values of one call: (batch, heads, tokens, head_dim), computed when they are sliced, like a map.
+
+        m.k[:, :, 0]           # the key of the first token in each head
+        m.k[0, 3, :, :16]      # some of one head of one image
+        m.k.image()            # keys as pictures: (images, heads * head_dim, rows, columns)
+
+    They are of the dtype that the module makes them in, unless the recorder was given a `dtype`. What they are is told by
+    `AttentionMap.q`, `k` and `v`.
+
+    Attributes:
+        shape: (batch, heads, tokens, head_dim).
+        dtype, device: of what slices give.
+    """
+
+    def __init__(
+        self, name: str, which: Literal["q", "k", "v"], call: Call, tokens: Callable[[], Tokens], to: Delivery
+    ) -> None:
+        super().__init__(name, to)
+        self._which, self._call, self._tokens = which, call, tokens
+
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """What they are computed from, in the modes of the call for as long as the block lasts.
+
+        Raises:
+            UnreadableError: there are none, or it cannot be told which; the reason is told.
+            StaleMapError: an input or a parameter has changed since the forward.
+        """
+        call = self._call
+        with call.resumed(), NameInErrors(call):
+            with TellWhy(self.name), as_in_training(call):
+                found = Rows(_values_of(call) if self._which == "v" else _factor_of(call, self._which))
+            yield found
+
+    def _spec(self) -> Spec:
+        return self._found
+
+    @cached_property
+    def _found(self) -> Spec:
+        return super()._spec()
+
+    def image(self) -> Tensor:
+        """Lay them on the grid that covers the image, heads one after the other as channels; windows are put back.
+
+        Descriptors for finding parts and objects: Amir et al. 2021, "Deep ViT features as dense visual descriptors", take keys.
+
+        Returns:
+            (images, heads * head_dim, rows, columns). A patch that stands in several windows has the mean of its vectors, a
+            place without a token zero; prefix tokens are left out.
+
+        Raises:
+            TokenError: it is not known where the tokens lie on the image.
+        """
+        tokens = self._tokens()
+        given = rearrange(self.read(...), "(b w) h n d -> b w (h d) n", w=tokens.windows)
+        laid, count = tokens.lay_out(given), tokens.lay_out(torch.ones_like(given[:, :, :1]))
+        return self._deliver(laid / count.where(count > 0, 1))
+
+    def __repr__(self) -> str:
+        try:
+            return f"Vectors({self.name!r}, {self._which}, shape={self.shape}, dtype={str(self.dtype).removeprefix('torch.')})"
+        except Exception as error:  # a repr never raises
+            return f"Vectors({self.name!r}, {self._which}, {type(error).__name__})"
+
+
+class OfVectors(LazyArray):
+    """Base of maps: what they are made of, and what they are multiplied onto."""
+
+    @property
+    def call(self) -> Call:
+        """The captured call."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> Tokens:
+        """What the keys stand for."""
+        raise NotImplementedError
+
+    @property
+    def query_tokens(self) -> Tokens:
+        """What the queries stand for."""
+        raise NotImplementedError
+
+    @property
+    def q(self) -> Vectors:
+        """Queries, (batch, heads, queries, head_dim): what meets the keys in the softmax, normalised and rotated, not scaled.
+
+        See `Vectors`; reading them raises UnreadableError where a map is not made of queries and keys.
+        """
+        return Vectors(self.name, "q", self.call, lambda: self.query_tokens, self._deliver)
+
+    @property
+    def k(self) -> Vectors:
+        """Keys, (batch, heads, keys, head_dim), likewise."""
+        return Vectors(self.name, "k", self.call, lambda: self.tokens, self._deliver)
+
+    @property
+    def v(self) -> Vectors:
+        """Values, (batch, heads, keys, head_dim): what the map is multiplied onto; the module's forward is run for them.
+
+        Reading them raises UnreadableError where something is done to the map before, or it is multiplied by several.
+        """
+        return Vectors(self.name, "v", self.call, lambda: self.tokens, self._deliver)
+
+
+def _factor_of(call: Call, which: Literal["q", "k"]) -> Tensor:
+    """The queries or the keys of a call, whose modes are on already."""
+    source = source_of(call)
+    if not isinstance(source, QK):
+        raise UnreadableError(
+            "it does not show queries and keys, only scores or the map that is made of them; slice the map itself, m[...]."
+        )
+    return source.q if which == "q" else source.k
+
+
+def _values_of(call: Call) -> Tensor:
+    """The values of a call, whose modes are on already: its forward is run again."""
+    watch = run_under(call, WatchValues())[1]
+    return watch.values(arrange(call, watch))
