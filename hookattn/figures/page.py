@@ -95,14 +95,17 @@ def write_page(maps: Maps, image: Image | list[Any], out: str | Path, *, index: 
     return _page_of(maps, image, index, **options).save(out)
 
 
-def show_page(maps: Maps, image: Image | list[Any], *, index: int = 0, height: int = 860, **options: Any) -> Page:
+def show_page(
+    maps: Maps, image: Image | list[Any], *, index: int = 0, height: int = 860, budget: int = 8_000_000, **options: Any
+) -> Page:
     """The same page for a notebook, which shows it in a frame; `rec.show(image)` is the same.
 
     Args:
         height: of the frame, in pixels.
+        budget: how many bytes it may have, which the notebook's file grows by.
         maps, image, index, options: as in `write_page`.
     """
-    return Page(_page_of(maps, image, index, **options).html, height)
+    return Page(_page_of(maps, image, index, budget=budget, **options).html, height)
 
 
 def make_page(shown: Sequence[Shown], *, query: Query | None = None, budget: int = 20_000_000, title: str = "") -> Page:
@@ -130,9 +133,9 @@ def make_page(shown: Sequence[Shown], *, query: Query | None = None, budget: int
             facts["photos"].append({**picture, "name": each.name, **known})
         facts["start"] = _start_of(query, shown[0], facts["photos"][0])
         page = Page(_fill(title, facts, blocks))
-        if len(page.html) <= budget:
-            break
-    return page
+        if (size := len(page.html.encode())) <= budget:
+            return page
+    raise ValueError(f"the page takes {size:,} bytes even so, most of it for what is no map: give a budget= of as many.")
 
 
 def _page_of(maps: Maps, image: Image | list[Any], index: int, *, name: str | Sequence[str] = "", **options: Any) -> Page:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import base64
 import math
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..analysis.rollouts import relevance, rollout
-from ..analysis.statistics import compute_statistics, entropy, mean_attention_distance, received
+from ..analysis.statistics import compute_statistics, entropy, mean_attention_distance
 from ..errors import HookattnError, TokenError
 from ..image.tokens import Tokens
 from ..maps.attention_map import AttentionMap
 from ..maps.picture import select_queries
+from .panels import find_chain, of_image
 
 POOLS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 _MATRIX = 4096**2  # elements of a rollout: above that it takes longer than all the rest of the page
@@ -91,7 +90,7 @@ def layer_of(m: AttentionMap, index: int) -> Layer:
     items = slice(index % images * windows, (index % images + 1) * windows)
     patches = select_queries(queries, keys, "mean")
     patches = patches[index % len(patches)]
-    own = [_of_image(tokens, index) for tokens in (queries, keys)]
+    own = [of_image(tokens, index) for tokens in (queries, keys)]
     facts = {"shape": list(m.shape), **_verified(m), **_figures(m, index % images, items)}
     read = lambda visit: m.visit(visit, items)  # noqa: E731
     return Layer(m.name, "map", m.shape[1], own[0], own[1], read, patches / patches.sum(), m._spec().dtype, facts)
@@ -99,10 +98,8 @@ def layer_of(m: AttentionMap, index: int) -> Layer:
 
 def combined(maps: Sequence[AttentionMap], index: int) -> list[Layer]:
     """The rollout of maps that follow each other, and, where gradients were recorded, their relevance."""
-    square = [m for m in maps if m.shape[2] == m.shape[3]]
-    if len(square) < 2 or not all(_sees_all(m) for m in square) or not _follow_each_other(square):
-        return []
-    if len({m.shape[2] for m in square}) > 1 or math.prod(square[0].shape[2:]) > _MATRIX:
+    square = find_chain(maps)
+    if not square or math.prod(square[0].shape[2:]) > _MATRIX:
         return []
     last, found = _weigh_patches(square[-1], index), []
     for kind, combine in (("rollout", rollout), ("relevance", relevance)):
@@ -121,12 +118,13 @@ def _weigh_patches(m: AttentionMap, index: int) -> tuple[Tokens, Tensor]:
     """The tokens of a map of all tokens of one image, and the weight of each in the mean of all patches."""
     tokens, patches = m.tokens, m.tokens.select("mean")
     patches = patches[index % len(patches)]
-    return _of_image(tokens, index), patches / patches.sum()
+    return of_image(tokens, index), patches / patches.sum()
 
 
 def pack(layer: Layer, pool: int = 1) -> Packed:
     """Compute all rows of a layer, and the mean of its patches, and put them into bytes that grow with the square root."""
-    rows = _pool(layer, layer.pooled(pool), pool)
+    with torch.no_grad():
+        rows = _pool(layer, layer.pooled(pool), pool)
     tops = rows.abs().amax(-1, keepdim=True).float()
     share = rows / torch.where(tops > 0, tops, 1.0)
     signed = bool((rows < 0).any())
@@ -189,16 +187,6 @@ def _groups(before: Tokens, after: Tokens, pool: int) -> Tensor:
     return torch.cat((torch.arange(named), (named + row * after.grid_size[1] + column).flatten()))
 
 
-def _of_image(tokens: Tokens, index: int) -> Tokens:
-    """Tokens as they lie on one image, on a grid of its own where each has one."""
-    if tokens.places is None or len(tokens.places) == 1:
-        return tokens
-    places, columns = tokens.places[[index]], tokens.grid_size[1]
-    row, column = places // columns, places % columns
-    height, width = (int(axis[places >= 0].max()) + 1 for axis in (row, column))
-    return replace(tokens, grid_size=(height, width), places=torch.where(places < 0, -1, row * width + column))
-
-
 def _verified(m: AttentionMap) -> dict[str, Any]:
     try:
         return {"verified": float(m.verify())}
@@ -210,7 +198,7 @@ def _figures(m: AttentionMap, image: int, items: slice) -> dict[str, Any]:
     """Mean entropy and mean attention distance of each head, of one image."""
     with torch.no_grad():
         try:
-            rows, _, far = compute_statistics(m, entropy, received, mean_attention_distance)
+            rows, far = compute_statistics(m, entropy, mean_attention_distance)
             distance = far[image].tolist()
         except TokenError:  # queries without a place
             (rows,) = compute_statistics(m, entropy)
@@ -222,21 +210,6 @@ def _figures(m: AttentionMap, image: int, items: slice) -> dict[str, Any]:
 def _plain(value: float) -> float | None:
     """A number as JSON knows it."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
-
-
-def _sees_all(m: AttentionMap) -> bool:
-    """Whether a map is of all tokens of an image."""
-    try:
-        return m.tokens.windows == 1
-    except TokenError:
-        return False
-
-
-def _follow_each_other(maps: Sequence[AttentionMap]) -> bool:
-    """Whether names count on by one from map to map, as "blocks.3.attn" and "blocks.4.attn" do."""
-    numbers = [tuple(map(int, re.findall(r"\d+", m.name))) for m in maps]
-    steps = [[b - a for a, b in zip(one, other)] for one, other in pairwise(numbers)]
-    return all(len(step) == len(numbers[0]) and sorted(step) == [0] * (len(step) - 1) + [1] for step in steps)
 
 
 def _layer_of_matrix(kind: str, matrix: Tensor, tokens: tuple[Tokens, Tensor], of: str) -> Layer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from numbers import Integral
 from typing import Union
 
@@ -102,6 +103,23 @@ def maps_in(given: Maps) -> list[AttentionMap]:
     return found
 
 
+def find_chain(maps: Sequence[AttentionMap]) -> list[AttentionMap]:
+    """The maps that a rollout can be made of: from all tokens of an image to the same tokens, layer after layer; else none.
+
+    Layers follow each other if their names count on by one, as "blocks.3.attn" and "blocks.4.attn" do.
+    """
+    square = [m for m in maps if m.shape[2] == m.shape[3]]
+    numbers = [tuple(map(int, re.findall(r"\d+", m.name))) for m in square]
+    steps = [[b - a for a, b in zip(one, other)] for one, other in pairwise(numbers)]
+    follow = all(len(step) == len(numbers[0]) and sorted(step) == [0] * (len(step) - 1) + [1] for step in steps)
+    try:
+        tokens = [m.tokens for m in square]
+    except TokenError:
+        return []
+    alike = len({(each.grid_size, len(each)) for each in tokens}) == 1 and all(each.windows == 1 for each in tokens)
+    return square if len(square) > 1 and follow and alike else []
+
+
 def name_query(query: Query) -> str:
     """A query in words."""
     if isinstance(query, str):
@@ -131,8 +149,8 @@ def read_panels(m: AttentionMap, query: Query = "cls", heads: Heads = None, inde
     index %= images
     selected = select_queries(queries, keys, query)
     rows = mean_of_rows(m, ALL, selected, image=index).double().cpu()  # (1, windows, heads, keys)
-    marks = _marks_of(_of_image(queries, index), selected[index % len(selected)]) if query != "mean" else ()
-    keys = _of_image(keys, index)
+    marks = _marks_of(of_image(queries, index), selected[index % len(selected)]) if query != "mean" else ()
+    keys = of_image(keys, index)
     panels = []
     for head in _pick_heads(heads, m.shape[1]):
         row = rows.mean(2) if head == "mean" else rows.amax(2) if head == "max" else rows[:, :, int(head)]
@@ -147,7 +165,7 @@ def row_of_rollout(maps: Sequence[AttentionMap], query: Query, index: int) -> Pa
     selected = selected[index % len(selected)].flatten()
     row = rollout(maps)[index][selected].double().cpu().mean(0)[None, None]
     marks = _marks_of(tokens, selected[None]) if query != "mean" else ()
-    return _panel_of("rollout", "mean", name_query(query), row, _of_image(tokens, index), marks)
+    return _panel_of("rollout", "mean", name_query(query), row, of_image(tokens, index), marks)
 
 
 def _panel_of(name: str, head: Head, query: str, row: Tensor, keys: Tokens, marks: tuple[Box, ...]) -> Panel:
@@ -162,7 +180,7 @@ def _panel_of(name: str, head: Head, query: str, row: Tensor, keys: Tokens, mark
     return Panel(name, head, query, values.numpy(), row.shape[-1], shares, entropy, (0.0, 0.0, *keys.extent), marks)
 
 
-def _of_image(tokens: Tokens, index: int) -> Tokens:
+def of_image(tokens: Tokens, index: int) -> Tokens:
     """Tokens as they lie on one image, where each has a grid of its own."""
     if tokens.places is None or len(tokens.places) == 1:
         return tokens

@@ -9,10 +9,8 @@ each key would get if the head looked at all alike.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Union
 
 import numpy as np
@@ -33,7 +31,7 @@ from .charts import distances, scatter, statistics
 from .draw import Ground, Image, shown_image
 from .frames import animate, overlay
 from .layout import TEXT, TITLE, wrap, wrap_ragged
-from .panels import Head, Heads, Maps, Panel, maps_in, name_query, read_panels, row_of_rollout
+from .panels import Head, Heads, Maps, Panel, find_chain, maps_in, name_query, read_panels, row_of_rollout
 from .sheet import UNITS, Cell, Sheet, Style, draw_sheet, explain
 
 __all__ = [
@@ -251,24 +249,10 @@ def _check_place(maps: Sequence[AttentionMap], query: Query) -> None:
 
 def _roll_out(maps: Sequence[AttentionMap], query: Query, index: int) -> Panel | None:
     """The row of the query in the rollout of all maps; None where they do not follow each other, from all tokens to all."""
-    square = [m for m in maps if m.shape[2] == m.shape[3]]
-    if len(square) < 2 or not all(_sees_all(m, square[0]) for m in square) or not _follow_each_other(square):
+    if not (chain := find_chain(maps)):
         return None
-    panel = row_of_rollout(square, query, index)
-    return replace(panel, name=f"rollout, {_short(square[0].name)} to {_short(square[-1].name)}")
-
-
-def _sees_all(m: AttentionMap, first: AttentionMap) -> bool:
-    """Whether a map is of all tokens, and of the same ones as the first, so that it may stand in a rollout with it."""
-    whole = m.tokens.windows == 1 and m.tokens.grid_size == first.tokens.grid_size
-    return whole and m.shape[3] == first.shape[3]
-
-
-def _follow_each_other(maps: Sequence[AttentionMap]) -> bool:
-    """Whether names count on by one from map to map, as "blocks.3.attn" and "blocks.4.attn" do."""
-    numbers = [tuple(map(int, re.findall(r"\d+", m.name))) for m in maps]
-    steps = [[b - a for a, b in zip(one, other)] for one, other in pairwise(numbers)]
-    return all(len(step) == len(numbers[0]) and sorted(step) == [0] * (len(step) - 1) + [1] for step in steps)
+    panel = row_of_rollout(chain, query, index)
+    return replace(panel, name=f"rollout, {_short(chain[0].name)} to {_short(chain[-1].name)}")
 
 
 def _size_of(m: AttentionMap) -> Size:

@@ -33,27 +33,30 @@ const DECADES = 100; // times less than the highest: where a logarithmic scale b
 
 /* Where the colours of a panel would end, in times uniform; never 0. */
 function peakOf(panel, scale) {
-  const high = highest(panel.cells);
+  const high = highest(panel.cells, panel.reach);
   if (!high.length) return 1;
   const at = (high.counted - 1) * 0.005, below = Math.floor(at);
-  const most = high[below] + (high[Math.min(below + 1, high.length - 1)] - high[below]) * (at - below);
+  const [upper, lower] = [high[below] ?? 0, high[Math.min(below + 1, high.counted - 1)] ?? 0];
+  const most = upper + (lower - upper) * (at - below);
   const unit = panel.uniform || 1;
   const reached = high[0] <= FAR * most ? high[0] : Math.max(most, Math.min(unit, high[0]));
   const share = scale === "panel" && panel.direction === "to" && panel.layer.perUnit ? Math.max(panel.onPatches, 1e-6) : 1;
   return reached / share;
 }
 
-/* The highest positive values in order, as many as a quantile of 0.995 needs. */
-function highest(values) {
+/* The highest positive values in order, as many as a quantile of 0.995 needs of all that can have any: small ones may be 0 here. */
+function highest(values, reach = null) {
   let counted = 0;
-  for (const v of values) if (v > 0) counted++;
+  for (let i = 0; i < values.length; i++) if (values[i] >= 0 && (!reach || reach[i])) counted++;
   const found = [], wanted = Math.floor(Math.max(0, counted - 1) * 0.005) + 2;
-  for (const v of values) {
-    if (!(v > 0) || (found.length === wanted && v <= found[wanted - 1])) continue;
+  for (let i = 0, least = 0; i < values.length; i++) {
+    const v = values[i];
+    if (!(v > least)) continue;
     let at = found.length;
     while (at && found[at - 1] < v) at--;
     found.splice(at, 0, v);
     if (found.length > wanted) found.pop();
+    if (found.length === wanted) least = found[wanted - 1];
   }
   found.counted = counted;
   return found;

@@ -201,6 +201,8 @@ class Thumbs {
     for (const head of shown.keys()) {
       const place = this.at(r, columnOf(this.photo.layers[r], head));
       context.fillRect(...place);
+      // larger than its place, a grid loses patches where each pixel takes the nearest one
+      context.imageSmoothingEnabled = columns > place[2] * (window.devicePixelRatio || 1);
       context.drawImage(scratch, columns * i++, 0, columns, rows, ...place);
     }
   }

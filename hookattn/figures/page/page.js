@@ -138,15 +138,16 @@ function drawShares(root, { panel, direction }) {
     parts.push(["patches", panel.onPatches], ...named);
     if (panel.padding > 1e-6) parts.push(["padding", panel.padding]);
   }
-  const key = parts.map(([name, share]) => name + share).join();
-  if (root.dataset.key === key) return;
-  root.dataset.key = key;
   const bar = make("div", { className: "share-bar" });
   parts.forEach(([, share], i) => {
     const part = bar.appendChild(make("i", { className: `part-${Math.min(i, 3)}` }));
     part.style.width = `${100 * share}%`;
   });
   const text = parts.map(([name, share], i) => make("span", { className: `part-${Math.min(i, 3)}` }, `${name} ${percent(share)}`));
+  if (panel && direction === "from" && panel.named.length) {
+    const from = panel.tokens.prefix.slice(0, 6).map((name, i) => `${nameQuery({ query: { token: name } })} ${digits(panel.named[i])}`);
+    text.push(make("span", { className: "plain" }, `from ${from.join(", ")}`));
+  }
   if (parts.length) text.push(make("span", { className: "plain" }, `entropy ${panel.entropy().toFixed(2)} nats`));
   else if (!panel) text.push(make("span", { className: "plain" }, "this layer has no such token"));
   root.replaceChildren(...(parts.length ? [bar] : []), ...text);
@@ -393,7 +394,7 @@ function makeTokens() {
   const buttons = [];
   for (const token of chips) {
     const isNext = /^reg[1-9]\d*$/.test(token) && registers.children.length > 0;
-    const button = make("button", { type: "button", textContent: isNext ? token.slice(3) : say(token), ariaLabel: say(token) });
+    const button = make("button", { type: "button", textContent: isNext ? token.slice(3) : token === "mean" ? "all patches" : say(token), ariaLabel: say(token) });
     button.dataset.token = token;
     button.onclick = () => set({ query: { token } });
     if (!token.startsWith("reg")) buttons.push(button);
@@ -522,6 +523,18 @@ async function showPhoto() {
   makeTokens();
   say();
   showState();
+  update();
+  warmUp();
+}
+
+/* The first time code runs it is slow, and a pointer is not to wait for that. */
+function warmUp() {
+  const { query } = state;
+  for (let i = 0; i < 4; i++) {
+    state.query = { point: photo().toPhoto([0.4 + 0.05 * i, 0.5]) };
+    update();
+  }
+  state.query = query;
   update();
 }
 
