@@ -22,8 +22,8 @@ Rooms. An import may only point down this list, and down the list of files that 
 
 from __future__ import annotations
 
-from .attention.projection import project
-from .attention.sources import QK
+from typing import TYPE_CHECKING
+
 from .errors import (
     HookattnError,
     LayerNotFoundError,
@@ -36,15 +36,42 @@ from .errors import (
     UnfaithfulMapError,
     UnreadableError,
 )
-from .figures.page import show_page as _show_page
-from .figures.page import write_page as _write_page
-from .maps.attention_map import AttentionMap
-from .recipes import layout, partition, recipe
-from .recording.inspection import inspect
-from .recording.recorder import AttentionRecorder
 
-# a recorder knows nothing of pages, which are made of its maps
-AttentionRecorder.explore, AttentionRecorder.show = _write_page, _show_page
+if TYPE_CHECKING:
+    from .attention.projection import project
+    from .attention.sources import QK
+    from .maps.attention_map import AttentionMap
+    from .recipes import layout, partition, recipe
+    from .recording.inspection import inspect
+    from .recording.recorder import AttentionRecorder
+else:
+    # imported when first asked for: torch takes seconds, and `hookattn --help` and a shell's completion need none of it
+    _PLACES = {
+        "QK": "attention.sources",
+        "AttentionMap": "maps.attention_map",
+        "AttentionRecorder": "recording.recorder",
+        "inspect": "recording.inspection",
+        "layout": "recipes",
+        "partition": "recipes",
+        "project": "attention.projection",
+        "recipe": "recipes",
+    }
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+        if name == "AttentionRecorder":  # which knows nothing of pages: they are made of its maps
+            page = import_module(f"{__name__}.figures.page")
+            value.explore, value.show = page.write_page, page.show_page
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_PLACES})
+
 
 __all__ = [
     "QK",

@@ -1,68 +1,45 @@
-"""`hookattn explore`: a page to explore the attention of any model of timm on photos."""
+"""`hookattn explore`: a page to explore the attention of any model on photos."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, cast
 
-import torch
 import typer
 
+from ..errors import HookattnError
 from ..figures.page import Shown, make_page
-from ..image.photo import Photo
-from ..recording.recorder import AttentionRecorder
-from .models import DEFAULT_MODEL, load_model, read_size
-from .output import answering_errors, console, join_sizes, name_bytes
-from .record import _layers, _query, _run
+from .asked import Asked
+from .files import check_out, write_out
+from .output import console, name_bytes, printable, say
+from .photos import describe, find_photos, load_asked, record_each
+from .record import read_query
 
 
-def explore(
-    photos: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
-    model: Annotated[str, typer.Option("--model", "-m", help="Any model of timm.list_models().")] = DEFAULT_MODEL,
-    checkpoint: Annotated[
-        Union[Path, None], typer.Option("--checkpoint", "-c", help="Weights from a file instead of the hub.", exists=True)
-    ] = None,
-    layers: Annotated[
-        Union[str, None], typer.Option(help="Names, globs or positions, comma separated: blocks.1*.attn,-1")
-    ] = None,
-    query: Annotated[Union[str, None], typer.Option(help="What the page begins with, as for record.")] = None,
-    img_size: Annotated[
-        Union[str, None],
-        typer.Option(metavar="H,W", help="This many pixels instead of the model's own; or one number."),
-    ] = None,
-    crop: Annotated[
-        Union[str, None],
-        typer.Option(metavar="none|center", help="Show the whole photo or its middle; whole if the model takes any size."),
-    ] = None,
-    budget: Annotated[
-        str, typer.Option(help="How large the page may be; above that layers are left out and queries pooled, and it says so.")
-    ] = "20MB",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the page goes.")] = Path("attention.html"),
-) -> None:
-    """Write one HTML file to explore the attention of a model on photos: hover a patch, see what it looks at.
+def explore_photos(photos: Sequence[Path], asked: Asked, query: str | None, budget: str, out: Path, as_json: bool) -> None:
+    """Write one page of all photos, after every map was put back into its module."""
+    found, limit, wanted = find_photos(photos), read_budget(budget), None if query is None else read_query(query)
+    page_file = check_out(out, (".html", ".htm"), (*found, asked.checkpoint))
+    model, shown, left_out = load_asked(asked), list[Shown](), dict[str, str]()
+    for path, photo, rec in record_each(found, model, asked, left_out):
+        say(describe(path, photo))
+        shown.append(Shown(rec.maps, photo, name=printable(path.name)))
+    with console.status("computing every map, and putting it back into its module"):
+        page = make_page(shown, query=wanted, budget=limit, title=asked.model)
+    write_out(page_file, page.save)
+    size = page_file.stat().st_size
+    say(f"wrote {printable(page_file)}, {name_bytes(size)}")
+    if as_json:
+        typer.echo(json.dumps({"model": asked.model, "page": str(page_file), "bytes": size, "left_out": left_out}))
 
-    hookattn explore dog.jpg --model vit_small_patch14_reg4_dinov2.lvd142m -o dog.html
+
+def read_budget(text: str) -> int:
+    """A number of bytes: 20MB, 500 kB, 1e6.
+
+    Raises:
+        HookattnError: it is none.
     """
-    with answering_errors():
-        limit = _read_budget(budget)
-        with console.status(f"loading {model}"):
-            size = read_size(img_size)
-            vit = load_model(model, checkpoint, size, whole=crop != "center")
-        shown = []
-        for path in photos:
-            photo = Photo.open(path, vit, size=size, crop=cast(Any, crop))
-            with console.status(f"running {path.name}"), AttentionRecorder(vit, _layers(layers)) as rec, torch.no_grad():
-                _run(vit, photo)
-            steps = "; ".join(photo.steps) or "as it is"
-            console.print(f"{path.name}, {join_sizes(photo.size)}: {steps} (crop {photo.crop})", markup=False)
-            shown.append(Shown(rec.maps, photo, name=path.name))
-        with console.status("computing every map, and putting it back into its module"):
-            page = make_page(shown, query=None if query is None else _query(query), budget=limit, title=model)
-        console.print(f"wrote {page.save(out)}, {name_bytes(out.stat().st_size)}", markup=False)
-
-
-def _read_budget(text: str) -> int:
-    """A number of bytes: 20MB, 500 kB, 1e6."""
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
     number, unit = text.strip().upper(), 1
     for name, size in units.items():
@@ -74,5 +51,5 @@ def _read_budget(text: str) -> int:
     except (ValueError, OverflowError):
         count = 0
     if count <= 0:
-        raise typer.BadParameter(f"{text!r} is no size of a file: 20MB, 500KB, or a number of bytes.", param_hint="--budget")
+        raise HookattnError(f"--budget {text!r} is no size of a file: 20MB, 500KB, or a number of bytes.")
     return count

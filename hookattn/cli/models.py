@@ -1,4 +1,4 @@
-"""Models of timm by name: with weights from the hub or a file, or without."""
+"""Models by name: with weights from the hub, a folder or a file, or without."""
 
 from __future__ import annotations
 
@@ -6,39 +6,95 @@ import difflib
 import inspect
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 from urllib.parse import urlparse
 
 import huggingface_hub.constants as hub
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import HookattnError
+from .checkpoints import Fit, load_fitting, watching_loads
+from .elsewhere import FAMILIES
 
+T = TypeVar("T")
 Sizes = Union[int, tuple[int, int], None]
-DEFAULT_MODEL = "vit_small_patch14_reg4_dinov2.lvd142m"
 
 
 def load_model(name: str, checkpoint: Path | None, img_size: Sizes, *, whole: bool) -> nn.Module:
-    """A model with weights; one that takes images of any size, where it can be made so and whole photos are to be shown."""
+    """A model with weights, whose `pretrained_cfg` says how it wants photos.
+
+    Args:
+        name: of timm, with or without "hf-hub:" or "local-dir:", or of another library: "transformers:...", "open_clip:...".
+        checkpoint: a file of weights; None for those that go with the name.
+        img_size: pixels of its images; None for its own.
+        whole: whether whole photos are to be shown: a model that can be made so takes images of any size.
+
+    Raises:
+        HookattnError: there is no such model, or its weights do not fit or cannot be had.
+    """
+    if checkpoint is not None and not checkpoint.is_file():
+        raise HookattnError(f"--checkpoint {checkpoint} is no file.")
+    if not _hub_answers():
+        hub.HF_HUB_OFFLINE = True  # weights that were fetched before still load, and nobody waits for the others
+    family, _, rest = name.partition(":")
+    if family in FAMILIES:
+        return _fetched(name, lambda: FAMILIES[family].load(rest, checkpoint)).eval()
     options: dict[str, Any] = {"num_classes": 0}
     if whole and _can_take_any_size(name):
         options["dynamic_img_size"] = True
-    if checkpoint is not None:
-        # pretrained, with the file in place of the hub's: timm then converts names and sizes as it does for those
-        return create_model(name, img_size, pretrained=True, pretrained_cfg_overlay={"file": str(checkpoint)}, **options)
-    if not _hub_answers():
-        hub.HF_HUB_OFFLINE = True  # weights that were fetched before still load, and nobody waits for the others
+    if checkpoint is None:
+        model, fit = _fetched(name, lambda: _attempt(name, img_size, options))
+        if not fit.is_right:
+            raise HookattnError(f"the weights of {name} do not fit it: {fit}.")
+        return model
+
+    # pretrained, with the file's in place of the hub's: timm then converts names and sizes as it does for those
+    def attempt(tensors: dict[str, Tensor]) -> tuple[Union[nn.Module, None], Fit]:
+        try:
+            return _attempt(name, img_size, {**options, "pretrained_cfg_overlay": {"state_dict": tensors, "source": ""}})
+        except HookattnError:
+            raise
+        except Exception as error:  # timm's functions for other names meet what they were not made for
+            return None, Fit(failed=f"timm cannot convert its names ({type(error).__name__}: {error})")
+
+    return load_fitting(checkpoint, attempt)
+
+
+def make_model(name: str, img_size: Sizes) -> nn.Module:
+    """A model without weights, whose `pretrained_cfg` says how it wants photos.
+
+    Raises:
+        HookattnError: there is no such model.
+    """
+    family, _, rest = name.partition(":")
+    if family in FAMILIES:
+        try:
+            return FAMILIES[family].make(rest).eval()
+        except (OSError, ValueError) as error:
+            raise HookattnError(f"{family} knows no model {rest!r}: {str(error)[:300]}") from error
+    return create_model(name, img_size, pretrained=False)
+
+
+def _attempt(name: str, img_size: Sizes, options: dict[str, Any]) -> tuple[nn.Module, Fit]:
+    with watching_loads() as fits:
+        model = create_model(name, img_size, pretrained=True, **options)
+    return model, fits[-1] if fits else Fit()  # none where timm reads a format of others
+
+
+def _fetched(name: str, load: Callable[[], T]) -> T:
     try:
-        return create_model(name, img_size, pretrained=True, **options)
-    except HookattnError:
+        return load()
+    except (HookattnError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever the hub's client and its network stack raise
+    except Exception as error:  # whatever the hub's client, its network stack and readers of files raise
+        bare = name if ":" in name else name.split(".")[0]
         raise HookattnError(
-            f"the weights of {name} could not be fetched ({type(error).__name__}). With a file of weights: "
-            f"hookattn record PHOTO --model {name.split('.')[0]} --checkpoint FILE. Without a network: hookattn demo."
+            f"the weights of {name} could not be fetched ({type(error).__name__}: {str(error)[:300]}). With a file of weights: "
+            f"hookattn record PHOTO --model {bare} --checkpoint FILE. Without a network: hookattn demo."
         ) from error
 
 
@@ -55,40 +111,60 @@ def _hub_answers() -> bool:
 
 def _can_take_any_size(name: str) -> bool:
     """Whether a model that is made for one size can be made for any, as the signature of its class tells."""
-    if not timm.is_model(name):
-        return False
     try:
         with torch.device("meta"):  # without memory or weights
             model = timm.create_model(name)
-    except Exception:  # some of timm look at values while they are made
+    except Exception:  # there is none, or it looks at values while it is made
         return False
     return "dynamic_img_size" in inspect.signature(type(model).__init__).parameters
 
 
 def create_model(name: str, img_size: Sizes, **options: Any) -> nn.Module:
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:6]
-        near = near or difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.4)
-        raise HookattnError(f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
+    """A model of timm; one that takes any size is not made for one."""
+    _check_name(name)
     try:
         model: nn.Module = timm.create_model(name, **size_options(img_size), **options)
     except TypeError as error:
         if "'img_size'" not in str(error):
             raise
-        model = timm.create_model(name, **options)  # one that takes any size is not made for one
+        model = timm.create_model(name, **options)
     return model.eval()
+
+
+def _check_name(name: str) -> None:
+    source, _, path = name.rpartition(":")
+    if source == "local-dir":
+        if not (Path(path) / "config.json").is_file():
+            raise HookattnError(
+                f"{path} is no folder of a model of timm, which has a config.json; timm.models.save_for_hf makes one."
+            )
+        return
+    if source in ("hf-hub", "hf_hub"):
+        return
+    if source:
+        raise HookattnError(f"{source!r} names no source of models. There is: hf-hub, local-dir, {', '.join(FAMILIES)}.")
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        near = timm.list_models(f"*{base}*")[:6] if base else []
+        near = near or difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.4)
+        raise HookattnError(f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise HookattnError(f"timm has no weights {tag!r} of {base}. There is: {', '.join(tags) or 'none'}.")
+
+
+def size_options(img_size: Sizes) -> dict[str, Any]:
+    return {} if img_size is None else {"img_size": img_size}
 
 
 def read_size(text: str | None) -> Sizes:
     """A number of pixels, or height and width with a comma between them."""
     if text is None:
         return None
-    parts = text.split(",")
-    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise HookattnError(f"--img-size {text!r} is no size: a number of pixels such as 224, or height and width as 224,320.")
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() and 0 < int(part) <= 16384 for part in parts):
+        raise HookattnError(
+            f"--img-size {text!r} is no size: a number of pixels such as 224, or height and width as 224,320; up to 16384."
+        )
     sides = [int(part) for part in parts]
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def size_options(img_size: Sizes) -> dict[str, Sizes]:
-    return {} if img_size is None else {"img_size": img_size}

@@ -5,16 +5,47 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import HookattnError
-from ..recording.recorder import AttentionRecorder
+
+if TYPE_CHECKING:
+    from ..recording.recorder import AttentionRecorder
 
 # Into a file or a pipe tables get a fixed width: rich would take 80 columns, and break names of layers.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+
+
+def say(text: str) -> None:
+    """Print lines as they are: brackets are no markup, and nothing in a name steers the terminal."""
+    console.print("\n".join(map(printable, text.split("\n"))), markup=False)
+
+
+def print_error(text: str) -> None:
+    """Print one line to stderr."""
+    typer.echo(printable(f"hookattn: {' '.join(text.split())}"), err=True)
+
+
+def printable(text: object) -> str:
+    """A text whose control characters, and bytes that are no letters, are written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@contextmanager
+def answering_errors(as_json: bool = False) -> Iterator[None]:
+    """Turn an error that was raised on purpose into a message and an exit status; with JSON on stdout, print on stderr."""
+    console.stderr = as_json
+    try:
+        yield
+    except HookattnError as error:  # any other is a fault of ours, and keeps its traceback
+        print_error(str(error))
+        raise typer.Exit(1) from None
+    finally:
+        console.stderr = False
 
 
 def make_table(*columns: str) -> Table:
@@ -43,13 +74,3 @@ def name_shapes(rec: AttentionRecorder) -> str:
 
 def below_site_packages(file: str) -> str:
     return file.rpartition("site-packages/")[2]
-
-
-@contextmanager
-def answering_errors() -> Iterator[None]:
-    """Turn an error that was raised on purpose into a message and an exit status."""
-    try:
-        yield
-    except HookattnError as error:  # any other is a fault of ours, and keeps its traceback
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"hookattn: {error}", markup=False)
-        raise typer.Exit(1) from None

@@ -11,7 +11,8 @@ from ..image.photo import Photo
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
 from ..recording.recorder import AttentionRecorder
-from .output import console
+from .files import write_out
+from .output import printable, say
 
 
 def save_picture(
@@ -23,17 +24,17 @@ def save_picture(
     drawn = [m for m in rec.maps.values() if _has_a_grid(m)] or rec.maps[-1:]
     left_out = [m.name for m in rec.maps.values() if m not in drawn]
     if left_out:
-        console.print(f"left out of the picture, no grid of patches over the whole image: {', '.join(left_out)}", markup=False)
+        say(f"left out of the picture, no grid of patches over the whole image: {', '.join(left_out)}")
     if query is None:
         query = "cls" if all(m.tokens.prefix[:1] == ("cls",) for m in drawn) else "mean"
     asked = [m for m in drawn if _has(m, query)] or drawn
     if len(asked) < len(drawn):
         others = ", ".join(m.name for m in drawn if m not in asked)
-        console.print(f"left out of the picture, query {query!r} is not among theirs: {others}", markup=False)
+        say(f"left out of the picture, query {query!r} is not among theirs: {others}")
     drawn = asked
-    out.parent.mkdir(parents=True, exist_ok=True)
-    overview(drawn, query, image=image, title=title).savefig(out)
-    console.print(f"\nwrote {out}")
+    figure = overview(drawn, query, image=image, title=title)
+    write_out(out, figure.savefig)
+    say(f"\nwrote {printable(out)}")
 
 
 def _has(m: AttentionMap, query: Query) -> bool:

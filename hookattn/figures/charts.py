@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import log
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,17 +20,18 @@ _COLOURS = "viridis"
 _ENTROPY, _DISTANCE = "entropy of rows, nats", "mean attention distance, pixels"
 
 
-def statistics(maps: Maps, *, dpi: float = 160) -> Figure:
+def statistics(maps: Maps | Sequence[HeadSummary], *, dpi: float = 160) -> Figure:
     """Draw the entropy and the mean attention distance of each head, by layer, one beside the other.
 
     Args:
-        maps: a recorder, `rec.maps`, some of them, or one.
+        maps: a recorder, `rec.maps`, some of them, or one; or figures of heads that were taken before.
         dpi: dots per inch.
 
     Source: figures 7 and 11 of Dosovitskiy et al. 2021, "An image is worth 16x16 words"; figure 3 of Raghu et al. 2021, "Do
     Vision Transformers see like convolutional neural networks?".
     """
-    rows = summarize_heads(maps_in(maps))
+    given = [each for each in maps if isinstance(each, HeadSummary)] if isinstance(maps, Sequence) else []
+    rows = given or summarize_heads(maps_in(cast(Maps, maps)))
     figure = Figure(figsize=(9, 3.6), dpi=dpi, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*_by_depth(rows, lambda row: log(row.keys)), color="0.6", lw=0.8, ls="--", label="all keys alike: log(keys)")

@@ -9,6 +9,7 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 INK, PALE = "#1d1d1f", "#5f5f64"
 TEXT, TITLE = 7.0, 9.0  # points, as printed
@@ -42,6 +43,12 @@ class Page:
         axes = self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height))
         axes.set_axis_off()
         return axes
+
+    def fill(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        """Fill a rectangle."""
+        corner = x / self.width, 1 - (y + height) / self.height
+        box = Rectangle(corner, width / self.width, height / self.height, color=colour, lw=0, transform=self.figure.transFigure)
+        self.figure.add_artist(box)
 
     def write(
         self, x: float, y: float, text: str, *, size: float = TEXT, colour: str = PALE, ha: Literal["left", "right"] = "left"

@@ -196,13 +196,10 @@ def _draw_cell(page: Page, cell: Cell, ground: Ground, style: Style, x: float, y
     style.draw(page.axes(x, y, grid.width, grid.height), cell, ground)
     below = y + grid.height + 0.03
     if cell.has_bar:
-        bar = page.axes(x, below, grid.width, _BAR_HIGH)
-        start = 0.0
+        start = x
         for kind, share in cell.panel.kinds.items():
-            bar.barh(0, share, left=start, color=_BAR.get(kind, _OTHER), height=1)
-            start += share
-        bar.set_xlim(0, 1)
-        bar.set_ylim(-0.5, 0.5)
+            page.fill(start, below, share * grid.width, _BAR_HIGH, _BAR.get(kind, _OTHER))
+            start += share * grid.width
         below += _BAR_HIGH
     for i, line in enumerate(cell.lines):
         page.write(x, below + (i + 0.5) * LINE, line)
@@ -212,10 +209,7 @@ def _write_legend(page: Page, cells: Sequence[Cell], x: float, y: float) -> None
     """Name the colours of the bars."""
     kinds = dict.fromkeys(kind for cell in cells if cell.has_bar for kind in cell.panel.kinds)
     for kind in kinds:
-        box = page.axes(x, y + LINE / 2 - 0.04, 0.12, 0.08)
-        box.patch.set_facecolor(_BAR.get(kind, _OTHER))
-        box.set_axis_on()
-        box.set(xticks=[], yticks=[])
+        page.fill(x, y + LINE / 2 - 0.04, 0.12, 0.08, _BAR.get(kind, _OTHER))
         name = {"cls": "class token", "reg": "registers", "dist": "distillation token"}.get(kind, kind)
         page.write(x + 0.17, y + LINE / 2, name)
         x += 0.3 + text_width(name)

@@ -148,7 +148,7 @@ def test_the_reversed_view_is_the_column(seen: Callable[[str], Seen], open_page:
     assert named == pytest.approx(column[: m.tokens.num_prefix_tokens].tolist(), abs=error_of(shown, m.name) * 1.01)
 
 
-@pytest.mark.parametrize(("kind", "layer"), [("windows", 1), ("spread keys", 0)])  # shifted; pooled of patches apart
+@pytest.mark.parametrize(("kind", "layer"), [("windows", 1), ("spread keys", 2)])  # shifted; pooled of patches apart
 def test_the_reversed_view_is_the_column_of_a_window_or_a_pooled_key(
     seen: Callable[[str], Seen], open_page: Open, kind: str, layer: int
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -161,8 +160,7 @@ def layouts() -> list[Any]:
     return [
         pytest.param(("vit_small_patch16_224", {**small, "num_heads": 1, "depth": 1}), id="1 x 1"),
         pytest.param(("vit_small_patch16_224", {**small, "num_heads": 6, "depth": 3}), id="3 x 6"),
-        pytest.param(("vit_small_patch16_224", {**small, "num_heads": 12, "depth": 12}), id="12 x 12"),
-        pytest.param(("vit_small_patch16_224", {**small, "num_heads": 16, "depth": 24}), id="24 x 16"),
+        pytest.param(("vit_small_patch16_224", {**small, "embed_dim": 32, "num_heads": 16, "depth": 24}), id="24 x 16"),
         pytest.param(("swin_tiny_patch4_window7_224", ragged), id="ragged"),
     ]
 
@@ -171,19 +169,16 @@ def layouts() -> list[Any]:
 def test_a_sheet_is_full_and_everything_on_it_can_be_read(made: Any) -> None:
     maps = record(made[0], 64, 1, **made[1])
     figure = plot.overview(maps, (0.3, 0.7), image=image(64, 64), title="$x$ [b] photo.jpg", dpi=50)
-    figure.canvas.draw()
     texts = [text for text in figure.texts if text.get_text()]
     assert min(text.get_fontsize() for text in texts) >= 7
     boxes = [text.get_window_extent() for text in texts] + [ax.get_window_extent() for ax in figure.axes]
-    sheet = figure.bbox
-    for box in boxes:
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= sheet.x1
-        assert box.y1 <= sheet.y1
-    shrunk = [box.shrunk(0.98, 0.9) for box in boxes]
-    overlapping = [(a, b) for a, b in combinations(shrunk, 2) if a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1]
-    assert not overlapping
+    sheet, ends = figure.bbox, np.array([box.extents for box in boxes])
+    assert ends.min() >= 0
+    assert (ends[:, 2:] <= [sheet.x1, sheet.y1]).all()
+    low, high = (np.array([box.shrunk(0.98, 0.9).extents[half] for box in boxes]) for half in (slice(2), slice(2, 4)))
+    overlapping = ((low[:, None] < high) & (low < high[:, None])).all(-1)
+    np.fill_diagonal(overlapping, False)
+    assert not overlapping.any()
     drawn = sum(ax.get_window_extent().width * ax.get_window_extent().height for ax in figure.axes)
     assert drawn / (sheet.width * sheet.height) > (0.38 if made[0].startswith("swin") else 0.42)
     assert "$x$ [b] photo.jpg, point (0.3, 0.7)" in written(figure)

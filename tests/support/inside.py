@@ -19,6 +19,7 @@ from hookattn.attention.sources import Scores
 from hookattn.calls.call import capture
 from hookattn.calls.layer import look_up
 from hookattn.calls.restore import is_reading, restoring
+from hookattn.cli.models import load_model
 from hookattn.conditions import changes
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
@@ -42,6 +43,7 @@ __all__ = [
     "find_recipe",
     "is_reading",
     "list_recipes",
+    "load_model",
     "project_heads",
     "registry",
     "restoring",
