@@ -67,11 +67,12 @@ class Own(nn.Module):
     def __init__(self, change: Callable[[Tensor], Tensor] = lambda a: a) -> None:
         super().__init__()
         self.qkv, self.change = nn.Linear(12, 36), change
+        self.out = nn.Parameter(torch.randn(12, 12))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
         a = self.change((q @ k.mT).softmax(-1))
-        return (a @ v).transpose(1, 2).flatten(2)
+        return (a @ v).transpose(1, 2).flatten(2) @ self.out  # a product of matrices that is none of the map's
 
 
 def test_values_that_are_multiplied_by_hand_are_found() -> None:
