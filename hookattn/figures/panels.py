@@ -164,7 +164,7 @@ def row_of_rollout(maps: Sequence[AttentionMap], query: Query, index: int) -> Pa
     selected = tokens.select(query)
     selected = selected[index % len(selected)].flatten()
     row = rollout(maps)[index][selected].double().cpu().mean(0)[None, None]
-    marks = _marks_of(tokens, selected[None]) if query != "mean" else ()
+    marks = _marks_of(of_image(tokens, index), selected[None]) if query != "mean" else ()
     return _panel_of("rollout", "mean", name_query(query), row, of_image(tokens, index), marks)
 
 

@@ -31,7 +31,7 @@ from .charts import distances, scatter, statistics
 from .draw import Ground, Image, shown_image
 from .frames import animate, overlay
 from .layout import TEXT, TITLE, wrap, wrap_ragged
-from .panels import Head, Heads, Maps, Panel, find_chain, maps_in, name_query, read_panels, row_of_rollout
+from .panels import Head, Heads, Maps, Panel, find_chain, maps_in, name_query, of_image, read_panels, row_of_rollout
 from .sheet import UNITS, Cell, Sheet, Style, draw_sheet, explain
 
 __all__ = [
@@ -80,7 +80,7 @@ def attention(
     Raises:
         TokenError: there is no such query, head or image, or it is not known where the keys lie.
     """
-    chosen, ground = Style(**style), Ground(image, _size_of(m))
+    chosen, ground = Style(**style), Ground(image, _size_of(m, index))
     (cell,) = chosen.cells(read_panels(m, ground.to_input(query), head, index))
     if ax is None:
         ax = Figure(figsize=(4.2 * max(1.0, ground.wide), 4.2), dpi=chosen.dpi, layout="constrained").add_subplot()
@@ -108,7 +108,7 @@ def heads(
     Raises:
         TokenError: as `attention`.
     """
-    ground = Ground(image, _size_of(m))
+    ground = Ground(image, _size_of(m, index))
     rows = [(name_query(q), read_panels(m, ground.to_input(q), heads, index)) for q in _listed(query)]
     columns = [_name_head(panel.head) for panel in rows[0][1]]
     return _draw_rows(_short(m.name), rows, columns, ground, Style(**style))
@@ -128,7 +128,7 @@ def layers(
         TokenError, ValueError: as `overview`.
     """
     shown, asked = maps_in(maps), _listed(query)
-    ground = Ground(image, _size_of(shown[0]))
+    ground = Ground(image, _size_of(shown[0], index))
     for q in asked:
         _check_place(shown, q)
     rows = [(name_query(q), [read_panels(m, ground.to_input(q), head, index)[0] for m in shown]) for q in asked]
@@ -163,7 +163,7 @@ def overview(
         ValueError: there are no maps, or the sheet would be too large.
     """
     shown, asked, chosen = maps_in(maps), _listed(query), Style(**style)
-    ground, several = Ground(image, _size_of(shown[0])), len(asked) > 1
+    ground, several = Ground(image, _size_of(shown[0], index)), len(asked) > 1
     for q in asked:
         _check_place(shown, q)
     rows: list[tuple[str, list[Panel]]] = []
@@ -197,7 +197,7 @@ def compare(
     first, second, chosen = maps_in(a), maps_in(b), Style(**{"scale": "layer", **style})
     if len(first) != len(second):
         raise ValueError(f"there are {len(first)} maps on one side and {len(second)} on the other: give as many of each.")
-    ground = Ground(image, _size_of(first[0]))
+    ground = Ground(image, _size_of(first[0], index))
     rows: list[tuple[str, list[Cell]]] = []
     for pair in zip(first, second):
         one, other = (read_panels(m, ground.to_input(query), head, index)[0] for m in pair)
@@ -255,9 +255,9 @@ def _roll_out(maps: Sequence[AttentionMap], query: Query, index: int) -> Panel |
     return replace(panel, name=f"rollout, {_short(chain[0].name)} to {_short(chain[-1].name)}")
 
 
-def _size_of(m: AttentionMap) -> Size:
+def _size_of(m: AttentionMap, index: int) -> Size:
     """(height, width) of the model's input that a map is of; of its grid, where none was seen."""
-    (rows, columns), reach = m.tokens.grid_size, m.tokens.extent
+    (rows, columns), reach = of_image(m.tokens, index).grid_size, m.tokens.extent
     try:
         height, width = m._geometry.cell_size(m.tokens.grid_size)
     except TokenError:

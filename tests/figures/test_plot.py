@@ -10,6 +10,7 @@ import timm
 import torch
 from matplotlib.colors import LogNorm
 from PIL import Image
+from support.image import SIZES, naflex
 from torch import Tensor
 
 from hookattn import AttentionMap, AttentionRecorder, TokenError
@@ -222,6 +223,18 @@ def test_the_rollout_of_tokens_in_another_order_lies_where_they_do() -> None:
     figure = plot.overview(rec, (3, 2))
     panel = torch.tensor(figure.axes[0].images[-1].get_array()).float()
     torch.testing.assert_close(panel, expected.unflatten(0, (8, 8)) * 64)
+
+
+def test_images_that_have_grids_of_their_own_are_drawn_on_these() -> None:
+    maps = naflex(depth=2)[0].maps
+    for index, (rows, columns) in enumerate(SIZES):
+        figure = plot.overview(maps[:-1], (0.9, 0.9), index=index)
+        panels = [ax for ax in figure.axes if ax.images]
+        assert len(panels) == 9, "the rollout, and the mean and three heads of two layers"
+        for ax in panels:
+            assert ax.images[-1].get_array().shape == (rows, columns)
+            assert ax.get_xlim() == (0, columns * 16)
+            assert marked(ax) == [pytest.approx((int(0.9 * columns) * 16, int(0.9 * rows) * 16, 16, 16))]
 
 
 @pytest.mark.parametrize("query", [(3, 4), 7])
