@@ -1,6 +1,7 @@
 """Whether the maps are right, on every architecture of timm: hookattn, timm's AttentionExtract and a naive recompute.
 
-usage: python benchmarks/coverage.py [--only "vit_*"] [--resume] [--markdown] [--out benchmarks/results/coverage.json]
+usage: python benchmarks/coverage.py [--only "vit_*"] [--device cpu|cuda] [--jobs 1] [--resume] [--markdown]
+           [--out benchmarks/results/coverage.json]
 
 An architecture runs once as it is on the meta device, which tells the classes that form a softmax there. It is then built as
 small as it goes with the same classes (smallest.py), its parameters are randomised, its batch norms calibrated, and everything
@@ -12,6 +13,9 @@ is float64. The reference is what each softmax of the model puts out when every 
     empty    no map and no error
     raises   an error instead of maps; of hookattn: refused, with the reason
     none     no softmax, and hookattn refuses
+
+On a GPU the architectures that have maps are built as they were on the CPU, and hookattn alone is judged, by what the model
+forms there (results/coverage-cuda.json).
 
 The axes of the first map of each class are looked at as well, with no regard to its recipe: what multiplies the values is
 found by derivatives of the module's forward (hookattn.maps.evidence), and must be the map, axis by axis.
@@ -33,8 +37,10 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +179,12 @@ def compared(calls: Sequence[Call], ask: Callable[[], dict[str, Tensor]]) -> tup
     return ("exact" if wanted <= seen else "missing" if given else "empty"), ", ".join(sorted(n for n, _ in wanted - seen)[:3])
 
 
-def examine(name: str, kwargs: dict[str, Any] | None = None, size: Any = 224, others: bool = True) -> Record:
-    """Build one architecture, as told or as small as it goes, read its maps in all four ways (or one) and judge them."""
+def examine(name: str, like: Record | None = None, *, others: bool = True, device: str = "cpu") -> Record:
+    """Build one architecture, like before or as small as it goes, read its maps in all four ways (or one) and judge them."""
     record, began = Record(name), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, x, calls = built(record, kwargs, size)
+        model, x, calls = built(record, like, device)
         record.dtype = "meta" if x.is_meta else str(x.dtype).removeprefix("torch.")
         judge(record, calls, *read(model, x, record))
         maps = [c.canonical() for c in calls if c.kind not in PAIRLESS]
@@ -192,11 +198,12 @@ def examine(name: str, kwargs: dict[str, Any] | None = None, size: Any = 224, ot
     return record
 
 
-def built(record: Record, kwargs: dict[str, Any] | None, size: Any) -> tuple[Any, Tensor, list[Call]]:
+def built(record: Record, like: Record | None, device: str) -> tuple[Any, Tensor, list[Call]]:
     """The model of a record, two images for it, and its calls that form softmaxes."""
-    if kwargs is not None:
-        record.kwargs, record.size = kwargs, size
-        model, x = build(record.name, kwargs, size)
+    if like is not None:
+        record.kwargs, record.size = like.kwargs, like.size
+        model, x = build(record.name, like.kwargs, like.size)
+        model, x = model.to(device), x.to(device)
         return model, x, softmaxes_by_call(model, x)
     model, arguments = in_full(record.name)
     x = torch.empty(2, *model.pretrained_cfg["input_size"], device="meta")
@@ -207,46 +214,57 @@ def built(record: Record, kwargs: dict[str, Any] | None, size: Any) -> tuple[Any
     return model, x, calls
 
 
-def report(records: Sequence[Record]) -> str:
+def report(records: Sequence[Record], device: str) -> str:
     """The file of results: one line for each architecture."""
+    tools = TOOLS if device == "cpu" else {"hookattn": "hookattn"}
     head = {
         "versions": installed_versions(),
-        "machine": describe_machine("cpu"),
+        "machine": describe_machine(device),
         "seconds": round(sum(r.seconds for r in records)),
-        "totals": {tool: Counter(getattr(r, a) for r in records if r.entropy is not None) for tool, a in TOOLS.items()},
+        "totals": {tool: Counter(getattr(r, a) for r in records if r.entropy is not None) for tool, a in tools.items()},
     }
     lines = [json.dumps({k: v for k, v in asdict(r).items() if v not in ("", None, {}, [])}) for r in records]
     return json.dumps(head, indent=1)[:-2] + ',\n "records": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
+def examine_unattended(name: str, like: Record | None, device: str) -> Record:
+    """Examine one of many: what goes wrong is noted, for the others to go on."""
+    torch.set_num_threads(1)
+    try:
+        return examine(name, like, others=device == "cpu", device=device)
+    except Exception as error:  # of this benchmark's own; to be none
+        return Record(name, hookattn="unbuilt", notes=[repr(error)])
+
+
 def run(options: argparse.Namespace) -> None:
     """Examine all that is asked for; what is found is written down after each, for an interrupted run to go on."""
     log = options.out.with_suffix(".jsonl")
-    torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if not options.resume:
         log.unlink(missing_ok=True)
     done = {r["name"]: Record(**r) for r in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
-    names = fnmatch.filter(timm.list_models(), options.only)
-    for i, name in enumerate(names):
-        if name not in done:
-            try:
-                done[name] = examine(name)
-            except Exception as error:  # of this benchmark's own; to be none
-                done[name] = Record(name, hookattn="unbuilt", notes=[repr(error)])
+    before = {} if options.device == "cpu" else {r.name: r for r in read_records() if r.entropy is not None}
+    names = fnmatch.filter(before or timm.list_models(), options.only)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        asked = [pool.submit(examine_unattended, n, before.get(n), options.device) for n in names if n not in done]
+        for i, answer in enumerate(as_completed(asked)):
+            record = done[answer.result().name] = answer.result()
             with log.open("a") as file:
-                file.write(json.dumps(asdict(done[name])) + "\n")
-            say(f"{i + 1}/{len(names)} {name}: {done[name].hookattn} {done[name].notes}")
-    options.out.write_text(report([done[name] for name in names]))
+                file.write(json.dumps(asdict(record)) + "\n")
+            say(f"{i + 1}/{len(asked)} {record.name}: {record.hookattn} {record.notes}")
+    options.out.write_text(report([done[name] for name in names], options.device))
 
 
 def main() -> None:
     parser = plain_parser(__doc__)
     parser.add_argument("--only", default="*", help="architectures by name, as a glob")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each has its own model")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has found")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the results that are there")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="file of results")
     options = parser.parse_args()
+    options.out = options.out or (RESULTS if options.device == "cpu" else RESULTS.with_stem("coverage-cuda"))
     if not options.markdown:
         run(options)
     print(tables(read_records(options.out)))

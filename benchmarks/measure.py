@@ -20,7 +20,7 @@ from torch import Tensor
 Returned = tuple[Any, list[Tensor]]
 """Output of a model (None where there is none), and what was read."""
 Run = Callable[[Any], Returned]
-AT_LEAST = {"cpu": 0.0, "cuda": 0.1}  # seconds of one measurement; a shorter forward is called several times
+AT_LEAST = {"cpu": 0.0, "cuda": 0.05}  # seconds of one measurement; a shorter forward is called several times
 FEWEST = 3  # rounds, however long they take
 LONG = 4  # what has taken so many times the seconds that are given gets no more rounds
 MATRICES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # whose products are the peak of operations
