@@ -16,7 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hookattn import AttentionRecorder, HookattnError
 from hookattn.analysis import rollout
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # a prototype, PyTorch says
+]
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
 KEPT: list[dict[str, Any]] = [{}, {"keep": "maps"}, {"gradients": True}, {"gradients": True, "keep": "maps"}]
 NAMES = list(TINY)
