@@ -207,6 +207,50 @@ def statistics_without_maps(s: Setup) -> Iterator[Run]:
         yield lambda x: (model(x), [found for m in rec.maps.values() for found in compute_statistics(m, *wanted)])
 
 
+def captured(s: Setup, call: Callable[[Tensor], Returned]) -> Run:
+    """What is called, captured as a CUDA graph with an input of its own, and replayed."""
+    if s.device.type == "cpu":
+        raise NotHereError("only on a GPU")
+    static, graph, side = s.inputs[0].clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad():
+        with torch.cuda.stream(side):
+            call(static)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            returned = call(static)
+
+    def replay(x: Tensor) -> Returned:
+        static.copy_(x)
+        graph.replay()
+        return returned
+
+    return replay
+
+
+def captured_with(s: Setup, index: Any, **options: Any) -> Iterator[Run]:
+    """A forward and an index of each map, in one graph."""
+    model = s.ready()
+    with AttentionRecorder(model, **options) as rec:
+        yield captured(s, lambda x: (model(x), [m[index] for m in rec.maps.values()]))
+
+
+@case("the fused model alone, a CUDA graph", base="graph")
+def graph(s: Setup) -> Iterator[Run]:
+    model = s.ready()
+    yield captured(s, lambda x: (model(x), []))
+
+
+@case("row of the first token, every layer, in the graph", base="graph", reads="rows")
+def graph_rows(s: Setup) -> Iterator[Run]:
+    yield from captured_with(s, (slice(None), slice(None), 0))
+
+
+@case('all maps, keep="maps", in the graph', base="graph", reads="maps")
+def graph_maps(s: Setup) -> Iterator[Run]:
+    yield from captured_with(s, ..., keep="maps")
+
+
 @case("forward and backward of the fused model alone", base="backward", grad=True)
 def backward(s: Setup) -> Iterator[Run]:
     model = s.ready()

@@ -63,6 +63,8 @@ def begin_results(options: argparse.Namespace) -> dict[str, Any]:
     """Results without runs, or with those of the file if they are added to; threads are set, and the folder is there."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # on by default, and then float32 is none where patches are embedded
     warnings.simplefilter("ignore")
     results: dict[str, Any] = {"machine": describe_machine(options.device), "versions": installed_versions(), "runs": []}
     if options.append and options.out.exists():

@@ -1,6 +1,7 @@
 """What recording costs the CPU: microseconds of one call of an attention module whose map nobody reads, by part.
 
-usage: python benchmarks/hook.py [--rounds 100] [--model vit_small_patch16_224] [--batch 1] [--out hook-cpu.json]
+usage: python benchmarks/hook.py [--rounds 100] [--model vit_small_patch16_224] [--batch 1] [--device cpu|cuda]
+           [--out hook-cpu.json]
 
 The model is hollow: its attention modules are called as deep in the stack as they are, with what a block gives them, and return
 their input at once; nothing else runs. Its forwards take turns: with nothing on it, with a hook of PyTorch's that does nothing
@@ -59,8 +60,9 @@ class Hollow(nn.Module):
         super().__init__()
         self.patch_embed, self.blocks = model.patch_embed, model.blocks
         self.attentions: list[nn.Module] = [block.attn for block in model.blocks]
-        self.x = torch.randn(batch, model.pos_embed.shape[1], model.embed_dim)
-        self.images = torch.randn(batch, 3, *model.patch_embed.img_size)
+        device = model.pos_embed.device
+        self.x = torch.randn(batch, model.pos_embed.shape[1], model.embed_dim, device=device)
+        self.images = torch.randn(batch, 3, *model.patch_embed.img_size)  # on the CPU, for `timed` to take the time of Python
         self.patch_embed.forward = lambda _: self.x
         for block in self.blocks:
             block.forward = partial(block.attn, **GIVEN)
@@ -203,11 +205,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--model", default="vit_small_patch16_224", help="a ViT of timm")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "hook-cpu.json")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where parameters lie; the CPU's time is taken"
+    )
+    parser.add_argument("--out", type=Path)
     o = parser.parse_args()
+    o.out = o.out or RESULTS / f"hook-{o.device}.json"
     torch.set_num_threads(1)
-    model = Hollow(timm.create_model(o.model), o.batch).eval()
-    results: dict[str, Any] = {"machine": describe_machine("cpu"), "versions": installed_versions()}
+    model = Hollow(timm.create_model(o.model).to(o.device), o.batch).eval()
+    results: dict[str, Any] = {"machine": describe_machine(o.device), "versions": installed_versions()}
     results |= {"model": o.model, "batch": o.batch, **measured(model, o.rounds)}
     results["operators"] = {"no grad": operators(model, grad=False), "grad": operators(model, grad=True)}
     write_results(results, o.out)

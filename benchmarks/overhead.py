@@ -1,6 +1,7 @@
 """What Python costs around a model: calls of functions, counted, and times over those of the bare arithmetic.
 
-usage: python benchmarks/overhead.py [--rounds 30] [--kinds "vit*,swin*"] [--out benchmarks/results/overhead-cpu.json]
+usage: python benchmarks/overhead.py [--rounds 30] [--kinds "vit*,swin*"] [--device cpu|cuda]
+           [--out benchmarks/results/overhead-cpu.json]
 
 On a GPU a model at batch 1 waits for Python, and Python can be measured without one. Calls of Python's and of C's functions are
 counted by `sys.setprofile`, which gives the same number each time; tests/house/test_overhead.py holds them. Times are of one
@@ -186,13 +187,20 @@ def main() -> None:
     parser = plain_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--kinds", default="*", help=f"globs of {', '.join(KINDS)}")
-    parser.add_argument("--out", type=Path, default=RESULTS / "overhead-cpu.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path)
     o = parser.parse_args()
+    o.out = o.out or RESULTS / f"overhead-{o.device}.json"
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"machine": describe_machine("cpu"), "versions": installed_versions()}
-    results["calls"] = {kind: counted(*KINDS[kind](is_small=False)) for kind in matching(o.kinds, KINDS)}
+    results: dict[str, Any] = {"machine": describe_machine(o.device), "versions": installed_versions()}
+
+    def made(kind: str) -> Made:
+        model, x = KINDS[kind](is_small=False)
+        return model.to(o.device), x.to(o.device)
+
+    results["calls"] = {kind: counted(*made(kind)) for kind in matching(o.kinds, KINDS)}
     results["timed"] = "vit_small_patch16_224"
-    results["seconds"] = timed_vit(*KINDS[results["timed"]](is_small=False), o.rounds)
+    results["seconds"] = timed_vit(*made(results["timed"]), o.rounds)
     write_results(results, o.out)
     print(table(results))
 

@@ -168,7 +168,7 @@ def mean_attention_distance(m: AttentionMap) -> Sum:
     windows = starts.shape[1]
 
     def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
-        numbers = torch.arange(batch)[items]
+        numbers = torch.arange(batch, device="cpu")[items]
         start, end = (_of_items(centres, numbers).to(chunk) for centres in (starts[:, :, rows], ends))
         # shares are 0 for prefix tokens and padding, 1 for patches, and between for pooled keys that reach over the border
         weight = (chunk * _share(end)[:, None, None]).sum(-1)

@@ -36,7 +36,7 @@ def _inspect(name: str, batch: int, size: Sizes) -> tuple[Inspection, dict[str, 
         try:
             with torch.device(device):
                 model = make_model(name, size)
-                images = torch.zeros(batch, *_shape(model, size))
+                images = torch.zeros(batch, *_shape(model, size), device=device)
                 return inspect_call(model, images), _places(model, images)
         except HookattnError:
             raise

@@ -14,5 +14,6 @@ From top to bottom, an import may only point down:
     training     train mode: the random streams that dropout draws from
     autocast     mixed precision
     changes      what tells that a tensor has changed since the forward
+    cuda_graphs  nothing is waited for while a CUDA graph is captured
     modules      the modules of a model by name
 """

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .cuda_graphs import is_capturing
+
 SAMPLES = 4096
 _FEW = 16
 _AT_HAND = ("cpu",)  # where values are read without waiting for anything
@@ -148,18 +150,23 @@ def _address(tensor: Tensor) -> int:
 class Values:
     """Values of tensors to be compared later with others; equal when all are, NaN with NaN.
 
-    Nobody waits for a device when they are taken, only when they are compared.
+    Nobody waits for a device when they are taken, only when they are compared; not even then while a CUDA graph is captured,
+    where they are values that nothing has computed yet.
     """
 
     def __init__(self, *values: Tensor) -> None:
         self.values = values
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Values) and all(
-            torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(self.values, other.values)
-        )
+        if not isinstance(other, Values):
+            return False
+        return is_capturing() or all(map(_are_equal, self.values, other.values))
 
     __hash__ = object.__hash__  # which Python takes from a class that defines `__eq__`
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 class Samples:

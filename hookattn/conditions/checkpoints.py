@@ -55,7 +55,7 @@ def fingerprint(tensors: Sequence[Tensor], checkpoint: object) -> bytes:
     """Bytes by which a call in a checkpoint is known when backward makes it again: its checkpoint, and values of its input."""
     # Values, since nothing else stays the same: the module may be called several times in a checkpoint, and the tensors it is
     # called with are others the second time. The step is odd, so that the values are not all of a few channels.
-    values = tensors[0].detach().reshape(-1) if tensors else torch.empty(0)
+    values = tensors[0].detach().reshape(-1) if tensors else torch.empty(0, device="cpu")
     few = values[:: max(1, values.numel() // _FEW - 1 | 1)].contiguous()
     return str((id(checkpoint), *values.shape)).encode() + bytes(few.view(torch.uint8).tolist())
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cuda_graphs import refuse_capturing
+
 
 class RandomStreams(NamedTuple):
     """States of the random streams that a call in train mode draws from, so that a later run draws the same."""
@@ -23,5 +25,12 @@ class RandomStreams(NamedTuple):
 
 
 def random_streams(device: torch.device) -> RandomStreams:
-    """States of the streams as they are now; taken in train mode only, since each is a copy of some kilobytes."""
-    return RandomStreams(device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+    """States of the streams as they are now; taken in train mode only, since each is a copy of some kilobytes.
+
+    Raises:
+        UnreadableError: a CUDA graph is captured, which has no such states.
+    """
+    if device.type != "cuda":
+        return RandomStreams(device, torch.get_rng_state(), None)
+    refuse_capturing()
+    return RandomStreams(device, torch.get_rng_state(), torch.cuda.get_rng_state(device))

@@ -146,7 +146,7 @@ def rgb(image: npt.ArrayLike) -> Floats:
 
 def shown_image(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Floats:
     """Undo a model's normalisation: (3, height, width) to (height, width, 3) in 0 to 1."""
-    pixels = x.detach().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    pixels = x.detach().cpu() * torch.tensor(std, device="cpu")[:, None, None] + torch.tensor(mean, device="cpu")[:, None, None]
     return rgb(pixels.clamp(0, 1).permute(1, 2, 0).double().numpy())
 
 

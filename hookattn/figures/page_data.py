@@ -165,7 +165,7 @@ def _pool(layer: Layer, queries: Tokens, pool: int) -> Tensor:
     groups = _groups(layer.queries, queries, pool)
     counts = torch.bincount(groups, minlength=len(queries))
     shape = layer.keys.windows, layer.heads, len(queries) + 1, len(layer.keys)
-    rows = torch.zeros(shape, dtype=torch.float64 if layer.dtype == torch.float64 else torch.float32)
+    rows = torch.zeros(shape, dtype=torch.float64 if layer.dtype == torch.float64 else torch.float32, device="cpu")
 
     def add(items: slice, span: slice, chunk: Tensor) -> None:
         chunk = chunk.detach().cpu().to(rows)
@@ -180,11 +180,11 @@ def _pool(layer: Layer, queries: Tokens, pool: int) -> Tensor:
 def _groups(before: Tokens, after: Tokens, pool: int) -> Tensor:
     """The number of the pooled query that each query becomes a part of."""
     if before.grid_size == after.grid_size:
-        return torch.arange(len(before))
+        return torch.arange(len(before), device="cpu")
     rows, columns = before.grid_size
-    row, column = torch.arange(rows)[:, None] // pool, torch.arange(columns) // pool
+    row, column = torch.arange(rows, device="cpu")[:, None] // pool, torch.arange(columns, device="cpu") // pool
     named = len(before.prefix)
-    return torch.cat((torch.arange(named), (named + row * after.grid_size[1] + column).flatten()))
+    return torch.cat((torch.arange(named, device="cpu"), (named + row * after.grid_size[1] + column).flatten()))
 
 
 def _verified(m: AttentionMap) -> dict[str, Any]:

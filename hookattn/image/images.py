@@ -47,13 +47,13 @@ def _patches_in(args: tuple[Any, ...], named: Mapping[str, Any]) -> Patches | No
     # timm's NaFlex names coordinates, transformers' SigLIP 2 the grid of each image
     coordinates, valid = named.get("patch_coord"), named.get("patch_valid")
     if isinstance(coordinates, Tensor):
-        everywhere = torch.ones(coordinates.shape[:2], dtype=torch.bool)
+        everywhere = torch.ones(coordinates.shape[:2], dtype=torch.bool, device="cpu")
         patches = next((a for a in (*args, *named.values()) if isinstance(a, Tensor) and a.dim() == 5), None)
         size = None if patches is None else (int(patches.shape[2]), int(patches.shape[3]))
         return Patches(coordinates, valid if isinstance(valid, Tensor) else everywhere, size)
     shapes, patches = named.get("spatial_shapes"), named.get("pixel_values")
     if isinstance(shapes, Tensor) and isinstance(patches, Tensor) and patches.dim() == 3:
         rows, columns = shapes.cpu().long().T[..., None]
-        numbers = torch.arange(patches.shape[1]).expand(len(patches), -1)
+        numbers = torch.arange(patches.shape[1], device="cpu").expand(len(patches), -1)
         return Patches(torch.stack((numbers // columns, numbers % columns), dim=-1), numbers < rows * columns)
     return None

@@ -153,7 +153,7 @@ class Photo:
         """The row (axis 0) or column of a picture over the model's input under each pixel of the photo; -1 where none is."""
         resized, at, side = self.resized[axis], self.corner[axis], self.input_size[axis]
         # in whole numbers, twice as large for the centres of pixels, so that none is rounded over an edge
-        y = (2 * torch.arange(pixels) + 1) * resized - 2 * pixels * at
+        y = (2 * torch.arange(pixels, device="cpu") + 1) * resized - 2 * pixels * at
         places = (y * cells).div(2 * pixels * side, rounding_mode="floor")
         return places.masked_fill((y < 0) | (y >= 2 * pixels * side), -1)
 

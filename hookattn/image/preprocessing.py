@@ -148,5 +148,5 @@ def make_input(image: Any, plan: Plan, model: Preprocessing) -> Tensor:
     canvas = pil.new(image.mode, plan.size[::-1], fill[0] if grey else fill)
     canvas.paste(image, (-left, -top))
     x = torch.from_numpy(np.array(canvas)).reshape(*plan.size, -1).permute(2, 0, 1).contiguous().float().div(255)
-    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (model.mean, model.std))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu")[:, None, None] for v in (model.mean, model.std))
     return x.sub_(mean).div_(std)

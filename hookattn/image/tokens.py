@@ -90,7 +90,7 @@ class Tokens:
         Raises:
             TokenError: there is no such token.
         """
-        names = torch.arange(len(self.prefix)).expand(*self.patches.shape[:2], -1)
+        names = torch.arange(len(self.prefix), device="cpu").expand(*self.patches.shape[:2], -1)
         patches = torch.where(self.patches < 0, -1, self.patches + len(self.prefix))  # numbered as by `index`
         tokens = torch.cat((names, patches), dim=-1)
         if query == "mean":
@@ -129,7 +129,7 @@ class Tokens:
         places = rearrange(self.patches, "i w (n spread) -> i w n spread", spread=self.spread)
         columns = max(1, self.grid_size[1])
         cells = torch.stack((places // columns, places % columns), dim=-1)
-        centres = (cells + 0.5) * torch.tensor(cell_size, dtype=torch.float64)
+        centres = (cells + 0.5) * torch.tensor(cell_size, dtype=torch.float64, device="cpu")
         # -1 has a row and a column too, and they are wrong
         centres = centres.masked_fill(places[..., None] < 0, torch.nan)
         return F.pad(centres, (0, 0, 0, 0, len(self.prefix), 0), value=torch.nan)
@@ -151,7 +151,7 @@ class Tokens:
         return torch.stack([replace(self, grid_size=grid)._stretch(own, size) for grid, own in zip(self.covered(), pixels)])
 
     def _stretch(self, pixels: Tensor, size: Size) -> Tensor:
-        centres = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in size)
+        centres = ((torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n for n in size)
         rows, columns = (self._cells_at(each, axis).to(pixels.device) for axis, each in enumerate(centres))
         inside = (rows >= 0)[:, None] & (columns >= 0)
         return pixels[..., rows.clamp(min=0)[:, None], columns.clamp(min=0)].masked_fill(~inside, torch.nan)
@@ -182,7 +182,7 @@ class Tokens:
         """`places`, given or not."""
         if self.places is not None:
             return self.places
-        return torch.arange(self.grid_size[0] * self.grid_size[1])[None, None]
+        return torch.arange(self.grid_size[0] * self.grid_size[1], device="cpu")[None, None]
 
     def covered(self) -> list[Size]:
         """(rows, columns) of the patches of each image, in the upper left corner of the grid."""
@@ -191,7 +191,9 @@ class Tokens:
         return [(int((places // columns).max()) + 1, int((places % columns).max()) + 1) for places in shown]
 
     def _patch_at(self, point: tuple[float, float]) -> Size:
-        row, column = (int(self._cells_at(torch.tensor([p], dtype=torch.float64), axis)) for axis, p in enumerate(point))
+        row, column = (
+            int(self._cells_at(torch.tensor([p], dtype=torch.float64, device="cpu"), axis)) for axis, p in enumerate(point)
+        )
         if row < 0 or column < 0:
             raise TokenError(
                 f"the point {point} lies where no patch does: patches end at {tuple(round(reach, 3) for reach in self.seen)} "
@@ -215,7 +217,9 @@ class Tokens:
             return index
         found = [replace(self, grid_size=size)._patch_at(query) for size in self.covered()]  # type: ignore[arg-type]
         columns = self.grid_size[1]
-        return torch.tensor([self.num_prefix_tokens + row * columns + column for row, column in found])[:, None, None]
+        return torch.tensor([self.num_prefix_tokens + row * columns + column for row, column in found], device="cpu")[
+            :, None, None
+        ]
 
 
 def _is_point(query: Query) -> bool:

@@ -111,7 +111,7 @@ def pool_windows(tokens: Tokens, window: Sequence[int], stride: Sequence[int]) -
 def _number(grid_size: Sequence[int]) -> Tensor:
     """(rows, columns): the number of each patch, row by row."""
     rows, columns = (int(n) for n in grid_size)
-    return torch.arange(rows * columns).reshape(rows, columns)
+    return torch.arange(rows * columns, device="cpu").reshape(rows, columns)
 
 
 def _pad(places: Tensor, window: Sides) -> Tensor:

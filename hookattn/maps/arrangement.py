@@ -69,7 +69,9 @@ class Arrangement:
     @cached_property
     def is_in_order(self) -> bool:
         """Whether the map is one tensor that is laid out as its reader has it, so that a view of it is the map."""
-        return len(self.parts) == 1 and torch.equal(self.index.flatten(), torch.arange(self.parts[0].rows))
+        return len(self.parts) == 1 and torch.equal(
+            self.index.flatten(), torch.arange(self.parts[0].rows, device=self.index.device)
+        )
 
     @cached_property
     def is_full(self) -> bool:
@@ -122,12 +124,12 @@ def arrange_by_recipe(parts: Sequence[Part], form: str | None, shape: Shape) -> 
         shapes = ", ".join(str(part.shape) for part in parts)
         raise UnreadableError(f"its forward forms maps of {shapes}, which do not make up the one of {shape} by its recipe")
     if rows == 0:  # no images, or no tokens
-        return Arrangement(tuple(parts), torch.zeros(shape[:3], dtype=torch.long))
+        return Arrangement(tuple(parts), torch.zeros(shape[:3], dtype=torch.long, device="cpu"))
     axes = (form or "b h q k").replace("(b h)", "bh").split()
     axes = axes if len(axes) == len(parts[0].shape) else ["b", "h", "q", "k"]  # a class that can do without windows
     sizes = {axis: parts[0].shape[axes.index(axis)] for axis in ("w",) if axis in axes}
     lead = [axis for axis in "".join(axes) if axis != "k"]
     known = {"n": count, "h": heads // count, "q": queries, **sizes}
     pattern = f"(n {' '.join(lead)}) -> {'(b w)' if sizes else 'b'} {'(h n)' if 'h' in lead else 'n'} q"
-    index = rearrange(torch.arange(rows), pattern, **{a: n for a, n in known.items() if a in ["n", *lead]})
+    index = rearrange(torch.arange(rows, device="cpu"), pattern, **{a: n for a, n in known.items() if a in ["n", *lead]})
     return Arrangement(tuple(parts), index)

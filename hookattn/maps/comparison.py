@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from ..calls.call import Call
@@ -138,7 +139,8 @@ def _compared(call: Call, watch: Watch, attention: Tensor, own: Any, against: st
     noise = 0.0
     if not all(difference <= usual * max(1.0, largest) for difference, largest, usual in moved):
         # an output that is rounded coarsely, as int8 activations are, may stand at a step that rounding of the map goes over
-        rounded = [run_with(attention * (1 + step * _alternating(attention))) for step in _steps([*injected, attention])]
+        steps = _steps([*injected, attention], may_be_tf32=_may_be_tf32(call, attention))
+        rounded = [run_with(attention * (1 + step * _alternating(attention))) for step in steps]
         noise = max(largest_difference(a, b) for other in rounded for a, b in zip(injected, other))
     return Comparison(against, moved, noise, _number_rows(attention))
 
@@ -155,9 +157,16 @@ def _moved(own: Tensor, injected: Tensor, of_map: torch.dtype) -> tuple[float, f
     return largest_difference(own, injected), largest, tolerance
 
 
-def _steps(tensors: list[Tensor]) -> list[float]:
-    """Relative errors as rounding makes them, up and down, in the coarsest dtype that is about."""
-    eps = max(torch.finfo(t.dtype).eps for t in tensors)
+def _may_be_tf32(call: Call, attention: Tensor) -> bool:
+    """Whether products in float32 are taken in TF32, as those of convolutions are on a GPU unless that was turned off."""
+    # cuDNN's own flag is not asked: where its operators have different ones, PyTorch 2.9 and later raises.
+    coarse = torch.get_float32_matmul_precision() != "highest" or any(isinstance(m, _ConvNd) for m in call.layer.inner)
+    return attention.is_cuda and coarse
+
+
+def _steps(tensors: list[Tensor], *, may_be_tf32: bool) -> list[float]:
+    """Relative errors as rounding makes them, up and down, in the coarsest dtype that is about; TF32 has float16's."""
+    eps = max(torch.finfo(dtype).eps for dtype in [*(t.dtype for t in tensors), *([torch.float16] * may_be_tf32)])
     return [sign * times * eps for sign in (1, -1) for times in (1, 4)]
 
 

@@ -87,7 +87,7 @@ class Fused:
     def _qk(self, q: Tensor, k: Tensor, mask: Tensor | None, index: Tensor | None) -> QK:
         is_causal = self.is_causal
         if is_causal and index is not None and not is_in_order(index):  # row numbers do not tell which keys came before
-            row, key = index % self.q.shape[-2], torch.arange(k.shape[-2])
+            row, key = index % self.q.shape[-2], torch.arange(k.shape[-2], device="cpu")
             mask, is_causal = (key <= row[..., None]).to(q.device), False
         additive = mask is not None and mask.dtype != torch.bool
         bias, mask = (mask, None) if additive else (None, mask)
@@ -197,7 +197,7 @@ def _alone(formed: list[Formed], arrangement: Arrangement) -> Fused | Softmaxed 
 
 def is_in_order(index: Tensor) -> bool:
     """Whether all rows stand as they come."""
-    return torch.equal(index.flatten(), torch.arange(index.numel()))
+    return torch.equal(index.flatten(), torch.arange(index.numel(), device=index.device))
 
 
 def _pick_rows(t: Tensor, index: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
@@ -103,6 +103,7 @@ def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, P
     items = list(index) if isinstance(index, tuple) else [index]
     # Masks, None, several lists: torch's rules for these mix axes, so the whole is computed and torch applies them itself.
     if any(type(i) not in _SIMPLE for i in items) and not _is_orthogonal(items):
+        _check_numbers(items, shape)
         return (ALL, ALL, ALL), index
     dots = [place for place, item in enumerate(items) if item is Ellipsis]
     if len(items) - len(dots) > 4 or len(dots) > 1:
@@ -126,13 +127,46 @@ def _pick_and_rest(items: list[Any], shape: tuple[int, ...]) -> tuple[list[Pick]
             if item != ALL:
                 picks[at] = item
         elif isinstance(item, list):
-            picks[at] = torch.as_tensor(item)
-        elif -shape[at] <= item < shape[at]:
+            _check_range(at, item, shape)
+            picks[at] = torch.as_tensor(item, device="cpu")
+        else:
+            _check_range(at, [item], shape)
             # one row stays an axis while it is computed, and goes afterwards
             picks[at], rest[at] = slice(item % shape[at], item % shape[at] + 1), 0
-        else:
-            raise IndexError(f"{('batch', 'head', 'query', 'key')[at]} {item} is out of range: there are {shape[at]}")
     return picks, rest
+
+
+def _check_range(at: int, numbers: Iterable[int], shape: tuple[int, ...]) -> None:
+    """Raise an IndexError for what an axis does not have."""
+    # before any device sees it: a kernel that reads out of range ends the use of a GPU by the whole process
+    for number in numbers:
+        if not -shape[at] <= number < shape[at]:
+            raise IndexError(f"{('batch', 'head', 'query', 'key')[at]} {number} is out of range: there are {shape[at]}")
+
+
+def _check_numbers(items: list[Any], shape: tuple[int, ...]) -> None:
+    """Check the numbers in an index that is left to torch, each along the axis that torch counts it to."""
+    arrays = [_as_array(i) for i in items]
+    axes = [_axes_of(i, a) for i, a in zip(items, arrays)]
+    at = 0
+    for item, array, count in zip(items, arrays, axes):
+        if array is not None and array.dtype not in (torch.bool, torch.uint8) and array.numel() and at < len(shape):
+            _check_range(at, map(int, array.aminmax()), shape)
+        at += len(shape) - sum(axes) if item is Ellipsis else count
+
+
+def _as_array(item: Any) -> Tensor | None:
+    """What torch picks by the numbers of, or as a mask; None for an item that is neither."""
+    if isinstance(item, Tensor) or item is None or item is Ellipsis or isinstance(item, (slice, bool)):
+        return item if isinstance(item, Tensor) else None
+    return torch.as_tensor(item, device="cpu")
+
+
+def _axes_of(item: Any, array: Tensor | None) -> int:
+    """How many axes an item of an index stands for."""
+    if array is None:
+        return int(isinstance(item, slice))
+    return array.ndim if array.dtype in (torch.bool, torch.uint8) else 1
 
 
 def _is_orthogonal(items: list[Any]) -> bool:

@@ -61,7 +61,7 @@ def _facts_of(m: Any) -> dict[str, str]:
 
 def _draw(picture: Tensor) -> str:
     """(rows, columns) as an image of HTML, whose highest patch is the brightest."""
-    table = torch.tensor([list(bytes.fromhex(colour)) for colour in _COLOURS], dtype=torch.float32)
+    table = torch.tensor([list(bytes.fromhex(colour)) for colour in _COLOURS], dtype=torch.float32, device="cpu")
     at = (picture / picture.amax().clamp(min=1e-30)).nan_to_num().clamp(0, 1) * (len(table) - 1)
     below = at.floor().long().clamp(max=len(table) - 2)
     pixels = torch.lerp(table[below], table[below + 1], (at - below)[..., None]).round().to(torch.uint8)

@@ -222,7 +222,7 @@ def append_tokens(geometry: Geometry, shape: Shape, tail: Tensor, prefix: tuple[
     """Prefix tokens and patches, and after them tokens that lie nowhere on the image."""
     after = tail.shape[-2]
     patches = shape[3] - len(prefix) - after
-    places = torch.cat((torch.arange(patches), torch.full((after,), -1)))
+    places = torch.cat((torch.arange(patches, device="cpu"), torch.full((after,), -1, device="cpu")))
     return Tokens(prefix, geometry.tokens(patches, prefix=False).grid_size, places[None, None])
 
 

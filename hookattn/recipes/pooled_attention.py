@@ -87,7 +87,7 @@ def nextvit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, 
     queries, run = find_windows(geometry) or geometry.tokens(shape[2], prefix=False), geometry.module.N_ratio
     if geometry.module.sr is None:
         return queries, queries
-    places = torch.arange(shape[2] // run * run)[None, None]  # (1, 1, keys * run)
+    places = torch.arange(shape[2] // run * run, device="cpu")[None, None]  # (1, 1, keys * run)
     return queries, Tokens((), queries.grid_size, places, spread=run)
 
 

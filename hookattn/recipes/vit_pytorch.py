@@ -37,7 +37,9 @@ def adaptive_token_sampling_attention(self: Any, x: Tensor, *, mask: Tensor | No
         return QK(q, k, scale=self.scale)
     pairs = mask[:, None, :, None] & mask[:, None, None]
     # as there: a query of which all keys are closed attends to all alike
-    return QK(q, k, scale=self.scale, bias=torch.zeros(()).masked_fill(~pairs, -torch.finfo(torch.float32).max))
+    return QK(
+        q, k, scale=self.scale, bias=torch.zeros((), device=pairs.device).masked_fill(~pairs, -torch.finfo(torch.float32).max)
+    )
 
 
 # Flex attention

@@ -181,7 +181,7 @@ def tiny_vit_block(self: Any, geometry: Geometry) -> Tokens:
 @recipe("timm.models.efficientvit_msra.CascadedGroupAttention", axes="b q k")
 def cascaded_group_attention(self: Any, x: Tensor) -> Scores:
     """Queries and keys of a head are made of what the head before it gave out, so the attention itself has to run."""
-    scores, head, biases = [], torch.zeros(()), self.get_attention_biases(x.device)  # (heads, queries, keys)
+    scores, head, biases = [], torch.zeros((), device=x.device), self.get_attention_biases(x.device)  # (heads, queries, keys)
     for n, (qkv, depthwise, part) in enumerate(zip(self.qkvs, self.dws, x.chunk(len(self.qkvs), dim=1))):
         widths = (self.key_dim, self.key_dim, self.val_dim)
         q, k, v = qkv(head + part if n else part).split(widths, dim=1)

@@ -76,7 +76,7 @@ def _move_parameters(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device="cpu")
             parameter.add_(noise.to(parameter.device), alpha=0.2)
     return moved
 

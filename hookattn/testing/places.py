@@ -78,7 +78,7 @@ class _Grid(NamedTuple):
             part = tensor[-1, tensor.shape[1] - self.size[0] * self.size[1] + row * self.size[1] + column]
         else:
             part = tensor[-1].narrow(self.first - 1, row, self.cell).narrow(self.first, column, self.cell)
-        part.add_(torch.randn(part.shape, generator=torch.Generator().manual_seed(1)).to(part), alpha=3.0)
+        part.add_(torch.randn(part.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(part), alpha=3.0)
         return tensor
 
 
@@ -212,7 +212,7 @@ def _strides(coarse: Size, fine: Sequence[int]) -> Iterator[Size]:
 def _contradiction(tokens: Tokens, fields: Tensor, strides: Size) -> str | None:
     """What is wrong with the places of tokens if their grid is coarser by these strides; None if nothing is."""
     rows, columns = tokens.grid_size
-    row, column = (torch.arange(n) // stride for n, stride in zip(fields.shape[-2:], strides))
+    row, column = (torch.arange(n, device="cpu") // stride for n, stride in zip(fields.shape[-2:], strides))
     cells = torch.where((row < rows)[:, None] & (column < columns), row[:, None] * columns + column, -1)
     said = rearrange(tokens.patches[-1], "w (n spread) -> w n spread 1 1", spread=tokens.spread)
     own = ((said == cells) & (said >= 0)).any(2)  # (windows, patches, rows, columns)
@@ -251,7 +251,7 @@ def _widest(fields: Tensor) -> list[int]:
 def _span(fields: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """(windows, patches): the first and the last row (axis 2) or column (axis 3) of each field; (all of them, -1) for none."""
     marks = fields.any(5 - axis)
-    n = torch.arange(marks.shape[-1])
+    n = torch.arange(marks.shape[-1], device="cpu")
     return torch.where(marks, n, len(n)).amin(-1), torch.where(marks, n, -1).amax(-1)
 
 

@@ -147,7 +147,12 @@ def test_lists_tensors_masks_none_and_numpy_pick_what_they_pick_of_the_whole(kin
         ((slice(None),) * 5, r"4 axes"),
         ((..., 0, ...), r"4 axes"),
         ((0, 0, 0, 0, [0]), r"4 axes \(batch, head, query, key\)"),
-        ([0, 2], r"out of (range|bounds)"),
+        ([0, 2], r"batch 2 .*there are 2"),
+        ((0, [3]), r"head 3 .*there are 3"),
+        (torch.tensor([0, 2]), r"batch 2 .*there are 2"),
+        ((None, 0, torch.tensor([[0, -4]])), r"head -4 .*there are 3"),
+        (([0, 1], ..., np.array([0, 17])), r"key 17 .*there are 17"),
+        ((torch.tensor([True, False]), [0, 3]), r"head 3 .*there are 3"),
     ],
     ids=str,
 )

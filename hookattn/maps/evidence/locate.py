@@ -54,7 +54,7 @@ def locate(tape: Tape, products: Sequence[Product], index: Tensor, mixed: tuple[
         raise UnreadableError("what multiplies its values is made where no function of PyTorch can be seen to take it")
     parts, numbers = found
     rows = torch.full_like(index, sum(part.rows for part in parts))
-    rows[index < sum(map(len, blocks))] = torch.tensor(numbers)
+    rows[index < sum(map(len, blocks))] = torch.tensor(numbers, device="cpu")
     return Arrangement(tuple(parts), rows)
 
 
@@ -62,7 +62,7 @@ def _before_mixing(softmaxes: list[_Held], index: Tensor, step: int, order: tupl
     for held in softmaxes:
         if held.step == step:
             lead = [a for a in range(len(held.part.shape)) if a != held.part.axis]
-            places = torch.arange(held.part.rows).view([held.part.shape[a] for a in lead])
+            places = torch.arange(held.part.rows, device="cpu").view([held.part.shape[a] for a in lead])
             places = places.permute([lead.index(a) for a in order if a != held.part.axis])
             return Arrangement((held.part,), places.reshape(index.shape))
     raise UnreadableError("its softmax is taken where no function of PyTorch can be seen to take it")
@@ -90,7 +90,7 @@ def _match_others(
 ) -> tuple[list[Part], list[int]] | None:
     """As `_match`, with random numbers in place of what the softmaxes put out, no two rows of which are the same."""
     random, device = torch.Generator().manual_seed(5), softmaxes[0].rows.device
-    others = {held.step: torch.rand(held.part.shape, generator=random).to(held.rows) for held in softmaxes}
+    others = {held.step: torch.rand(held.part.shape, generator=random, device="cpu").to(held.rows) for held in softmaxes}
     run = tape.rerun(catch={p.at for p in products}, exactly=True, put=others)
     wanted = torch.cat([_codes(matrices(run, p)[0].flatten(0, 1)) for p in products])[used.to(device)]
     return _match(wanted.tolist(), [held._replace(rows=held.part.as_rows(others[held.step])) for held in softmaxes])
@@ -117,5 +117,5 @@ def _factors(tape: Tape, products: Sequence[Product], keys: set[int], wanted: se
 def _codes(rows: Tensor) -> Tensor:
     """A number for each row (rows, keys), the same for those that are the same to the last bit."""
     bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32).long()
-    odd = torch.randint(1 << 62, (rows.shape[1],), generator=torch.Generator().manual_seed(2)) * 2 + 1
+    odd = torch.randint(1 << 62, (rows.shape[1],), generator=torch.Generator().manual_seed(2), device="cpu") * 2 + 1
     return (bits * odd.to(bits.device)).sum(1) + rows.shape[1]

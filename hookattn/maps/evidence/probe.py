@@ -46,7 +46,7 @@ def pull(y: Tensor, of: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
 
 def weights_like(y: Tensor) -> Tensor:
     """Positive weights, all different, so that no two effects cancel."""
-    return (torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) + 0.5).to(y)
+    return (torch.rand(y.shape, generator=torch.Generator().manual_seed(1), device="cpu") + 0.5).to(y)
 
 
 def places(tape: Tape, products: Sequence[Product]) -> dict[Product, Places]:

@@ -41,10 +41,10 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
     for c in maps:
         _refuse_scaled_later(tape, c)
     heads = _order_of_heads(maps, slabs, row)
-    start = torch.tensor([0, *(c.m.shape[0] * c.m.shape[1] for c in maps)]).cumsum(0).tolist()
+    start = torch.tensor([0, *(c.m.shape[0] * c.m.shape[1] for c in maps)], device="cpu").cumsum(0).tolist()
     table = [[[start[n] + g * maps[n].m.shape[1] + i for n, g, i in (r[h] for h in heads)] for _, r in w] for w in windows]
     missing = [start[-1]] * len(heads)  # in smaller windows
-    return maps, torch.tensor([[*t, *[missing] * (max(map(len, table)) - len(t))] for t in table]).transpose(1, 2)
+    return maps, torch.tensor([[*t, *[missing] * (max(map(len, table)) - len(t))] for t in table], device="cpu").transpose(1, 2)
 
 
 def _without_scores(tape: Tape, maps: Sequence[Candidate]) -> list[Candidate]:

@@ -207,7 +207,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         t = exact(t)
         if not t.is_floating_point():
             return t
-        less, more = (torch.rand(t.shape, generator=self.random).to(t) for _ in range(2))
+        less, more = (torch.rand(t.shape, generator=self.random, device="cpu").to(t) for _ in range(2))
         return t * (1 - 0.01 * less) + 0.01 * (more - 0.5)  # infinite or large parts of a mask stay such
 
     def _slot(self, t: Tensor) -> Slot:
