@@ -234,5 +234,5 @@ def _few_words(parameter: Tensor) -> list[memoryview]:
 
 def _few_bits(parameter: Tensor) -> Tensor:
     """A view of some values of a parameter as integers, spread over all of it."""
-    flat = _in_memory_order(parameter.detach()).view(-1)
-    return flat[:: _step_through(parameter.numel())].view(_BITS[parameter.element_size()])
+    step = _step_through(count := parameter.numel())  # through its memory, in which it is dense
+    return parameter.detach().as_strided((-(-count // step),), (step,)).view(_BITS[parameter.element_size()])

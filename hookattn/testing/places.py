@@ -47,7 +47,7 @@ def check_places(m: AttentionMap, moved: nn.Module, args: Any, kwargs: Any) -> N
             with _changing(site, grid, place):
                 moved(*args, **kwargs)
             changed.append(_what_changed(before, source_of(rec.maps[0].call), len(grid.tensor), queries.windows, m.name))
-    for what, tokens, fields in zip(("query", "key"), (queries, keys), map(torch.stack, zip(*changed))):
+    for what, tokens, fields in zip(("query", "key"), (queries, keys), (torch.stack(each).cpu() for each in zip(*changed))):
         by_token = rearrange(fields, "(r c) w n -> w n r c", r=grid.size[0])[:, tokens.num_prefix_tokens :]
         _check_tokens(f"a {what} of {m.name!r}", tokens, by_token, type(site).__name__)
 

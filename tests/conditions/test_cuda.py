@@ -45,12 +45,14 @@ class ByHand(nn.Module):
 
 def by_hand() -> tuple[nn.Module, Tensor]:
     """Attention that has no recipe."""
-    return nn.Sequential(ByHand(48, 3), ByHand(48, 3)).cuda().eval(), torch.randn(2, 17, 48, device="cuda")
+    model = nn.Sequential(nn.LayerNorm(48), ByHand(48, 3), ByHand(48, 3))
+    return model.cuda().eval(), torch.randn(2, 17, 48, device="cuda")
 
 
 def multihead() -> tuple[nn.Module, Tensor]:
-    layer = nn.TransformerEncoderLayer(48, 3, 96, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).cuda().eval(), torch.randn(2, 17, 48, device="cuda")
+    layer = nn.TransformerEncoderLayer(48, 3, 96, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.LayerNorm(48), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    return model.cuda().eval(), torch.randn(2, 17, 48, device="cuda")
 
 
 MADE: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {

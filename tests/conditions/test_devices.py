@@ -9,10 +9,12 @@ import pytest
 import torch
 from support.models import TINY, tiny
 from support.oracle import unfused
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder
 from hookattn.analysis import compute_statistics, entropy, received
+from hookattn.testing import check_recipe
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -109,6 +111,13 @@ def test_gradients_of_maps_are_those_of_the_unfused_path(device: str, name: str)
     assert len(gradients) == len(rec.maps)
     for m, expected in zip(rec.maps.values(), gradients):
         torch.testing.assert_close(m.gradient[...], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_recipes_and_partitions_are_checked_where_the_module_lies(device: str) -> None:
+    block = SwinTransformerBlock(24, (8, 12), num_heads=4, window_size=4, shift_size=2).to(device)
+    check_recipe(block, torch.randn(2, 8, 12, 24, device=device))
+    check_recipe(block.attn, torch.randn(4, 16, 24, device=device))
 
 
 @needs_cuda
