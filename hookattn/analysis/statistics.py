@@ -166,15 +166,17 @@ def mean_attention_distance(m: AttentionMap) -> Sum:
     batch, heads, _, _ = m.shape
     starts, ends = _centres(m)
     windows = starts.shape[1]
+    laid: list[_Places] = []  # once the first chunk tells where: all that follow find them there
 
     def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
-        numbers = torch.arange(batch, device="cpu")[items]
-        start, end = (_of_items(centres, numbers).to(chunk) for centres in (starts[:, :, rows], ends))
+        if not laid:
+            laid.append(_Places.of(batch, starts.to(chunk), ends.to(chunk)))
+        middles, is_query, places, share = laid[0].cut(items, rows)
         # shares are 0 for prefix tokens and padding, 1 for patches, and between for pooled keys that reach over the border
-        weight = (chunk * _share(end)[:, None, None]).sum(-1)
-        counts = (weight != 0) & _share(start)[:, None].bool()
+        weight = (chunk @ share[:, None, :, None]).squeeze(-1)
+        counts = (weight != 0) & is_query[:, None]
         # `where` on both sides of the division: an x / 0 that is only left out afterwards has a gradient of NaN
-        reached = (chunk * _distances(start, end)[:, None]).sum(-1) / weight.where(counts, 1.0)
+        reached = (chunk * _distances(middles, places)[:, None]).sum(-1) / weight.where(counts, 1.0)
         total[items] += torch.stack((reached.where(counts, 0.0).sum(-1), counts.sum(-1).to(reached)), dim=-1)
 
     def finish(total: Tensor) -> Tensor:
@@ -199,10 +201,40 @@ def _centres(m: AttentionMap) -> Iterator[Tensor]:
         yield tokens.centres(m._geometry.cell_size(tokens.grid_size))
 
 
-def _of_items(centres: Tensor, numbers: Tensor) -> Tensor:
-    """(items or 1, tokens, spread, 2): the centres of some items of the batch, which are windows of images in turn."""
+class _Places(NamedTuple):
+    """Where queries and keys of a map lie, on the device and in the dtype of its chunks.
+
+    Attributes:
+        middles: (items or 1, queries, 2), of the places that a query stands for.
+        is_query: (items or 1, queries), False for prefix tokens and padding.
+        places: (items or 1, keys, spread, 2).
+        share: (items or 1, keys), how much of what a key stands for lies on the image.
+    """
+
+    middles: Tensor
+    is_query: Tensor
+    places: Tensor
+    share: Tensor
+
+    @staticmethod
+    def of(batch: int, starts: Tensor, ends: Tensor) -> _Places:
+        """Of the centres (images or 1, windows, tokens, spread, 2); items of the batch are windows of images in turn."""
+        queries, keys = (_of_items(centres, batch) for centres in (starts, ends))
+        return _Places(queries.nanmean(-2), _share(queries).bool(), keys, _share(keys))
+
+    def cut(self, items: slice, rows: slice) -> _Places:
+        """Those of some items, and of some queries."""
+        middles, is_query, places, share = self if len(self.share) == 1 else (each[items] for each in self)
+        return _Places(middles[:, rows], is_query[:, rows], places, share)
+
+
+def _of_items(centres: Tensor, batch: int) -> Tensor:
+    """(items or 1, tokens, spread, 2): the centres of each item of the batch, of all where they are the same."""
     images, windows = centres.shape[:2]
-    return centres[0] if images == windows == 1 else centres[numbers // windows % images, numbers % windows]
+    if images == windows == 1:
+        return centres[0]
+    numbers = torch.arange(batch, device=centres.device)
+    return centres[numbers // windows % images, numbers % windows]
 
 
 def _share(centres: Tensor) -> Tensor:
@@ -210,9 +242,8 @@ def _share(centres: Tensor) -> Tensor:
     return 1 - centres.isnan().any(-1).to(centres).mean(-1)
 
 
-def _distances(starts: Tensor, ends: Tensor) -> Tensor:
+def _distances(middles: Tensor, ends: Tensor) -> Tensor:
     """(items, queries, keys): distance from the middle of a query to the places of a key, their mean; 0 to where nothing is."""
-    middles = starts.nanmean(-2)
     # Not by a product of matrices, which cdist takes from 25 rows on: it loses digits for places near each other. The places of
     # a key that is spread over several go one after the other, to hold no more than a chunk at a time.
     apart = (torch.cdist(middles, end, compute_mode="donot_use_mm_for_euclid_dist") for end in ends.unbind(-2))

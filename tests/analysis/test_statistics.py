@@ -134,6 +134,24 @@ def test_no_more_than_a_chunk_is_held(monkeypatch: pytest.MonkeyPatch, wanted: l
     assert peak_of(lambda: compute_statistics(m, *wanted)) <= results + projected + few
 
 
+def test_a_chunk_more_costs_few_operators_and_nothing_that_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where a chunk takes less time than to say what to do, and a copy from the CPU waits for all before it."""
+    m = record_one(*tiny("vit", batch=1))
+    rows = m.shape[1] * m.shape[3]
+
+    def run(chunks: int) -> list[str]:
+        read_in_chunks(monkeypatch, rows * -(-m.shape[2] // chunks))
+        return operators_of(lambda: compute_statistics(m, *FOUR))
+
+    run(1)
+    one, many = run(2), run(6)
+    assert len(many) - len(one) <= 4 * 60
+    assert (
+        many.count("aten._to_copy.default") - one.count("aten._to_copy.default") == 4
+    )  # how many rows there are, once a chunk
+    assert many.count("aten.isnan.default") == one.count("aten.isnan.default")
+
+
 def test_queries_and_keys_are_computed_once_for_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     m = record_one(*tiny("vit", batch=1))
 
