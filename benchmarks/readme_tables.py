@@ -15,6 +15,7 @@ import hook
 import overhead
 from command import RESULTS, plain_parser, say
 from coverage_table import WORDS, count_by_tool, read_records, table_by_class, table_by_tool, the_others
+from machine import in_words
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {  # cases of throughput.py, and what they are called in the table of all models
@@ -22,7 +23,9 @@ SHOWN = {  # cases of throughput.py, and what they are called in the table of al
     "nothing_read": "recorder, nothing read",
     "class_rows": "row of the class token (Swin: first of each window), every layer",
     "one_head": "one head, every layer",
+    "opened_each_time": "recorder made, opened and left around each forward, nothing read",
     "keep_maps": 'all maps, `keep="maps"`',
+    "keep_maps_cpu": 'all maps, `keep="maps"`, moved to the CPU',
     "all_maps": "all maps, read after the forward",
     "statistics_without_maps": "entropy, attention received, head mean and distance, no map held",
     "naive": "naive recompute in a forward hook",
@@ -30,6 +33,10 @@ SHOWN = {  # cases of throughput.py, and what they are called in the table of al
     "extract_hook": "unfused: `timm.utils.AttentionExtract`, hook",
     "extract_fx": "unfused: `timm.utils.AttentionExtract`, fx",
     "torchlens": "TorchLens",
+}
+GRAPHS = {  # these over the model as a CUDA graph
+    "graph_rows": "row of the first token, every layer, captured with the model as a CUDA graph",
+    "graph_maps": 'all maps, `keep="maps"`, captured so',
 }
 COLUMNS = {  # models of throughput.py, in float32 and eager
     "vit_small_patch16_224": "ViT-S/16, 224",
@@ -56,6 +63,23 @@ def runs() -> dict[str, dict[str, Any]]:
     return {r["model"]: r for r in plain if r["model"] in COLUMNS}
 
 
+def throughput_of_gpu() -> str:
+    """Throughput on a GPU over that of the model alone, and of what is captured as a CUDA graph over that of the model so."""
+    results = json.loads((RESULTS / "throughput-cuda.json").read_text())
+    head = [f"{COLUMNS[r['model']]}, {r['dtype']}, batch {r['batch']}" for r in results["runs"]]
+    lines = [f"{in_words(results)}\n", f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for case, title in (SHOWN | GRAPHS).items():
+        cells = [over_base(r, case) for r in results["runs"]]
+        lines += [f"| {title} | {' | '.join(cells)} |"] * any(cells)
+    for case, title in {"fused": "ms of the model alone", "graph": "ms of the model as a CUDA graph"}.items():
+        lines.append(f"| {title} | {' | '.join(milliseconds(r, case) for r in results['runs'])} |")
+    return "\n".join([*lines, f"| rounds | {' | '.join(str(r['rounds']) for r in results['runs'])} |"])
+
+
+def milliseconds(run: dict[str, Any], case: str) -> str:
+    return f"{1e3 * next(c for c in run['cases'] if c['case'] == case)['seconds']['median']:.3g}"
+
+
 def over_base(run: dict[str, Any], case: str) -> str:
     """The median of a case over its base, or in a word why there is none; empty where it was not measured."""
     found = next((c for c in run["cases"] if c["case"] == case), None)
@@ -71,7 +95,9 @@ def throughput() -> str:
     measured = {model: run for model in COLUMNS if (run := runs().get(model))}
     head = [f"{COLUMNS[model]}, batch {run['batch']}" for model, run in measured.items()]
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    lines += [f"| {SHOWN[case]} | {' | '.join(over_base(r, case) for r in measured.values())} |" for case in SHOWN]
+    for case, title in SHOWN.items():
+        cells = [over_base(r, case) for r in measured.values()]
+        lines += [f"| {title} | {' | '.join(cells)} |"] * any(cells)
     lines += [f"| rounds | {' | '.join(str(run['rounds']) for run in measured.values())} |"]
     return "\n".join(lines)
 
@@ -92,6 +118,8 @@ def front() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "throughput": throughput,
+    "throughput of a gpu": throughput_of_gpu,
+    "hook of a gpu": lambda: hook.table(json.loads((RESULTS / "hook-cuda.json").read_text())),
     "coverage by tool": lambda: f"{table_by_tool(read_records())}\n\n{the_others(read_records())}",
     "hook": lambda: hook.table(json.loads((RESULTS / "hook-cpu.json").read_text())),
     "overhead": lambda: overhead.table(json.loads((RESULTS / "overhead-cpu.json").read_text())),

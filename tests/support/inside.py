@@ -21,8 +21,11 @@ from hookattn.calls.layer import look_up
 from hookattn.calls.restore import is_reading, restoring
 from hookattn.cli.models import load_model
 from hookattn.conditions import changes
+from hookattn.conditions.changes import Values as Values
+from hookattn.conditions.cuda_graphs import is_capturing as is_capturing
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
+from hookattn.conditions.training import random_streams as random_streams
 from hookattn.image.sizes import size_after
 from hookattn.maps import established, lazy, reading
 from hookattn.maps.comparison import compare_runs

@@ -1,13 +1,15 @@
-"""On a GPU: nobody waits for it, graphs are captured and replayed, streams keep their order, and what does not fit is told."""
+"""CUDA graphs, and what else a GPU alone shows: nobody waits for it, streams keep their order, what does not fit is told."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from support.inside import Values, is_capturing, random_streams
 from support.models import TINY, tiny
 from support.oracle import unfused
 from torch import Tensor, nn
@@ -16,10 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hookattn import AttentionRecorder, HookattnError, NoMapError, UnreadableError
 from hookattn.analysis import rollout
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # a prototype, PyTorch says
-]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # a prototype, PyTorch says
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
 KEPT: list[dict[str, Any]] = [{}, {"keep": "maps"}, {"gradients": True}]
 NAMES = list(TINY)
@@ -79,6 +79,17 @@ def nobody_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_while_a_graph_is_captured_nothing_is_waited_for_and_no_random_stream_is_asked_for() -> None:
+    device = torch.device("cuda")
+    with mock.patch.multiple(torch.cuda, is_available=lambda: True, is_current_stream_capturing=lambda: True):
+        assert Values(torch.zeros(2)) == Values(torch.ones(2))  # neither of which has been computed by then
+        with pytest.raises(UnreadableError, match=r"model.eval\(\) before the capture"):
+            random_streams(device)
+    assert Values(torch.zeros(2)) != Values(torch.ones(2))
+    assert not is_capturing()
+
+
+@needs_cuda
 @pytest.mark.parametrize("kept", KEPT, ids=str)
 @pytest.mark.parametrize("name", MADE)
 def test_a_recorded_forward_waits_for_nothing(name: str, kept: dict[str, Any]) -> None:
@@ -105,6 +116,7 @@ def test_a_recorded_forward_waits_for_nothing(name: str, kept: dict[str, Any]) -
             assert all(m.gradient[...].isfinite().all() for m in rec.maps.values())
 
 
+@needs_cuda
 def test_gradients_that_are_computed_in_backward_look_first_whether_parameters_are_as_they_were() -> None:
     model, x = on_gpu("vit")
     with AttentionRecorder(model, gradients=True, keep="maps") as rec:
@@ -116,6 +128,7 @@ def test_gradients_that_are_computed_in_backward_look_first_whether_parameters_a
         rec.maps[1].gradient[...]
 
 
+@needs_cuda
 @pytest.mark.parametrize("name", ["vit", "differential", "by hand"])
 def test_reading_waits_only_to_see_that_nothing_has_changed(name: str) -> None:
     model, x = MADE[name]()
@@ -126,6 +139,7 @@ def test_reading_waits_only_to_see_that_nothing_has_changed(name: str) -> None:
                 _ = m[:, :, 0], m[...]
 
 
+@needs_cuda
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kept", KEPT[:2], ids=str)
 @pytest.mark.parametrize("name", ["vit", "beit", "by hand", "nn.MultiheadAttention"])
@@ -160,6 +174,7 @@ def test_a_graph_is_captured_in_a_block_and_maps_are_those_of_its_last_replay(
                 torch.testing.assert_close(m[...], expect, rtol=0, atol=1e-5)
 
 
+@needs_cuda
 def test_rows_that_are_read_while_a_graph_is_captured_are_those_of_each_replay() -> None:
     model, x = on_gpu("vit")
     others = [torch.randn_like(x) for _ in range(2)]
@@ -178,6 +193,7 @@ def test_rows_that_are_read_while_a_graph_is_captured_are_those_of_each_replay()
         torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
 
 
+@needs_cuda
 def test_a_graph_that_was_captured_before_is_replayed_unnoticed() -> None:
     model, x = on_gpu("vit")
     graphed: Any = torch.cuda.make_graphed_callables(model, (x,), allow_unused_input=True)
@@ -189,6 +205,7 @@ def test_a_graph_that_was_captured_before_is_replayed_unnoticed() -> None:
         rec.maps  # noqa: B018
 
 
+@needs_cuda
 @pytest.mark.parametrize("options", [{}, {"keep": "maps"}, {"keep": "maps", "device": "cpu"}], ids=str)
 def test_forwards_on_another_stream(options: dict[str, Any]) -> None:
     model, x = on_gpu("vit")
@@ -205,6 +222,7 @@ def test_forwards_on_another_stream(options: dict[str, Any]) -> None:
         torch.testing.assert_close(m[...].cuda(), expected, rtol=0, atol=1e-6)
 
 
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_every_kernel_of_sdpa(backend: SDPBackend, dtype: torch.dtype) -> None:
@@ -218,6 +236,7 @@ def test_every_kernel_of_sdpa(backend: SDPBackend, dtype: torch.dtype) -> None:
             m.verify()
 
 
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mechanism_is_read_verified_and_differentiated(name: str, dtype: torch.dtype) -> None:
@@ -238,6 +257,7 @@ def test_every_mechanism_is_read_verified_and_differentiated(name: str, dtype: t
             torch.testing.assert_close(m[...].flatten(), own.float().flatten(), rtol=0, atol=close)
 
 
+@needs_cuda
 def test_a_map_that_does_not_fit_is_told_when_it_is_read_and_the_forward_goes_on() -> None:
     model, x = on_gpu("vit")
     with torch.no_grad():
@@ -266,6 +286,7 @@ def test_a_map_that_does_not_fit_is_told_when_it_is_read_and_the_forward_goes_on
         torch.cuda.empty_cache()
 
 
+@needs_cuda
 def test_what_is_read_is_smaller_than_a_map() -> None:
     model, x = on_gpu("vit", img_size=512)
     x = torch.randn(4, 3, 512, 512, device="cuda")
