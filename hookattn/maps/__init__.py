@@ -10,6 +10,7 @@ From top to bottom, an import may only point down:
     picture        what a query attends to, laid out on the image
     gradient       dL/dA: what backward brings to a module's output, carried on to its map
     lazy           what is computed when it is sliced, a chunk of rows at a time
+    as_array       what torch, numpy and others do with a map as if it were a tensor
     replay         run a module's own forward again, watching or replacing the map it forms
     established    where the map of a call stands in its forward: as its recipe has it, or as evidence has established it
     evidence       axes by evidence: what multiplies the values, and which place of the output each row of it feeds
