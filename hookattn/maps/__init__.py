@@ -4,6 +4,7 @@ From top to bottom, an import may only point down:
 
     attention_map  AttentionMap, read when it is sliced
     vectors        queries, keys and values of a map
+    labelled       a map as an array of xarray
     reading        where a map comes from: a captured call, by recipe or by replay; a tensor that was kept
     comparison     whether a map is the one that its module's output came from
     notebook       a map, and a list of maps, as a notebook shows them

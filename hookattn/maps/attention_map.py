@@ -17,6 +17,7 @@ from ..recipes.places import Places, find_tokens, name_axes, settle
 from .comparison import Comparison, Difference, compare_runs, compare_with_output, saving_unseen
 from .established import NotEstablishedError
 from .gradient import Gradient
+from .labelled import Labelled
 from .lazy import Delivery, Spec
 from .notebook import describe_in_html
 from .picture import draw_rows, read_rows
@@ -25,7 +26,7 @@ from .sites import Watch
 from .vectors import OfVectors
 
 
-class AttentionMap(OfVectors):
+class AttentionMap(OfVectors, Labelled):
     """The attention probabilities of one call of one module: (batch, head, query, key), before `attn_drop`.
 
     Nothing is computed until the map is sliced, and then only for the images, heads and rows that were asked for:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import LayerNotFoundError, UnreadableError, did_you_mean
+from ..errors import LayerNotFoundError, UnreadableError, did_you_mean, listed
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
+from ..maps.labelled import import_xarray
 from ..maps.notebook import list_in_html
 
 _NONE: Mapping[str, str] = {}
@@ -17,6 +20,11 @@ _NONE: Mapping[str, str] = {}
 
 class Maps(Mapping[str, AttentionMap]):
     """The maps of one forward, in the order the modules ran, by name; by position (negative too) and by slice as well.
+
+        maps["blocks.11.attn"], maps[-1]    # a map
+        maps["blocks.*.attn"]               # the maps of a glob, again `Maps`; a name that is one of a map is that map
+        maps[2:5]                           # a list
+        maps.stack()                        # (layers, batch, heads, queries, keys)
 
     Args:
         maps: all that were recorded.
@@ -46,9 +54,11 @@ class Maps(Mapping[str, AttentionMap]):
             return list(self._maps.values())[key]
         if key in self.skipped:
             raise UnreadableError(self.skipped[key])
-        if key not in self._maps:
-            raise LayerNotFoundError(self._why_not(key))
-        return self._maps[key]
+        if key in self._maps:
+            return self._maps[key]
+        if isinstance(key, str) and (some := self._matching(key)):
+            return some
+        raise LayerNotFoundError(self._why_not(key))
 
     def __contains__(self, key: object) -> bool:
         return key in self._maps
@@ -66,6 +76,51 @@ class Maps(Mapping[str, AttentionMap]):
     def rows(self, query: Query = "cls") -> dict[str, Tensor]:
         """The rows of a query in every map, by name, see `AttentionMap.rows`."""
         return {name: m.rows(query) for name, m in self._maps.items()}
+
+    def stack(self) -> Tensor:
+        """Compute all maps as one tensor, (layers, batch, heads, queries, keys), in the order the modules ran.
+
+        Raises:
+            ValueError: there are none, or shapes or devices differ; the message says which.
+        """
+        self._check_alike("stack", lambda m: (m.shape, str(m.device)))
+        return torch.stack([m[...] for m in self._maps.values()])
+
+    def to_xarray(self) -> Any:
+        """Compute all maps as one `xarray.DataArray`, (layer, batch, head, query, key), see `AttentionMap.to_xarray`.
+
+        `layer` counts by names. Coordinates in which layers differ, such as rows and columns of shifted windows, have it too.
+
+        Raises:
+            MissingExtraError: xarray is not installed.
+            ValueError: there are none, or shapes or axes differ; the message says which.
+        """
+        concat = import_xarray().concat
+        self._check_alike("to_xarray", lambda m: (m.shape, m.axes))
+        same = {"coords": "different", "compat": "equals", "join": "exact", "combine_attrs": "drop_conflicts"}
+        return concat([m.to_xarray() for m in self._maps.values()], dim="layer", **same)
+
+    def _matching(self, glob: str) -> Maps | None:
+        """The maps whose names match a glob, and the reasons of those that cannot be read; None where no map does."""
+        some = Maps({name: m for name, m in self._maps.items() if fnmatchcase(name, glob)}, self.called)
+        some.skipped = {name: why for name, why in self.skipped.items() if fnmatchcase(name, glob)}
+        return some if some else None
+
+    def _check_alike(self, verb: str, what: Callable[[AttentionMap], Any]) -> None:
+        """Raise the error that says which maps differ, and what to type instead."""
+        kinds: dict[Any, list[str]] = {}
+        for name, m in self._maps.items():
+            kinds.setdefault(what(m), []).append(name)
+        if len(kinds) == 1:
+            return
+        told = "; ".join(f"{', '.join(map(str, kind))}: {listed(names)}" for kind, names in kinds.items())
+        raise ValueError(
+            f"{verb}() is of maps of one kind, and these are {told or 'none'}. Take some by a glob, "
+            f'maps["blocks.*"].{verb}(), or one by one, [m[...] for m in maps.values()].'
+        )
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self._maps)
 
     def __repr__(self) -> str:
         of = f" of {self.called}" if self.called else ""
