@@ -21,7 +21,7 @@ from .labelled import Labelled
 from .lazy import Delivery, Spec
 from .notebook import describe_in_html
 from .picture import draw_rows, read_rows
-from .reading import Captured, Deferred, Kept, Lost, Origin, Watched, reason_of
+from .reading import Captured, Deferred, Kept, Lost, Origin, Watched, keep_or_lose, reason_of
 from .sites import Watch
 from .vectors import OfVectors
 
@@ -38,6 +38,9 @@ class AttentionMap(OfVectors, Labelled):
 
     Rows sum to 1. They are float32 whatever the dtype of the model (float64 for a float64 model), unless the recorder was
     given a `dtype`.
+
+    A map that is copied, pickled or saved with `torch.save` is computed first and keeps neither model nor input; if it cannot
+    be read, the copy says why. `torch.load` takes it with weights_only=False alone: `rec.save` makes files to share.
 
     Attributes:
         name: name of the module in the model; `name#1` is its second call in the same forward.
@@ -282,10 +285,8 @@ class AttentionMap(OfVectors, Labelled):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, copied and saved as what it is, whatever it is computed from: the whole map, and where it lies."""
-        places = kept = None
-        if not isinstance(self._origin, Lost):
-            kept, places = Kept(self.name, self[...].detach()), settle(self._geometry, self.shape)
-        origin = self._origin if kept is None else kept
+        origin = self._origin if isinstance(self._origin, Lost) else keep_or_lose(self)
+        places = None if isinstance(origin, Lost) else settle(self._geometry, origin.spec.shape)
         return AttentionMap, (self.name, origin, places, self._deliver, *self._rest)
 
     def _from(self, origin: Origin, compared: Comparison | HookattnError | None = None) -> AttentionMap:

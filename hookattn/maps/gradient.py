@@ -68,6 +68,7 @@ class Gradient(LazyArray):
         self._received: dict[int, Tensor] = {}
         self._backward, self._created_graph = -1, False
         self._lost, self._none = "", ""
+        self._copied: HookattnError | None = None  # why there was none to be copied
         self._fingerprint: bytes | None = None
 
     @contextmanager
@@ -95,10 +96,9 @@ class Gradient(LazyArray):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, copied and saved as what has arrived, or why nothing has."""
         try:
-            whole, reason = self[...], ""
+            return _arrived, (self.name, self._deliver, self[...])
         except HookattnError as error:
-            whole, reason = None, str(error)
-        return _arrived, (self.name, self._deliver, whole, reason)
+            return _arrived, (self.name, self._deliver, None, str(error), type(error))
 
     def follow(self, call: Call, output: Any) -> None:
         """Put hooks on the output of a call, which take what every backward to come brings to it."""
@@ -151,6 +151,8 @@ class Gradient(LazyArray):
 
     def _missing(self) -> str:
         """Why there is no gradient, or nothing if there is one; raises if there is one that cannot be computed."""
+        if self._copied is not None:
+            raise type(self._copied)(str(self._copied))  # another each time: one that was raised keeps what was called
         if self._lost:
             raise UnreadableError(self._lost)
         if not self._received:
@@ -160,11 +162,15 @@ class Gradient(LazyArray):
         return ""
 
 
-def _arrived(name: str, deliver: Delivery, whole: Tensor | None, reason: str) -> Gradient:
-    """A gradient that was saved."""
+def _arrived(
+    name: str, deliver: Delivery, whole: Tensor | None, reason: str = "", kind: type[HookattnError] = UnreadableError
+) -> Gradient:
+    """A gradient that was saved, or why there was none."""
     gradient = Gradient(name, deliver, Backwards(), in_backward=True)
-    gradient._whole, gradient._none = whole, reason
-    if whole is not None:
+    gradient._whole = whole
+    if whole is None:
+        gradient._copied = kind(reason)
+    else:
         gradient._received = {0: whole}
     return gradient
 

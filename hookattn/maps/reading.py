@@ -21,7 +21,7 @@ from ..conditions.transforms import is_left_behind
 from ..errors import HookattnError, RecorderError, UnreadableError
 from ..recipes.registry import find_recipe
 from .established import NameInErrors, TellWhy, arrange, as_in_training, source_by_recipe
-from .lazy import Spec
+from .lazy import LazyArray, Spec
 from .replay import replayed, source_of_watched, why_unreadable
 from .sites import Watch
 
@@ -146,17 +146,18 @@ class Lost:
         why_unreadable: the reason, if it is that of every other such call: its module forms no map that can be read.
     """
 
-    def __init__(self, name: str, reason: str, *, always: bool = False) -> None:
-        self._name, self._reason, self.why_unreadable = name, reason, reason if always else ""
+    def __init__(self, name: str, reason: str, kind: type[HookattnError] = UnreadableError, *, always: bool = False) -> None:
+        self._name, self._reason, self._kind = name, reason, kind
+        self.why_unreadable = reason if always else ""
 
     def open(self) -> AbstractContextManager[Source]:
         """Always raises, with the reason."""
-        raise UnreadableError(self._reason)
+        raise self._kind(self._reason)
 
     @property
     def spec(self) -> Spec:
         """Always raises, with the reason."""
-        raise UnreadableError(self._reason)
+        raise self._kind(self._reason)
 
     @property
     def call(self) -> Call:
@@ -166,6 +167,14 @@ class Lost:
 
 Origin = Union[Captured, Watched, Kept, Lost]
 """Where a map comes from."""
+
+
+def keep_or_lose(array: LazyArray) -> Kept | Lost:
+    """Compute what is to be pickled, so that it keeps no model; where it cannot be read, keep the reason."""
+    try:
+        return Kept(array.name, array[...].detach())
+    except HookattnError as error:
+        return Lost(array.name, str(error), type(error))
 
 
 def source_of(call: Call) -> Source:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -17,9 +17,10 @@ from ..attention.sources import QK, Dense, Source
 from ..calls.call import Call
 from ..errors import UnreadableError
 from ..image.tokens import Tokens
+from ..recipes.places import keep_reason, raise_reason
 from .established import NameInErrors, TellWhy, arrange, as_in_training
 from .lazy import Delivery, LazyArray, Spec
-from .reading import source_of
+from .reading import Kept, Lost, keep_or_lose, source_of
 from .replay import run_under
 from .sites import WatchValues
 
@@ -59,7 +60,7 @@ class Vectors(LazyArray):
     """
 
     def __init__(
-        self, name: str, which: Literal["q", "k", "v"], call: Call, tokens: Callable[[], Tokens], to: Delivery
+        self, name: str, which: Literal["q", "k", "v"], call: Call | Kept | Lost, tokens: Callable[[], Tokens], to: Delivery
     ) -> None:
         super().__init__(name, to)
         self._which, self._call, self._tokens = which, call, tokens
@@ -72,7 +73,10 @@ class Vectors(LazyArray):
             UnreadableError: there are none, or it cannot be told which; the reason is told.
             StaleMapError: an input or a parameter has changed since the forward.
         """
-        call = self._call
+        if isinstance(call := self._call, (Kept, Lost)):  # a copy, or one that was saved
+            with call.open() as source:
+                yield source
+            return
         with call.resumed(), NameInErrors(call):
             with TellWhy(self.name), as_in_training(call):
                 found = Rows(_values_of(call) if self._which == "v" else _factor_of(call, self._which))
@@ -101,6 +105,11 @@ class Vectors(LazyArray):
         given = rearrange(self.read(...), "(b w) h n d -> b w (h d) n", w=tokens.windows)
         laid, count = tokens.lay_out(given), tokens.lay_out(torch.ones_like(given[:, :, :1]))
         return self._deliver(laid / count.where(count > 0, 1))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, copied and saved as what they are, computed now; or why there are none."""
+        tokens = partial(raise_reason, keep_reason(self._tokens))
+        return Vectors, (self.name, self._which, keep_or_lose(self), tokens, self._deliver)
 
     def __repr__(self) -> str:
         try:

@@ -83,27 +83,29 @@ class Places:
 
     def cell_size(self, grid_size: Size) -> tuple[float, float]:
         """See `Geometry.cell_size`."""
-        return _or_raise(self.cell_sizes[grid_size])
+        return raise_reason(self.cell_sizes[grid_size])
 
 
 def settle(geometry: Geometry | Places, shape: Shape) -> Places:
     """The places of a map of this shape, for good."""
     if isinstance(geometry, Places):
         return geometry
-    tokens = _or_reason(lambda: find_tokens(geometry, shape))
+    tokens = keep_reason(lambda: find_tokens(geometry, shape))
     grids = () if isinstance(tokens, str) else dict.fromkeys(each.grid_size for each in tokens)
-    cell_sizes = {grid: _or_reason(partial(geometry.cell_size, grid)) for grid in grids}
+    cell_sizes = {grid: keep_reason(partial(geometry.cell_size, grid)) for grid in grids}
     return Places(name_axes(geometry, shape), tokens, cell_sizes)
 
 
-def _or_reason(find: Callable[[], T]) -> T | str:
+def keep_reason(find: Callable[[], T]) -> T | str:
+    """What is found, or in words why it is not known, for `raise_reason` to raise when somebody asks."""
     try:
         return find()
     except TokenError as error:
         return str(error)
 
 
-def _or_raise(found: T | str) -> T:
+def raise_reason(found: T | str) -> T:
+    """What was found; raises the reason that was kept instead."""
     if isinstance(found, str):
         raise TokenError(found)
     return found
@@ -117,7 +119,7 @@ def find_tokens(geometry: Geometry | Places, shape: Shape) -> tuple[Tokens, Toke
         LayoutError: what a layout or a partition returned does not fit the map.
     """
     if isinstance(geometry, Places):
-        return _or_raise(geometry.tokens)
+        return raise_reason(geometry.tokens)
     module = geometry.module
     if attends_to_channels(module):
         raise TokenError(f"{geometry.name!r} attends from channels to channels, which lie nowhere on the image; slice m[...].")
