@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .maps.attention_map import AttentionMap
     from .recipes import layout, partition, recipe
     from .recording.inspection import inspect
+    from .recording.maps import load
     from .recording.recorder import AttentionRecorder
 else:
     # imported when first asked for: torch takes seconds, and `hookattn --help` and a shell's completion need none of it
@@ -52,6 +53,7 @@ else:
         "AttentionRecorder": "recording.recorder",
         "inspect": "recording.inspection",
         "layout": "recipes",
+        "load": "recording.maps",
         "partition": "recipes",
         "project": "attention.projection",
         "recipe": "recipes",
@@ -89,6 +91,7 @@ __all__ = [
     "UnreadableError",
     "inspect",
     "layout",
+    "load",
     "partition",
     "project",
     "recipe",

@@ -74,6 +74,8 @@ class Tokens:
         if isinstance(query, tuple) and len(query) == 2 and all(isinstance(i, Real) for i in query):
             if _is_point(query) and not all(0 <= fraction <= 1 for fraction in query):
                 raise TokenError(f"the point {query} is not in the image: fractions run from 0.0 to 1.0. {self.choices()}")
+            if not rows * columns:
+                raise TokenError(f"there are no patches, so none at {query}. {self.choices()}")
             row, column = self._patch_at(query) if _is_point(query) else map(int, query)
             if not (-rows <= row < rows and -columns <= column < columns):
                 raise TokenError(f"there is no patch {query}. {self.choices()}")

@@ -2,8 +2,11 @@
 
 From top to bottom, an import may only point down:
 
+    store          maps in a file, and back
+    safetensors_file  named tensors in a file, written one at a time, read lazily
     attention_map  AttentionMap, read when it is sliced
     vectors        queries, keys and values of a map
+    rows           some rows of a map without the others
     labelled       a map as an array of xarray
     reading        where a map comes from: a captured call, by recipe or by replay; a tensor that was kept
     comparison     whether a map is the one that its module's output came from

@@ -21,7 +21,7 @@ from .labelled import Labelled
 from .lazy import Delivery, Spec
 from .notebook import describe_in_html
 from .picture import draw_rows, read_rows
-from .reading import Captured, Deferred, Kept, Lost, Origin, Watched, keep_or_lose, reason_of
+from .reading import Captured, Deferred, Kept, Loaded, Lost, Origin, Watched, keep_or_lose, reason_of
 from .sites import Watch
 from .vectors import OfVectors
 
@@ -285,7 +285,7 @@ class AttentionMap(OfVectors, Labelled):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, copied and saved as what it is, whatever it is computed from: the whole map, and where it lies."""
-        origin = self._origin if isinstance(self._origin, Lost) else keep_or_lose(self)
+        origin = self._origin if isinstance(self._origin, (Lost, Loaded)) else keep_or_lose(self)
         places = None if isinstance(origin, Lost) else settle(self._geometry, origin.spec.shape)
         return AttentionMap, (self.name, origin, places, self._deliver, *self._rest)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Union
@@ -165,7 +166,31 @@ class Lost:
         raise RecorderError(_LET_GO.format(self._name))
 
 
-Origin = Union[Captured, Watched, Kept, Lost]
+class Loaded:
+    """A map that was loaded from a file: its values, some rows, or what it is made of, read from there when it is sliced."""
+
+    why_unreadable = ""
+
+    def __init__(self, name: str, source: Source) -> None:
+        self._name, self._source = name, source
+        self.spec = Spec(source.shape, source.dtype, source.device)
+
+    def open(self) -> AbstractContextManager[Source]:
+        """What was loaded."""
+        return nullcontext(self._source)
+
+    @property
+    def call(self) -> Call:
+        """Always raises: a file holds no call."""
+        raise RecorderError(f"{self._name!r} was loaded from a file, which holds no model and no input; record it for these.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with what it needs of the file."""
+        parts = {part.name: getattr(self._source, part.name) for part in fields(self._source)}
+        return Loaded, (self._name, replace(self._source, **pytree.tree_map_only(Tensor, Tensor.clone, parts)))
+
+
+Origin = Union[Captured, Watched, Kept, Lost, Loaded]
 """Where a map comes from."""
 
 

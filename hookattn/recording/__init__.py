@@ -10,6 +10,7 @@ From top to bottom, an import may only point down:
     follow       gradients that are followed through backward
     edits        other maps in place of a module's own
     passes       what counts as one forward, and its maps
+    saving       base of the recorder: its maps into a file
     maps         the maps of one forward: those that can be read, and why the others cannot
     selection    which modules are attention, and what `layers=` means
 """

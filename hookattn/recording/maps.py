@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import LayerNotFoundError, UnreadableError, did_you_mean, listed
+import hookattn
+
+from ..errors import LayerNotFoundError, NoMapError, UnreadableError, did_you_mean, listed
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
 from ..maps.labelled import import_xarray
+from ..maps.lazy import Delivery
 from ..maps.notebook import list_in_html
+from ..maps.safetensors_file import PathLike
+from ..maps.store import Rows, What, Writer, read_maps
 
 _NONE: Mapping[str, str] = {}
 
@@ -30,14 +35,18 @@ class Maps(Mapping[str, AttentionMap]):
         maps: all that were recorded.
         called: see attributes.
         let_go: names of maps that forwards before the last had, each with what of the model was called there.
+        model: see attributes.
 
     Attributes:
         skipped: names of modules that ran and form no map that could be read, each with the reason.
         called: what of the model was called: "forward", or another method of it; "" for modules called one by one.
+        model: name of the architecture, or of the class.
     """
 
-    def __init__(self, maps: Mapping[str, AttentionMap], called: str = "", let_go: Mapping[str, str] = _NONE) -> None:
-        self.called, self._let_go = called, let_go
+    def __init__(
+        self, maps: Mapping[str, AttentionMap], called: str = "", let_go: Mapping[str, str] = _NONE, model: str = ""
+    ) -> None:
+        self.called, self._let_go, self.model = called, let_go, model
         self.skipped = {name: reason for name, m in maps.items() if (reason := m.why_unreadable)}
         self._maps = {name: m for name, m in maps.items() if name not in self.skipped}
 
@@ -100,9 +109,60 @@ class Maps(Mapping[str, AttentionMap]):
         same = {"coords": "different", "compat": "equals", "join": "exact", "combine_attrs": "drop_conflicts"}
         return concat([m.to_xarray() for m in self._maps.values()], dim="layer", **same)
 
+    def save(
+        self,
+        path: PathLike,
+        *,
+        layers: str | int | Sequence[str | int] | None = None,
+        rows: Rows = None,
+        what: What = "maps",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write maps into a safetensors file, from which `hookattn.load` takes them without the model.
+
+            rec.save("maps.safetensors", dtype=torch.float16)
+            rec.save("cls.safetensors", rows="cls")                # one row of each head
+            rec.save("small.safetensors", what="qk")               # computed when they are read
+
+        The file holds no pickle and runs nothing. A whole map is a tensor of its name, for everybody who reads safetensors;
+        axes, tokens and where they lie on the image, the name of the model and the version of hookattn are in the metadata.
+        Maps are computed one after the other, so there is never more than one in memory; the file is there once it is whole.
+
+        Args:
+            layers: names, globs, positions or a list of these; None for all.
+            rows: a query as in `AttentionMap.image`, or a list of queries, whose rows alone are written.
+            what: "maps", or "qk" to write queries and keys, scale, biases and mask where a map is made of them and not computed
+                yet; other maps are written whole.
+            dtype: what values are written as, such as torch.float16; None for the dtype of slices (or of queries and keys).
+
+        Raises:
+            HookattnError: the file cannot be written, or values do not fit the dtype.
+            NoMapError: there are no maps.
+            LayerNotFoundError: `layers` names nothing.
+            TokenError: a map has no such query.
+            ValueError: `what` is none of these words, `dtype` is no floating one, or `rows` are asked of "qk".
+            StaleMapError, UnreadableError: as when a map is sliced.
+        """
+        _check_asked(rows, what, dtype)
+        if not (chosen := self._chosen(layers)):
+            raise NoMapError(f"there is no map to save. {'; '.join(list(self.skipped.values())[:3])}")
+        writer = Writer(dtype, rows, what)
+        for name, m in chosen.items():
+            writer.add(name, m)
+        skipped = {} if layers is not None else self.skipped
+        writer.write(path, {"version": hookattn.__version__, "model": self.model, "called": self.called, "skipped": skipped})
+
+    def _chosen(self, layers: str | int | Sequence[str | int] | None) -> dict[str, AttentionMap]:
+        """Maps by names, globs and positions, in the order the modules ran."""
+        if layers is None:
+            return self._maps
+        asked = [self[each] for each in ([layers] if isinstance(layers, (str, int)) else layers)]
+        wanted = {id(m) for each in asked for m in (each.values() if isinstance(each, Maps) else [each])}
+        return {name: m for name, m in self._maps.items() if id(m) in wanted}
+
     def _matching(self, glob: str) -> Maps | None:
         """The maps whose names match a glob, and the reasons of those that cannot be read; None where no map does."""
-        some = Maps({name: m for name, m in self._maps.items() if fnmatchcase(name, glob)}, self.called)
+        some = Maps({name: m for name, m in self._maps.items() if fnmatchcase(name, glob)}, self.called, model=self.model)
         some.skipped = {name: why for name, why in self.skipped.items() if fnmatchcase(name, glob)}
         return some if some else None
 
@@ -137,3 +197,41 @@ class Maps(Mapping[str, AttentionMap]):
             f"{key!r} ran in {ran}, whose maps were let go when {last} began: record with AttentionRecorder(model, "
             'passes="all") and read rec.passes, or open a block for each.'
         )
+
+
+def load(path: PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Maps:
+    """Take maps from a file that `rec.save` or `rec.maps.save` has written: `rec.maps` without the model.
+
+        maps = hookattn.load("maps.safetensors")
+        maps["blocks.11.attn"].image("cls")      # slices, pictures, rollout and pages as of recorded maps
+
+    Nothing is unpickled and nothing is run, so a file of anybody is safe to open. What is sliced is read from the file then, so
+    keep it as it is meanwhile. Inputs, gradients and calls are not in it.
+
+    Args:
+        path: the file.
+        device, dtype: where slices go and as what; None for the CPU and as what they were saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        HookattnError: it is not a file of maps, is damaged, or was written by a later hookattn in a format of its own.
+    """
+    maps, facts = read_maps(path, Delivery(dtype, None if device is None else torch.device(device)))
+    loaded = Maps(maps, facts["called"], model=facts["model"])
+    loaded.skipped = dict(facts["skipped"])
+    return loaded
+
+
+def name_model(model: nn.Module) -> str:
+    """The architecture of a model of timm, else its class."""
+    config = getattr(model, "pretrained_cfg", None)
+    return str((config.get("architecture") if isinstance(config, Mapping) else None) or type(model).__name__)
+
+
+def _check_asked(rows: Rows, what: str, dtype: Any) -> None:
+    if what not in ("maps", "qk"):
+        raise ValueError(f'what={what!r} is not known: what="maps" or what="qk".')
+    if what == "qk" and rows is not None:
+        raise ValueError('rows are of maps: leave rows= out for what="qk", which keeps all queries and keys.')
+    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype!r} is not written: dtype=torch.float32, torch.float16, torch.bfloat16, or None.")

@@ -33,16 +33,17 @@ from ..recipes.places import find_block, find_blocks
 from .detect import Detection
 from .edits import Edit, Edits
 from .keep_maps import KeepMaps
-from .maps import Maps
+from .maps import Maps, name_model
 from .passes import ForwardPass, ForwardPasses, why_empty
 from .record import Recording, Wanted
+from .saving import Saving
 from .selection import Layers, choose, find_replaced, find_unnamed
 
 Keep = Literal["inputs", "maps"]
 Forwards = Literal["last", "all"]
 
 
-class AttentionRecorder:
+class AttentionRecorder(Saving):
     """Record the attention maps of a model, at the speed of its fused kernel.
 
         with AttentionRecorder(model) as rec:
@@ -233,7 +234,7 @@ class AttentionRecorder:
         )
 
     def _maps_of(self, forward: ForwardPass) -> Maps:
-        return Maps(forward.maps, forward.called, self._passes.let_go)
+        return Maps(forward.maps, forward.called, self._passes.let_go, name_model(self.model))
 
     def _hook(self, stack: ExitStack) -> None:
         """Put all hooks on the model, to come off with the stack."""

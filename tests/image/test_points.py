@@ -187,3 +187,9 @@ def test_the_border_of_an_image_belongs_to_its_last_patch(grid: tuple[int, int],
     for x in (1.0, width / (width + 1)):
         with pytest.raises(TokenError, match="the rest, which fills none, is left out"):
             rest.index((1.0, x))
+
+
+@pytest.mark.parametrize("query", [(0.5, 0.5), (0, 0)])
+def test_tokens_without_patches_have_none_at_a_point(query: Any) -> None:
+    with pytest.raises(TokenError, match=r"there are no patches, so none at .*query='cls'"):
+        Tokens(("cls",), (0, 0)).index(query)
