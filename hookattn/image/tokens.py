@@ -53,7 +53,8 @@ class Tokens:
 
     def __len__(self) -> int:
         """Tokens along the axis, those of one window."""
-        return len(self.prefix) + self.patches.shape[-1] // self.spread
+        count = self.grid_size[0] * self.grid_size[1] if self.places is None else self.places.shape[-1]
+        return len(self.prefix) + count // self.spread
 
     def index(self, query: Query) -> int:
         """The number of a token, prefix tokens first, then the patches of the image row by row.

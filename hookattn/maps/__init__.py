@@ -3,7 +3,7 @@
 From top to bottom, an import may only point down:
 
     store          maps in a file, and back
-    safetensors_file  named tensors in a file, written one at a time, read lazily
+    tensor_file    named tensors in a file, written one at a time, read lazily
     attention_map  AttentionMap, read when it is sliced
     vectors        queries, keys and values of a map
     rows           some rows of a map without the others

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Union
@@ -183,11 +182,6 @@ class Loaded:
     def call(self) -> Call:
         """Always raises: a file holds no call."""
         raise RecorderError(f"{self._name!r} was loaded from a file, which holds no model and no input; record it for these.")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled with what it needs of the file."""
-        parts = {part.name: getattr(self._source, part.name) for part in fields(self._source)}
-        return Loaded, (self._name, replace(self._source, **pytree.tree_map_only(Tensor, Tensor.clone, parts)))
 
 
 Origin = Union[Captured, Watched, Kept, Lost, Loaded]

@@ -20,7 +20,7 @@ from .lazy import Delivery
 from .picture import select_queries
 from .reading import Loaded
 from .rows import SomeRows
-from .safetensors_file import Entry, PathLike, entry_of, open_file, write_file
+from .tensor_file import Entry, PathLike, entry_of, open_file, write_file
 
 FORMAT = 1  # counted up when a reader of the one before would misread what is written
 What = Literal["maps", "qk"]
@@ -57,9 +57,9 @@ class Writer:
             self._put(name, m.shape, self._dtype or m.dtype, lambda: m[...])
         self._maps[name] = {**facts, **self._describe(places)}
 
-    def write(self, path: PathLike, facts: Facts) -> None:
-        """Write what was put in, with facts of all of it."""
-        told = {"format": FORMAT, **facts, "maps": self._maps, "tokens": [facts for _, facts in self._tokens]}
+    def write(self, path: PathLike, facts: Mapping[str, str], skipped: Mapping[str, str]) -> None:
+        """Write what was put in, with facts of all of it, and names of what could not be read with the reasons."""
+        told = {"format": FORMAT, **facts, "skipped": skipped, "maps": self._maps, "tokens": [each for _, each in self._tokens]}
         write_file(path, self._entries, {"hookattn": json.dumps(told)})
 
     def _put(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]) -> None:
@@ -113,8 +113,8 @@ class Writer:
         return number
 
 
-def read_maps(path: PathLike, deliver: Delivery) -> tuple[dict[str, AttentionMap], Facts]:
-    """The maps of a file, by name, and facts of all of them; what slices need is read when they are made.
+def read_maps(path: PathLike, deliver: Delivery) -> tuple[dict[str, AttentionMap], dict[str, str], dict[str, str]]:
+    """The maps of a file, facts of all of them and what was skipped, by name; what slices need is read when they are made.
 
     Raises:
         FileNotFoundError: there is none.
@@ -131,7 +131,9 @@ def read_maps(path: PathLike, deliver: Delivery) -> tuple[dict[str, AttentionMap
                 f"{FORMAT}: pip install --upgrade hookattn."
             )
         tokens = [_read_tokens(each, get, number) for number, each in enumerate(facts["tokens"])]
-        return {name: _read_map(name, each, get, tokens, deliver) for name, each in facts["maps"].items()}, facts
+        maps = {name: _read_map(name, each, get, tokens, deliver) for name, each in facts["maps"].items()}
+        told = {name: str(facts[name]) for name in ("version", "model", "called")}
+        return maps, told, {name: str(why) for name, why in facts["skipped"].items()}
     except HookattnError:
         raise
     except Exception as error:  # whatever somebody has put into the file

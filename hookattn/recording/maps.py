@@ -17,8 +17,8 @@ from ..maps.attention_map import AttentionMap
 from ..maps.labelled import import_xarray
 from ..maps.lazy import Delivery
 from ..maps.notebook import list_in_html
-from ..maps.safetensors_file import PathLike
 from ..maps.store import Rows, What, Writer, read_maps
+from ..maps.tensor_file import PathLike
 
 _NONE: Mapping[str, str] = {}
 
@@ -150,7 +150,7 @@ class Maps(Mapping[str, AttentionMap]):
         for name, m in chosen.items():
             writer.add(name, m)
         skipped = {} if layers is not None else self.skipped
-        writer.write(path, {"version": hookattn.__version__, "model": self.model, "called": self.called, "skipped": skipped})
+        writer.write(path, {"version": hookattn.__version__, "model": self.model, "called": self.called}, skipped)
 
     def _chosen(self, layers: str | int | Sequence[str | int] | None) -> dict[str, AttentionMap]:
         """Maps by names, globs and positions, in the order the modules ran."""
@@ -216,15 +216,15 @@ def load(path: PathLike, *, device: torch.device | str | None = None, dtype: tor
         FileNotFoundError: there is no such file.
         HookattnError: it is not a file of maps, is damaged, or was written by a later hookattn in a format of its own.
     """
-    maps, facts = read_maps(path, Delivery(dtype, None if device is None else torch.device(device)))
+    maps, facts, skipped = read_maps(path, Delivery(dtype, None if device is None else torch.device(device)))
     loaded = Maps(maps, facts["called"], model=facts["model"])
-    loaded.skipped = dict(facts["skipped"])
+    loaded.skipped = skipped
     return loaded
 
 
 def name_model(model: nn.Module) -> str:
     """The architecture of a model of timm, else its class."""
-    config = getattr(model, "pretrained_cfg", None)
+    config = vars(model).get("pretrained_cfg")  # where timm puts it
     return str((config.get("architecture") if isinstance(config, Mapping) else None) or type(model).__name__)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..maps.safetensors_file import PathLike
 from ..maps.store import Rows, What
+from ..maps.tensor_file import PathLike
 from .maps import Maps
 
 
