@@ -41,7 +41,12 @@ def record(
     as_json: Json = False,
     out: Annotated[
         Union[Path, None],
-        typer.Option("--out", "-o", help="The picture, attention.png if not given; of several photos a folder, attention."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="The picture, attention.png if not given; of several photos a folder, attention. A .safetensors file gets the "
+            "maps themselves, or the rows of the query, for hookattn.load.",
+        ),
     ] = None,
 ) -> None:
     """Record any model on any photos and draw what a token attends to."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import HookattnError
 from .output import printable
 
+MAPS = ".safetensors"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")
 
 

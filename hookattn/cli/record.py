@@ -1,4 +1,4 @@
-"""`hookattn record`: any model on any photos, and a picture of each."""
+"""`hookattn record`: any model on any photos, and a picture of each, or the maps themselves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import typer
 
 from ..image.tokens import Query
 from .asked import Asked
-from .files import PICTURES, check_folder, check_out
-from .output import join_sizes, name_shapes, printable, say
+from .files import MAPS, PICTURES, check_folder, check_out, write_out
+from .output import join_sizes, name_bytes, name_shapes, printable, say
 from .photos import Recorded, describe, find_photos, load_asked, record_each
 from .picture import save_picture
 
@@ -36,7 +36,11 @@ def _draw(recorded: Recorded, name: str, query: Query | None, out: Path) -> dict
     moved = rec.verify()
     say(f"{printable(path.name)} at {join_sizes(photo.input_size)}: {len(rec.maps)} maps of {name}, {name_shapes(rec)}")
     say(f"put back into their modules, they move the output by {moved:.1e} at most")
-    save_picture(photo, rec, query, out, f"{printable(path.name)}, {name}")
+    if out.suffix.lower() == MAPS:
+        write_out(out, lambda beside: rec.save(beside, rows=query))
+        say(f"wrote {printable(out)}, {name_bytes(out.stat().st_size)}; hookattn.load takes it")
+    else:
+        save_picture(photo, rec, query, out, f"{printable(path.name)}, {name}")
     return {
         "photo": str(path),
         "picture": str(out),
@@ -52,7 +56,7 @@ def _draw(recorded: Recorded, name: str, query: Query | None, out: Path) -> dict
 def _outs(photos: Sequence[Path], out: Path | None, checkpoint: Path | None, is_folder: bool) -> dict[Path, Path]:
     """Where the picture of each photo goes, checked."""
     if not is_folder and (out is None or not os.path.isdir(out)):
-        return {photos[0]: check_out(out or Path("attention.png"), PICTURES, (*photos, checkpoint))}
+        return {photos[0]: check_out(out or Path("attention.png"), (*PICTURES, MAPS), (*photos, checkpoint))}
     folder = out or Path("attention")
     check_folder(folder / "picture.png")
     return dict(zip(photos, _names(photos, folder)))

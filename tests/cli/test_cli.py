@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file, save_model
 from typer.testing import CliRunner, Result
 
+import hookattn
 from hookattn.cli import demo
 from hookattn.cli.app import app
 
@@ -44,6 +45,22 @@ def test_record_reads_any_model_from_a_file_of_weights(tmp_path: Path, photo: Pa
     assert "photo.png, 120 x 90: resized to 192 x 144 (crop none)" in result.output
     assert "photo.png at 192 x 144: 6 maps of test_vit, 1 x 2 x 109 x 109" in result.output
     assert is_a_picture(out)
+
+
+@pytest.mark.parametrize("query", [(), ("--query", "cls")])
+def test_record_writes_the_maps_themselves(tmp_path: Path, photo: Path, query: tuple[str, ...]) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), str(weights))
+    out = tmp_path / "new" / "maps.safetensors"
+    result = run("record", photo, "--model", "test_vit", "--checkpoint", weights, "--json", "-o", out, *query)
+    assert result.exit_code == 0, result.output
+    assert "hookattn.load takes it" in result.output
+    maps = hookattn.load(out)
+    assert (maps.model, len(maps), maps[0].shape) == ("test_vit", 6, (1, 2, 109, 109))
+    torch.testing.assert_close(maps[0].rows("cls").sum(-1), torch.ones(1, 2))
+    if query:
+        with pytest.raises(hookattn.UnreadableError, match="was saved without row 1"):
+            maps[0][...]
 
 
 @pytest.mark.parametrize("query", ["2,3", "-1"])
