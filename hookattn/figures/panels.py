@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from numbers import Integral
 from typing import Union
 
@@ -15,8 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..analysis.layers import LayerMaps, layers_in
-from ..analysis.rollouts import rollout
+from ..analysis.layers import LayerMaps, find_gap, layers_in
+from ..analysis.rollouts import roll_row
 from ..attention.projection import ALL
 from ..errors import TokenError
 from ..image.tokens import Query, Tokens
@@ -106,18 +105,15 @@ def maps_in(given: Maps) -> list[AttentionMap]:
 def find_chain(maps: Sequence[AttentionMap]) -> list[AttentionMap]:
     """The maps that a rollout can be made of: from all tokens of an image to the same tokens, layer after layer; else none.
 
-    Layers follow each other if their names count on by one, as "blocks.3.attn" and "blocks.4.attn" do.
+    Layers follow each other if their names count on by one, see `find_gap`.
     """
     square = [m for m in maps if m.shape[2] == m.shape[3]]
-    numbers = [tuple(map(int, re.findall(r"\d+", m.name))) for m in square]
-    steps = [[b - a for a, b in zip(one, other)] for one, other in pairwise(numbers)]
-    follow = all(len(step) == len(numbers[0]) and sorted(step) == [0] * (len(step) - 1) + [1] for step in steps)
     try:
         tokens = [m.tokens for m in square]
     except TokenError:
         return []
     alike = len({(each.grid_size, len(each)) for each in tokens}) == 1 and all(each.windows == 1 for each in tokens)
-    return square if len(square) > 1 and follow and alike else []
+    return square if len(square) > 1 and alike and find_gap(square) is None else []
 
 
 def name_query(query: Query) -> str:
@@ -163,7 +159,7 @@ def row_of_rollout(maps: Sequence[AttentionMap], query: Query, index: int) -> Pa
     tokens = maps[-1].tokens
     selected = tokens.select(query)
     selected = selected[index % len(selected)].flatten()
-    row = rollout(maps)[index][selected].double().cpu().mean(0)[None, None]
+    row = roll_row(list(maps), query, batch=slice(index, index + 1)).double().cpu()[None]
     marks = _marks_of(of_image(tokens, index), selected[None]) if query != "mean" else ()
     return _panel_of("rollout", "mean", name_query(query), row, of_image(tokens, index), marks)
 
