@@ -2,6 +2,7 @@
 
 From top to bottom, an import may only point down:
 
+    contributions  what keys really bring to queries
     heads        one row of figures for each layer and head, as a table too
     masks        which patches hold most of what a query gives away
     statistics   entropy, attention received, head mean, distance: figures of a map that is never held whole
@@ -11,6 +12,7 @@ From top to bottom, an import may only point down:
 
 from __future__ import annotations
 
+from .contributions import contributions
 from .heads import HeadSummary, summarize_heads, to_frame
 from .masks import keep_mass
 from .rollouts import grad_rollout, relevance, rollout
@@ -27,6 +29,7 @@ __all__ = [
     "HeadSummary",
     "Statistic",
     "compute_statistics",
+    "contributions",
     "entropy",
     "grad_rollout",
     "head_mean",

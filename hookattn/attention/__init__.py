@@ -2,7 +2,10 @@
 
 From top to bottom, an import may only point down:
 
+    contributed  how much of each key reaches each query
+    weighted     sums of heads of a map
     sources      queries and keys, scores, or a map that is there already
+    derived      what all that is computed from maps has
     projection   queries and keys that are cut to what is asked for before they are computed
     layers       layers that are a projection and nothing else
     overheard    what a module's own layers put out while it runs

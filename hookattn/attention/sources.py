@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .derived import Derived
 from .projection import ALL, Pick, Projected, compute, pick
 
 S = TypeVar("S", bound="_Whole")
@@ -252,7 +253,7 @@ class Outer(_Product):
             return self.grad.to(self.dtype) @ self.value.to(self.dtype).transpose(-2, -1)
 
 
-Source = Union[QK, Scores, Outer, Dense]
+Source = Union[QK, Scores, Outer, Dense, Derived]
 """What a map, or its gradient, is computed from."""
 
 

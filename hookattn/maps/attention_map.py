@@ -20,13 +20,13 @@ from .gradient import Gradient
 from .labelled import Labelled
 from .lazy import Delivery, Spec
 from .notebook import describe_in_html
+from .outputs import OfOutputs
 from .picture import draw_rows, read_rows
 from .reading import Captured, Deferred, Kept, Loaded, Lost, Origin, Watched, keep_or_lose, reason_of
 from .sites import Watch
-from .vectors import OfVectors
 
 
-class AttentionMap(OfVectors, Labelled):
+class AttentionMap(OfOutputs, Labelled):
     """The attention probabilities of one call of one module: (batch, head, query, key), before `attn_drop`.
 
     Nothing is computed until the map is sliced, and then only for the images, heads and rows that were asked for:
@@ -288,6 +288,10 @@ class AttentionMap(OfVectors, Labelled):
         origin = self._origin if isinstance(self._origin, (Lost, Loaded)) else keep_or_lose(self)
         places = None if isinstance(origin, Lost) else settle(self._geometry, origin.spec.shape)
         return AttentionMap, (self.name, origin, places, self._deliver, *self._rest)
+
+    def derived(self, origin: Origin) -> AttentionMap:
+        """Something else over the same queries and keys, read like this map."""
+        return AttentionMap(self.name, origin, self._geometry, self._deliver, self._called_from)
 
     def _from(self, origin: Origin, compared: Comparison | HookattnError | None = None) -> AttentionMap:
         called_from, gradient, before = self._rest

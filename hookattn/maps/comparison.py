@@ -187,6 +187,12 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     return float(difference.max()) if difference.numel() else 0.0
 
 
+def tolerance_of(output: Tensor) -> float:
+    """How far rounding may move an output."""
+    largest = float(output.detach().abs().nan_to_num(0.0).max()) if output.numel() else 0.0
+    return _TOLERANCE.get(output.dtype, 0.0) * max(1.0, largest)
+
+
 def saving_unseen() -> AbstractContextManager[Any]:
     """Hide what is saved for backward from hooks of others: a checkpoint counts it by such."""
     # Undocumented, torch 2.6 to 2.14: whether there can be such hooks; inside of torch.func there are none.

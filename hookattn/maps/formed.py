@@ -98,12 +98,10 @@ class Softmaxed:
     """A softmax, with what it was taken of.
 
     Attributes:
-        v: what its outcome is multiplied onto, (..., keys, head_dim), where that was noted.
         out: what came out, where something is differentiated by it.
         dtype: of what came out.
     """
 
-    v: Tensor | None = None
     out: Tensor | None = None
     dtype = torch.float32
 
@@ -121,12 +119,6 @@ class Softmaxed:
     def slope_rows(self, grad: Tensor) -> Tensor:
         """The gradient of what comes out of it, (rows, keys)."""
         return self.part(0).as_rows(grad).to(exact_dtype(grad.dtype))
-
-    def values(self, index: Tensor) -> Tensor | None:
-        """What a map whose rows stand there is multiplied onto; None where that is not known."""
-        if self.v is None or self._axis != self.scores.dim() - 1:
-            return None
-        return _pick_slabs(_merged(self.v, tuple(self.scores.shape[:-2])), index, self.scores.shape[-2])
 
     def source(self, index: Tensor) -> Scores:
         """The scores of a map whose rows stand there among its rows."""
@@ -179,12 +171,6 @@ def slope_of_rows(formed: list[Formed], arrangement: Arrangement, grads: list[Te
     if (site := _alone(formed, arrangement)) is not None:
         return site.slope(grads[0], arrangement.index)
     return Dense(arrangement.collect([each.slope_rows(grad) for each, grad in zip(formed, grads)]))
-
-
-def values_of_rows(formed: list[Formed], arrangement: Arrangement) -> Tensor | None:
-    """What a map is multiplied onto, (windows, heads, keys, head_dim); None where that is not one tensor, or not known."""
-    site = _alone(formed, arrangement)
-    return site.values(arrangement.index) if site is not None and arrangement.has_own_keys else None
 
 
 def _alone(formed: list[Formed], arrangement: Arrangement) -> Fused | Softmaxed | None:

@@ -20,6 +20,12 @@ Run = Callable[..., Any]
 _SOFTMAX = {"softmax", "special_softmax", "_softmax", "_safe_softmax"}
 _MULTIPLY = {"matmul", "bmm", "mm", "mv", "dot", "einsum", "baddbmm", "addbmm", "addmm", "tensordot", "inner", "linear"}
 _MULTIPLY |= {"mul", "multiply", "__matmul__", "__rmatmul__", "__mul__", "__rmul__"}
+_KINDS = {
+    **dict.fromkeys(_SOFTMAX, "softmax"),
+    **dict.fromkeys(_MULTIPLY, "multiply"),
+    **dict.fromkeys(("dropout", "dropout_", "native_dropout"), "drop"),
+    **dict.fromkeys(("layer_norm", "rms_norm"), "normalise"),
+}
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -42,6 +48,14 @@ class Sites:
 
     def multiply(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a function that multiplies two tensors, as a matrix product or entry by entry."""
+        return run(*args, **kwargs)
+
+    def drop(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a function that drops something out."""
+        return run(*args, **kwargs)
+
+    def normalise(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a norm over the last axes."""
         return run(*args, **kwargs)
 
     def follow(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -95,11 +109,15 @@ def _kind_of(func: Run) -> str | None:
     if func is SDPA:
         return "fused"
     name = getattr(func, "__name__", "").partition(".")[0]
-    return "softmax" if name in _SOFTMAX else "multiply" if name in _MULTIPLY else None
+    return _KINDS.get(name)
 
 
 def _through(handle: Callable[[Run, tuple[Any, ...], dict[str, Any]], Any], run: Run) -> Run:
-    return lambda *args, **kwargs: handle(run, args, kwargs)
+    def through(*args: Any, **kwargs: Any) -> Any:
+        return handle(run, args, kwargs)
+
+    through.__name__ = getattr(run, "__name__", "")  # by which others know it
+    return through
 
 
 def sdpa_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

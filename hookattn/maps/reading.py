@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from types import TracebackType
@@ -184,7 +184,27 @@ class Loaded:
         raise RecorderError(f"{self._name!r} was loaded from a file, which holds no model and no input; record it for these.")
 
 
-Origin = Union[Captured, Watched, Kept, Lost, Loaded]
+class Computed:
+    """Something that is computed from a map, and is read like one."""
+
+    why_unreadable = ""
+
+    def __init__(self, name: str, what: str, open: Callable[[], AbstractContextManager[Source]]) -> None:
+        self._name, self._what, self.open = name, what, open
+
+    @cached_property
+    def spec(self) -> Spec:
+        """Shape, dtype and device of it."""
+        with self.open() as source:
+            return Spec(source.shape, source.dtype, source.device)
+
+    @property
+    def call(self) -> Call:
+        """Always raises: it is of a map, which has one."""
+        raise RecorderError(f"this is {self._what} of {self._name!r}; its call is that of the map: rec.maps[{self._name!r}].")
+
+
+Origin = Union[Captured, Watched, Kept, Lost, Loaded, Computed]
 """Where a map comes from."""
 
 

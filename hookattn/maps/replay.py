@@ -96,13 +96,16 @@ def run_with_map(call: Call, attention: Tensor) -> Any:
         return run_under(call, Inject(watch, arrangement, attention, as_called=True))[0]
 
 
-def run_under(call: Call, sites: S) -> tuple[Any, S]:
-    """Run a call's forward while its sites are seen or filled; what it returns, and the sites."""
+def run_under(call: Call, sites: S, *outer: Sites) -> tuple[Any, S]:
+    """Run a call's forward while its sites are seen or filled; what it returns, and the sites.
+
+    Others, outside of these, see what they make of it.
+    """
     module = call.layer.module
     with restoring(module):
         call.restore_random_streams()
         args, kwargs = copy_arguments(module, call.args, call.kwargs)
-        with lowest(Intercept([sites])):
+        with lowest(Intercept([sites, *outer])):
             # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record it
             output = module.forward(*args, **kwargs)
             sites.finish()

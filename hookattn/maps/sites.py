@@ -15,10 +15,9 @@ from ..attention.sources import Source, without_autocast
 from ..conditions.training import random_streams
 from ..errors import UnreadableError
 from .arrangement import Arrangement, Part
-from .formed import Factor, Formed, Fused, Softmaxed, slope_of_rows, source_of_rows, values_of_rows
+from .formed import Factor, Formed, Fused, Softmaxed, slope_of_rows, source_of_rows
 from .intercept import Run, Sites, scores_and_axis, sdpa_arguments
 
-_PRODUCTS = {"matmul", "bmm", "__matmul__"}
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
@@ -147,49 +146,6 @@ class Watch(Following):
             return t.clone()
         self._versions.append((t, t._version))
         return t
-
-
-class WatchValues(Watch):
-    """Notes, too, what a map is multiplied onto: the values of an SDPA call, or what a softmax's outcome is multiplied by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._outcomes: list[Tensor] = []
-
-    def fused(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note a copy of the values, which the forward may write into later."""
-        out = super().fused(run, args, kwargs)
-        site = self.softmaxes[-1]
-        site.v = None if site.v is None else site.v.clone()
-        self._outcomes.append(out)
-        return out
-
-    def softmax(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note what comes out, to know it where it is multiplied."""
-        self._outcomes.append(out := super().softmax(run, args, kwargs))
-        return out
-
-    def multiply(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note the other factor of a product of matrices whose first is, itself, what came out of a softmax."""
-        is_product = getattr(run, "__name__", "") in _PRODUCTS and len(args) == 2
-        for site, out in zip(self.softmaxes, self._outcomes) if is_product else ():
-            if isinstance(site, Softmaxed) and args[0] is out:
-                site.v = args[1].clone()
-        return super().multiply(run, args, kwargs)
-
-    def values(self, arrangement: Arrangement) -> Tensor:
-        """What the map is multiplied onto.
-
-        Raises:
-            UnreadableError: it is not a softmax's outcome that is multiplied, or not onto one tensor.
-        """
-        by_hand = any(part.operand is not None for part in arrangement.parts)
-        if by_hand or (found := values_of_rows(self.formed(arrangement), arrangement)) is None:
-            raise UnreadableError(
-                "what comes out of its softmax is not what it multiplies its values by, or it does so in several products: it "
-                "cannot be told which values its map belongs to."
-            )
-        return found
 
 
 class Inject(Following):

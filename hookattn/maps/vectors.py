@@ -18,11 +18,10 @@ from ..calls.call import Call
 from ..errors import UnreadableError
 from ..image.tokens import Tokens
 from ..recipes.places import keep_reason, raise_reason
-from .established import NameInErrors, TellWhy, arrange, as_in_training
+from .established import NameInErrors, TellWhy, as_in_training
+from .forward import Forward, recall
 from .lazy import Delivery, LazyArray, Spec
 from .reading import Kept, Lost, keep_or_lose, source_of
-from .replay import run_under
-from .sites import WatchValues
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +152,8 @@ class OfVectors(LazyArray):
     def v(self) -> Vectors:
         """Values, (batch, heads, keys, head_dim): what the map is multiplied onto; the module's forward is run for them.
 
-        Reading them raises UnreadableError where something is done to the map before, or it is multiplied by several.
+        Where something is done to the map before, it is `effective` that they belong to. Reading them raises UnreadableError
+        where it is multiplied onto several tensors, or in no product of matrices that can be seen.
         """
         return Vectors(self.name, "v", self.call, lambda: self.tokens, self._deliver)
 
@@ -170,5 +170,4 @@ def _factor_of(call: Call, which: Literal["q", "k"]) -> Tensor:
 
 def _values_of(call: Call) -> Tensor:
     """The values of a call, whose modes are on already: its forward is run again."""
-    watch = run_under(call, WatchValues())[1]
-    return watch.values(arrange(call, watch))
+    return Forward(call, recall(call)).values()

@@ -1,0 +1,59 @@
+"""What is computed from a map: sums of its heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .projection import ALL, Pick, pick
+from .sources import Source, exact_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """Heads of a map, weighted and added up.
+
+    Attributes:
+        source: the map.
+        members: (heads, count), which heads of it are added up.
+        weights: (batch, heads, count, queries).
+    """
+
+    source: Source
+    members: Tensor
+    weights: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        batch, _, queries, keys = self.source.shape
+        return batch, len(self.members), queries, keys
+
+    @property
+    def device(self) -> torch.device:
+        """The device it is computed on."""
+        return self.source.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it is computed in."""
+        return exact_dtype(self.source.dtype)
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Weighted:
+        """Cut it to some images, heads and queries."""
+        members, weights = self.members[heads], pick(self.weights, batch, heads, ALL)
+        numbers = torch.arange(members.numel()).view(members.shape)
+        return Weighted(self.source.narrow(batch, members.flatten(), rows), numbers, weights[..., rows])
+
+    def prepare(self) -> Weighted:
+        """See `QK.prepare`."""
+        return replace(self, source=self.source.prepare())
+
+    def values(self) -> Tensor:
+        """The sums: (batch, heads, queries, keys)."""
+        each = self.source.values()[:, self.members.flatten()]
+        each = rearrange(each, "b (h m) q k -> b h m q k", m=self.members.shape[1])
+        return (each * self.weights[..., None].to(each)).sum(2)

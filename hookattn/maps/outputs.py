@@ -1,0 +1,253 @@
+"""What of a map reaches the output of its module: what multiplies the values, and what each head adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, Union
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.projection import ALL
+from ..attention.sources import Dense, Source, exact_dtype, without_autocast
+from ..attention.weighted import Weighted
+from ..calls.call import Call
+from ..errors import TokenError, UnreadableError
+from ..image.tokens import Query
+from ..recipes.registry import attends_to_channels, qualified_name
+from .carried import NOTHING, SEVERAL, trace_bits
+from .comparison import largest_difference, tolerance_of
+from .established import NameInErrors, TellWhy, as_in_training
+from .forward import Forward, floats_in, recall
+from .reading import Computed, Origin, source_of
+from .vectors import OfVectors
+
+M = TypeVar("M", bound="OfOutputs")
+Index = Union[int, slice, Sequence[int], None]
+
+
+class OfOutputs(OfVectors):
+    """Base of maps: what of them reaches the output of their module."""
+
+    def derived(self: M, origin: Origin) -> M:
+        """Something else over the same queries and keys, read like this map."""
+        raise NotImplementedError
+
+    @property
+    def effective(self: M) -> M:
+        """What really multiplies the values, (batch, heads, queries, keys), read like a map; dropout is left out.
+
+        It is this map, bit for bit and as cheap to read, where the module multiplies what comes out of its softmax. Elsewhere
+        it is what the module has made of it by then, in the tensor that meets the values, and the module's forward is run for
+        it: talking heads after they are mixed, the gated sum of two maps (GPSA), a map that is renormalised. Where two maps
+        multiply the same values and their outcomes are added up (differential attention on the fused kernel), it is their
+        weighted sum. Rows need not sum to 1, and may be negative; heads are those of `v`, fewer where maps are summed.
+
+        Reading it raises UnreadableError where the map is multiplied in no product of matrices that can be seen, and
+        RecorderError where the call was let go (`keep="maps"`).
+        """
+        return self.derived(Computed(self.name, "what multiplies the values", lambda: _effective(self.call)))
+
+    def output(self, heads: Index = None, queries: Query | Index = None) -> Tensor:
+        """What each head adds to the output of its module: `effective @ v`, and the head's part of what is done to it then.
+
+        With the output projection's part W_h of each head, this is (A_h v_h) W_h. Summed over heads, and with what the module
+        puts out where its map brings nothing (the bias of the projection; what a parallel block adds beside), it is the
+        module's own output, dropout left out. In general it is what the module puts out with this head alone, less that: gates
+        that are made of the input, layer scale, and activations of single channels are part of it. Norms of what the heads have
+        brought together (EVA-02, differential attention) divide by what they do for all heads together, while each head is
+        centred by itself.
+
+        Args:
+            heads: a head by its number, which keeps its axis; a slice or a list of them; None for all.
+            queries: a token as in `rows`, or a number, for which the axis of queries is left out; a slice or a list of numbers;
+                None for all.
+
+        Returns:
+            (batch, heads, queries, dim), in the order of the map's queries, with the windows of `axes`; float32, float64 for a
+            float64 model, unless the recorder was given a dtype.
+
+        Raises:
+            UnreadableError: these parts do not add up to the module's output (an MLP comes after, another norm), it mixes
+                places then, or it attends to channels.
+            TokenError: there is no such query.
+            StaleMapError: an input or a parameter has changed since the forward.
+
+        Source: Elhage et al. 2021, "A mathematical framework for transformer circuits"; Gandelsman et al. 2024, "Interpreting
+        CLIP's image representation via text-based decomposition".
+        """
+        call, rows = self.call, self._numbers(queries)
+        with call.resumed(), NameInErrors(call), TellWhy(self.name, IndexError, TokenError), as_in_training(call):
+            found = head_outputs(Forward(call, recall(call)), _as_slice(heads), rows)
+        return self._deliver(found)
+
+    def _numbers(self, queries: Query | Index) -> Any:
+        if queries is None:
+            return ALL
+        if not isinstance(queries, (str, tuple)):
+            return list(queries) if isinstance(queries, Sequence) else queries
+        if self.query_tokens.places is not None:
+            raise TokenError(f"{self.name!r} looks at windows: choose queries by number, or take all, m.output().")
+        return self.query_tokens.index(queries)
+
+
+def _as_slice(heads: Index) -> Any:
+    if heads is None:
+        return ALL
+    return [heads] if isinstance(heads, int) else heads if isinstance(heads, slice) else list(heads)
+
+
+@contextmanager
+def _effective(call: Call) -> Iterator[Source]:
+    with call.resumed(), NameInErrors(call):
+        with TellWhy(call.layer.name), as_in_training(call):
+            source = effective_source(call)
+        yield source
+
+
+def effective_source(call: Call, forward: Forward | None = None) -> Source:
+    """What is computed of a call, whose modes are on already, to multiply the values."""
+    carried = recall(call) if forward is None else forward.carried
+    if carried is None or not carried.is_map or carried.members is not None:
+        forward = forward or Forward(call, carried)
+        carried = forward.carried
+    if not carried.is_map and forward is not None:
+        return Dense(forward.effective())
+    source = source_of(call)
+    if carried.members is None or forward is None:
+        return source
+    return Weighted(source, carried.members, forward.weights())
+
+
+class Ending(NamedTuple):
+    """What a forward does with the outcomes of its products.
+
+    Attributes:
+        leaf: which of its outputs they reach.
+        linear: the how manieth projection makes that output, of nothing but the outcomes with heads side by side; None where
+            it is not as simple.
+    """
+
+    leaf: int
+    linear: int | None
+
+
+def ending_of(forward: Forward) -> Ending:
+    """What the forward does with what comes out of its products; found once for all such calls.
+
+    Raises:
+        UnreadableError: it attends to channels.
+    """
+    if attends_to_channels(forward.call.layer.module):
+        raise UnreadableError("it attends to channels, each of which feeds all places of its output; see m.effective and m.v.")
+    found = forward.carried.found
+    if "ending" not in found:
+        found["ending"] = _find_ending(forward)
+    ending: Ending = found["ending"]
+    return ending
+
+
+def _find_ending(forward: Forward) -> Ending:
+    other = _random_outcomes(forward)
+    (output, run), base = forward.run_with(other), floats_in(forward.run_with(torch.zeros_like(other))[0])
+    reached = [n for n, (a, b) in enumerate(zip(floats_in(output), base)) if not torch.equal(a, b)]
+    if not reached:
+        raise UnreadableError("what its map is multiplied onto does not reach its output.")
+    y = floats_in(output)[reached[0]]
+    for number, (given, weight, out) in enumerate(run.linears):
+        is_merged = given.numel() == other.numel() and torch.equal(given.flatten(), other.transpose(1, 2).flatten())
+        if is_merged and weight.dim() == 2 and y.numel() == out.numel() and torch.equal(y.flatten(), out.flatten()):
+            return Ending(reached[0], number)
+    return Ending(reached[0], None)
+
+
+def _random_outcomes(forward: Forward) -> Tensor:
+    outcomes = forward.outcomes()
+    return torch.randn(outcomes.shape, generator=torch.Generator().manual_seed(8)).to(outcomes)
+
+
+def _places(forward: Forward, leaf: int) -> Tensor | None:
+    """(images * windows * queries, dim): where in an output stands what a query feeds, by what moves when it brings something.
+
+    Returns:
+        -1 for nowhere; None where all stands in order.
+
+    Raises:
+        UnreadableError: its output is not one of the places that queries feed each.
+    """
+    other = _random_outcomes(forward)
+    windows, heads, queries, _ = other.shape
+    label = torch.arange(windows * queries).view(windows, 1, queries).expand(windows, heads, queries)
+
+    def run(mask: Tensor) -> Tensor:
+        brought = torch.where(mask[..., None].to(other.device), other, 0)
+        return floats_in(forward.run_with(brought)[0])[leaf].detach()
+
+    found = trace_bits(label, run).flatten().cpu()
+    if (found == SEVERAL).any():
+        raise UnreadableError("its forward mixes places after the attention: what a query adds to the output is not one place.")
+    count = torch.bincount(found[found != NOTHING], minlength=windows * queries)
+    if not set(count.tolist()) <= {0, int(count.max())}:
+        raise UnreadableError("its queries feed places of its output of different sizes.")
+    places = torch.full((windows * queries, int(count.max())), -1)
+    places[count > 0] = found.argsort(stable=True)[int((found == NOTHING).sum()) :].view(-1, int(count.max()))
+    return None if torch.equal(places.flatten(), torch.arange(found.numel())) else places
+
+
+def head_outputs(forward: Forward, heads: Any = ALL, rows: Any = ALL) -> Tensor:
+    """What heads add to the output, (images * windows, heads, queries, dim)."""
+    ending, outcomes = ending_of(forward), forward.outcomes()
+    if ending.linear is not None:
+        weight = projection_of(forward, outcomes.shape[1])[heads]
+        with without_autocast(weight.device):
+            return torch.einsum("bh...e,hed->bh...d", outcomes[:, heads][:, :, rows].to(weight.dtype), weight)
+    return torch.stack(_parts(forward, ending, outcomes), 1)[:, heads][:, :, rows]
+
+
+def projection_of(forward: Forward, heads: int) -> Tensor:
+    """(heads, width, dim), each head's part of the output projection, where nothing else is done to what heads bring."""
+    linear = ending_of(forward).linear
+    if linear is None:
+        name = qualified_name(type(forward.call.layer.module))
+        raise UnreadableError(f"{name} does more to what heads bring than to project it (a norm, a gate, another layout).")
+    weight = forward.watch.linears[linear][1]
+    return rearrange(weight.to(exact_dtype(weight.dtype)), "d (h e) -> h e d", h=heads)
+
+
+def _parts(forward: Forward, ending: Ending, outcomes: Tensor) -> list[Tensor]:
+    """What each head adds, by runs with the others' outcomes zero; these have to add up to the output."""
+
+    def run(brought: Tensor) -> Tensor:
+        y = floats_in(forward.run_with(brought)[0])[ending.leaf]
+        return y.to(exact_dtype(y.dtype))
+
+    members = forward.carried.members
+    groups = torch.arange(outcomes.shape[1])[:, None] if members is None else members
+    nothing, whole = run(torch.zeros_like(outcomes)), floats_in(forward.output)[ending.leaf]
+    parts = []
+    for group in groups:
+        alone = torch.zeros_like(outcomes)
+        alone[:, group] = outcomes[:, group]
+        parts.append(run(alone) - nothing)
+    missing = largest_difference(nothing + torch.stack(parts).sum(0), whole)
+    if not missing <= tolerance_of(whole):
+        name = qualified_name(type(forward.call.layer.module))
+        raise UnreadableError(
+            f"what {name} does once heads have brought their values (a norm that it writes itself, an MLP) does "
+            f"not take them one by one: their parts miss its output by {missing:.2g}."
+        )
+    found = forward.carried.found
+    if "places" not in found:
+        found["places"] = _places(forward, ending.leaf)
+    return [_at(part, found["places"], outcomes) for part in parts]
+
+
+def _at(y: Tensor, places: Tensor | None, outcomes: Tensor) -> Tensor:
+    """(images * windows, queries, dim) out of an output."""
+    windows, _, queries, _ = outcomes.shape
+    if places is None:
+        return y.reshape(windows, queries, -1)
+    flat = torch.cat([y.flatten(), y.new_zeros(1)])  # nothing for queries that feed nothing
+    return flat[places.to(y.device)].view(windows, queries, -1)
