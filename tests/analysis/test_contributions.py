@@ -1,0 +1,150 @@
+"""Contributions against the definition: every vector A_ij v_j W held at once, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.inside import read_in_chunks
+from support.models import TINY, B, C, N, plain, randomise, tiny_double
+from support.modes import Operators
+from timm.layers import Attention
+from timm.models.cait import TalkingHeadAttn
+from timm.models.convit import GPSA
+from torch import Tensor, nn
+
+from hookattn import AttentionRecorder, RecorderError, UnreadableError
+from hookattn.analysis import contributions, entropy, rollout
+
+# a norm comes before the projection, or the block around it is added
+MORE = {"differential", "differential_parallel", "eva_split", "vit_scale_norm", "parallel", "parallel_qk_norm"}
+PROJECTED = [name for name in TINY if name not in MORE]
+
+
+def recorded(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    with AttentionRecorder(model, **options) as rec, torch.no_grad():
+        model(x)
+    return rec.maps
+
+
+def vectors(attention: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """(batch, heads, queries, keys, dim): what each head brings of each key to each query."""
+    each = torch.zeros(*attention.shape, len(weight), dtype=torch.float64)
+    width = values.shape[-1]
+    for h in range(attention.shape[1]):
+        brought = values[:, h] @ weight[:, h * width : h * width + width].T
+        each[:, h] = attention[:, h, :, :, None] * brought[:, None]
+    return each
+
+
+def defined(each: Tensor, kind: str, heads: str | None) -> Tensor:
+    """(batch, heads or 1, queries, keys)."""
+    whole = each.sum((1, 3))
+    each = each.sum(1, keepdim=True) if heads == "sum" else each
+    if kind == "norm":
+        return each.square().sum(-1).sqrt()
+    return (each * (whole / whole.norm(dim=-1, keepdim=True))[:, None, :, None]).sum(-1)
+
+
+KINDS = [(kind, heads) for kind in ("norm", "projection") for heads in (None, "sum")]
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+@pytest.mark.parametrize(("kind", "heads"), KINDS)
+def test_they_are_those_of_the_definition(name: str, kind: Any, heads: Any) -> None:
+    model, x = tiny_double(name)
+    for key, m in recorded(model, x).items():
+        module: Any = model.get_submodule(key)
+        expected = defined(vectors(m[...], m.v[...], module.proj.weight), kind, heads)
+        found = contributions(m, kind, heads)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found[...], expected, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(found[1, -1, 2:5, ::2], expected[1, -1, 2:5, ::2], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("build", [lambda: TalkingHeadAttn(24, 3), lambda: GPSA(24, 3)], ids=["talking heads", "gated sum"])
+@pytest.mark.parametrize(("kind", "heads"), KINDS)
+def test_what_multiplies_the_values_is_what_is_weighted(build: Any, kind: Any, heads: Any) -> None:
+    torch.manual_seed(0)
+    model: Any = randomise(build()).double().eval()
+    m = recorded(model, torch.randn(2, 16, 24).double())[0]
+    expected = defined(vectors(m.effective[...], m.v[...], model.proj.weight), kind, heads)
+    torch.testing.assert_close(contributions(m, kind, heads)[...], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_projections_sum_to_the_norm_of_what_is_brought_and_norms_to_no_less() -> None:
+    m = recorded(plain(), torch.randn(B, N, C).double())[0]
+    brought = m.output().sum(1).norm(dim=-1)
+    for heads in (None, "sum"):
+        torch.testing.assert_close(contributions(m, "projection", heads)[...].sum((1, 3)), brought)
+        assert (contributions(m, "norm", heads)[...].sum((1, 3)) >= brought).all()
+    assert (contributions(m, "projection")[...] < 0).any()
+
+
+def test_any_part_is_that_part() -> None:
+    m = recorded(plain(), torch.randn(B, N, C).double())[0]
+    for kind, heads in KINDS:
+        n: Any = contributions(m, kind, heads)
+        whole = n[...]
+        for index in ((slice(None), slice(None), 0), (1, 0, 3, 5), (0, slice(0, 2)), ([1, 0], slice(None), slice(3, 9, 2))):
+            torch.testing.assert_close(n[index], whole[index])
+
+
+def test_they_are_read_and_drawn_like_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = tiny_double("vit_registers")
+    maps = recorded(model, x)
+    found = [contributions(m, heads="sum") for m in maps.values()]
+    torch.testing.assert_close(found[0].rows("cls"), found[0][:, :, 0])
+    grid = maps[0].tokens.grid_size
+    torch.testing.assert_close(found[0].image("cls"), found[0][:, 0, 0, 5:].unflatten(-1, grid))
+    whole, figures = found[1][...], entropy(found[1])
+    read_in_chunks(monkeypatch, 50)
+    torch.testing.assert_close(entropy(found[1]), figures)
+    torch.testing.assert_close(found[1].image("mean"), whole[:, 0, 5:, 5:].mean(1).unflatten(-1, grid))
+    mixed = 0.5 * found[0][...].mean(1) + 0.5 * torch.eye(whole.shape[-1])
+    torch.testing.assert_close(rollout(found), (0.5 * whole.mean(1) + 0.5 * torch.eye(whole.shape[-1])) @ mixed)
+    assert found[0].axes == maps[0].axes
+    with pytest.raises(RecorderError, match="that of the map"):
+        found[0].verify()
+
+
+def test_no_vector_is_held_for_each_pair() -> None:
+    m = recorded(plain(), torch.randn(B, N, C).double())[0]
+    for kind, heads in KINDS:
+        n: Any = contributions(m, kind, heads)
+        n[0, 0, 0]
+        sizes: list[int] = []
+
+        def see(func: Any, out: Any, args: Any, kwargs: Any, sizes: list[int] = sizes) -> None:
+            sizes.append(out.numel() if isinstance(out, Tensor) else 0)
+
+        with Operators(see):
+            n[...]
+        assert max(sizes) < B * N * N * C
+
+
+def test_float32_is_close() -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Attention(24, 3)).eval(), torch.randn(2, 7, 24)
+    expected = {each: contributions(recorded(model.double(), x.double())[0], *each)[...] for each in KINDS}  # type: ignore[arg-type]
+    m = recorded(model.float(), x)[0]
+    for each in KINDS:
+        found = contributions(m, *each)  # type: ignore[arg-type]
+        assert found.dtype == found[...].dtype == torch.float32
+        torch.testing.assert_close(found[...].double(), expected[each], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(MORE & TINY.keys()))
+def test_more_than_a_projection_is_refused(name: str) -> None:
+    model, x = tiny_double(name)
+    with pytest.raises(UnreadableError, match="does more to what heads bring"):
+        contributions(recorded(model, x)[0])[...]
+
+
+def test_other_words_are_refused() -> None:
+    m = recorded(plain(), torch.randn(B, N, C).double())[0]
+    with pytest.raises(ValueError, match="'norm' or 'projection'"):
+        contributions(m, "length")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'norm' or 'projection'"):
+        contributions(m, heads="mean")  # type: ignore[arg-type]
