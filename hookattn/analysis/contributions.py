@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
+
 from ..attention.contributed import norms, norms_of_sums, projections
 from ..attention.sources import Source
+from ..attention.weighted import Weighted
 from ..calls.call import Call
 from ..maps.attention_map import AttentionMap
 from ..maps.established import NameInErrors, TellWhy, as_in_training
@@ -45,7 +48,8 @@ def contributions(m: AttentionMap, kind: Kind = "norm", heads: Literal["sum"] | 
 
     Raises:
         ValueError: there is no such kind.
-        UnreadableError, when it is sliced: the module does more to what heads bring than to project it: a norm, an activation.
+        UnreadableError, when it is sliced: the module does more to what heads bring than to project it, or to divide it by a
+            norm of all heads (EVA-02) first: norms of single heads, an activation, a residual.
         StaleMapError, RecorderError: as when `m.v` is read.
 
     Source: Kobayashi et al. 2020, "Attention is not only a weight: analyzing transformers with vector norms", equations 4 and
@@ -68,10 +72,12 @@ def _opened(call: Call, kind: Kind, summed: bool) -> Iterator[Source]:
 
 def _contributed(call: Call, kind: Kind, summed: bool) -> Source:
     forward = Forward(call, recall(call))
-    source, outcomes = effective_source(call, forward), forward.outcomes()
-    weight = projection_of(forward, outcomes.shape[1])
+    source, (weight, scale) = effective_source(call, forward), (projection := projection_of(forward))
+    if scale is not None:
+        single, shares = torch.arange(len(weight))[:, None], (1 / scale).transpose(2, 3)
+        source = Weighted(source, single, shares.expand(-1, len(weight), -1, -1))
     values = forward.values().to(weight.dtype)
     if kind == "norm":
         return (norms_of_sums if summed else norms)(source, values, weight)
-    brought = outcomes.transpose(1, 2).flatten(2).to(weight.dtype) @ weight.flatten(0, 1)
+    brought = projection.divided(forward.outcomes()).transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
     return projections(source, values, weight, brought, summed=summed)

@@ -87,7 +87,7 @@ class Forward:
         parts = tuple([Part(n, None, tuple(rows.shape), 1) for n, rows in enumerate(own)])
         laid = Arrangement(parts, self.carried.rows.index)
         rows = {product: laid.spread(outcomes, n, partial(_return, own[n])) for n, product in enumerate(products)}
-        return run_under(self.call, PutOutcomes(self.carried.map.parts, rows, self.watch.scales))
+        return run_under(self.call, PutOutcomes(self.carried.map.parts, rows, self.watch.norms))
 
     def _members(self) -> Tensor | None:
         """(heads, count), heads of the products with the same values and outcomes that are first of all added up."""

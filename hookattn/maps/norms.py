@@ -50,6 +50,11 @@ class Norm(NamedTuple):
         out = out if self.weight is None else out * self.weight
         return out if self.bias is None else out + self.bias
 
+    def then(self, weight: Tensor) -> Tensor:
+        """What it does besides dividing and a projection (dim, width) after it, as one matrix (width, dim)."""
+        matrix = weight.T if self.weight is None else weight.T * self.weight.flatten()[:, None].to(weight.dtype)
+        return matrix - matrix.mean(0, keepdim=True) if self.centres else matrix
+
     def _centred(self) -> Tensor:
         x = self.x.to(exact_dtype(self.x.dtype))
         return x - x.mean(self.axes, keepdim=True) if self.centres else x

@@ -128,10 +128,12 @@ class Ending(NamedTuple):
         leaf: which of its outputs they reach.
         linear: the how manieth projection makes that output, of nothing but the outcomes with heads side by side; None where
             it is not as simple.
+        norm: the how manieth norm comes between, if one does.
     """
 
     leaf: int
-    linear: int | None
+    linear: int | None = None
+    norm: int | None = None
 
 
 def ending_of(forward: Forward) -> Ending:
@@ -156,11 +158,17 @@ def _find_ending(forward: Forward) -> Ending:
     if not reached:
         raise UnreadableError("what its map is multiplied onto does not reach its output.")
     y = floats_in(output)[reached[0]]
+    merged = other.transpose(1, 2).flatten()
     for number, (given, weight, out) in enumerate(run.linears):
-        is_merged = given.numel() == other.numel() and torch.equal(given.flatten(), other.transpose(1, 2).flatten())
-        if is_merged and weight.dim() == 2 and y.numel() == out.numel() and torch.equal(y.flatten(), out.flatten()):
+        if weight.dim() != 2 or y.numel() != out.numel() or not torch.equal(y.flatten(), out.flatten()):
+            continue
+        if given.numel() == merged.numel() and torch.equal(given.flatten(), merged):
             return Ending(reached[0], number)
-    return Ending(reached[0], None)
+        for n, (norm, _, normed) in enumerate(run.norms):
+            of_all = norm.x.numel() == merged.numel() and norm.x.shape[norm.axes[0] :] == weight.shape[1:]
+            if of_all and torch.equal(norm.x.flatten(), merged) and torch.equal(normed.flatten(), given.flatten()):
+                return Ending(reached[0], number, n)
+    return Ending(reached[0])
 
 
 def _random_outcomes(forward: Forward) -> Tensor:
@@ -199,21 +207,46 @@ def _places(forward: Forward, leaf: int) -> Tensor | None:
 def head_outputs(forward: Forward, heads: Any = ALL, rows: Any = ALL) -> Tensor:
     """What heads add to the output, (images * windows, heads, queries, dim)."""
     ending, outcomes = ending_of(forward), forward.outcomes()
-    if ending.linear is not None:
-        weight = projection_of(forward, outcomes.shape[1])[heads]
-        with without_autocast(weight.device):
-            return torch.einsum("bh...e,hed->bh...d", outcomes[:, heads][:, :, rows].to(weight.dtype), weight)
-    return torch.stack(_parts(forward, ending, outcomes), 1)[:, heads][:, :, rows]
+    if ending.linear is None:
+        return torch.stack(_parts(forward, ending, outcomes), 1)[:, heads][:, :, rows]
+    projection = projection_of(forward)
+    brought = projection.divided(outcomes)[:, heads][:, :, rows]
+    with without_autocast(brought.device):
+        return torch.einsum("bh...e,hed->bh...d", brought, projection.weight[heads])
 
 
-def projection_of(forward: Forward, heads: int) -> Tensor:
-    """(heads, width, dim), each head's part of the output projection, where nothing else is done to what heads bring."""
-    linear = ending_of(forward).linear
-    if linear is None:
+class Projection(NamedTuple):
+    """What is done to what heads bring, where that is a projection, or a norm and a projection.
+
+    Attributes:
+        weight: (heads, width, dim), each head's part.
+        scale: (images * windows, 1, queries, 1), what a norm divides by first; None without one.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+
+    def divided(self, outcomes: Tensor) -> Tensor:
+        """What heads bring, (images * windows, heads, queries, width), as it is projected."""
+        outcomes = outcomes.to(self.weight.dtype)
+        return outcomes if self.scale is None else outcomes / self.scale.to(outcomes)
+
+
+def projection_of(forward: Forward) -> Projection:
+    """Each head's part of the output projection, where nothing else but a norm is done to what heads bring."""
+    ending = ending_of(forward)
+    if ending.linear is None:
         name = qualified_name(type(forward.call.layer.module))
-        raise UnreadableError(f"{name} does more to what heads bring than to project it (a norm, a gate, another layout).")
-    weight = forward.watch.linears[linear][1]
-    return rearrange(weight.to(exact_dtype(weight.dtype)), "d (h e) -> h e d", h=heads)
+        raise UnreadableError(
+            f"{name} does more to what heads bring than to project it (norms of single heads, a residual, another layout)."
+        )
+    weight = forward.watch.linears[ending.linear][1]
+    matrix, scale = weight.to(exact_dtype(weight.dtype)).T, None
+    windows, heads, queries = forward.carried.rows.index.shape
+    if ending.norm is not None:
+        norm, scale, _ = forward.watch.norms[ending.norm]
+        matrix, scale = norm.then(matrix.T), scale.reshape(windows, 1, queries, 1)
+    return Projection(rearrange(matrix, "(h e) d -> h e d", h=heads), scale)
 
 
 def _parts(forward: Forward, ending: Ending, outcomes: Tensor) -> list[Tensor]:

@@ -150,14 +150,14 @@ class WatchProducts(Watch):
 
     Attributes:
         met: the products, in the order they are met in.
-        scales: what norms of what came out divide by, in their order.
+        norms: of what came out, in their order, each with what it divides by and what comes out of it.
         linears: projections of what came out: what went in, the weight, and what came out of these.
     """
 
     def __init__(self, factors: Iterable[Part] = ()) -> None:
         super().__init__(factors)
         self.met: list[Met] = []
-        self.scales: list[Tensor] = []
+        self.norms: list[tuple[Norm, Tensor, Tensor]] = []
         self.linears: list[tuple[Tensor, Tensor, Tensor]] = []
         self._made: dict[int, tuple[Tensor, frozenset[int], bool]] = {}  # by id, of a softmax; kept alive, as are the others
         self._after: dict[int, Tensor] = {}
@@ -243,7 +243,7 @@ class WatchProducts(Watch):
         return out
 
     def _normalise(self, norm: Norm, out: Tensor) -> Tensor:
-        self.scales.append(norm.scale())
+        self.norms.append((norm, norm.scale(), out))
         return out
 
     def _is_constant(self, t: Tensor) -> bool:
@@ -255,12 +255,14 @@ class PutOutcomes(WatchProducts):
 
     Args:
         outcomes: by number and operand of the product, (rows, width).
-        scales: of a run that was watched.
+        norms: of a run that was watched.
     """
 
-    def __init__(self, factors: Iterable[Part], outcomes: Mapping[Product, Tensor], scales: list[Tensor]) -> None:
+    def __init__(
+        self, factors: Iterable[Part], outcomes: Mapping[Product, Tensor], norms: list[tuple[Norm, Tensor, Tensor]]
+    ) -> None:
         super().__init__(factors)
-        self._outcomes, self._scales = outcomes, scales
+        self._outcomes, self._norms = outcomes, norms
 
     def _meet(self, met: Met) -> Tensor:
         if (rows := self._outcomes.get(met.product)) is not None:
@@ -269,8 +271,10 @@ class PutOutcomes(WatchProducts):
         return super()._meet(met)
 
     def _normalise(self, norm: Norm, out: Tensor) -> Tensor:
-        self.scales.append(self._scales[len(self.scales)])
-        return norm.divided_by(self.scales[-1]).to(out.dtype)
+        scale = self._norms[len(self.norms)][1]
+        out = norm.divided_by(scale).to(out.dtype)
+        self.norms.append((norm, scale, out))
+        return out
 
 
 def _tensors(tree: Any) -> list[Tensor]:

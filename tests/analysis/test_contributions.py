@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from hookattn import AttentionRecorder, RecorderError, UnreadableError
 from hookattn.analysis import contributions, entropy, rollout
 
-# a norm comes before the projection, or the block around it is added
-MORE = {"differential", "differential_parallel", "eva_split", "vit_scale_norm", "parallel", "parallel_qk_norm"}
+# each head has a norm of its own, or there is a residual
+MORE = {"differential", "differential_parallel", "parallel", "parallel_qk_norm"}
 PROJECTED = [name for name in TINY if name not in MORE]
 
 
@@ -28,14 +28,16 @@ def recorded(model: nn.Module, x: Tensor, **options: Any) -> Any:
     return rec.maps
 
 
-def vectors(attention: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+def vectors(attention: Tensor, values: Tensor, module: Any) -> Tensor:
     """(batch, heads, queries, keys, dim): what each head brings of each key to each query."""
-    each = torch.zeros(*attention.shape, len(weight), dtype=torch.float64)
-    width = values.shape[-1]
-    for h in range(attention.shape[1]):
-        brought = values[:, h] @ weight[:, h * width : h * width + width].T
-        each[:, h] = attention[:, h, :, :, None] * brought[:, None]
-    return each
+    (batch, heads, queries, keys), width = attention.shape, values.shape[-1]
+    each = torch.zeros(batch, heads, queries, keys, heads * width, dtype=torch.float64)
+    for h in range(heads):
+        each[:, h, :, :, h * width : h * width + width] = attention[:, h, :, :, None] * values[:, h, None]
+    if isinstance(norm := getattr(module, "norm", None), nn.LayerNorm):  # divides by the deviation of all of them
+        scale = each.sum((1, 3)).var(-1, correction=0, keepdim=True).add(norm.eps).sqrt()
+        each = (each - each.mean(-1, keepdim=True)) / scale[:, None, :, None] * norm.weight
+    return each @ module.proj.weight.T
 
 
 def defined(each: Tensor, kind: str, heads: str | None) -> Tensor:
@@ -56,7 +58,7 @@ def test_they_are_those_of_the_definition(name: str, kind: Any, heads: Any) -> N
     model, x = tiny_double(name)
     for key, m in recorded(model, x).items():
         module: Any = model.get_submodule(key)
-        expected = defined(vectors(m[...], m.v[...], module.proj.weight), kind, heads)
+        expected = defined(vectors(m[...], m.v[...], module), kind, heads)
         found = contributions(m, kind, heads)
         assert found.shape == expected.shape
         torch.testing.assert_close(found[...], expected, rtol=1e-7, atol=1e-9)
@@ -69,7 +71,7 @@ def test_what_multiplies_the_values_is_what_is_weighted(build: Any, kind: Any, h
     torch.manual_seed(0)
     model: Any = randomise(build()).double().eval()
     m = recorded(model, torch.randn(2, 16, 24).double())[0]
-    expected = defined(vectors(m.effective[...], m.v[...], model.proj.weight), kind, heads)
+    expected = defined(vectors(m.effective[...], m.v[...], model), kind, heads)
     torch.testing.assert_close(contributions(m, kind, heads)[...], expected, rtol=1e-7, atol=1e-9)
 
 
