@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from ..attention.contributed import norms, norms_of_sums, projections
+from ..attention.contributed import Shares, norms, norms_of_sums, projections
 from ..attention.sources import Source
 from ..attention.weighted import Weighted
 from ..calls.call import Call
@@ -21,7 +21,9 @@ from ..maps.reading import Computed
 Kind = Literal["norm", "projection"]
 
 
-def contributions(m: AttentionMap, kind: Kind = "norm", heads: Literal["sum"] | None = None) -> AttentionMap:
+def contributions(
+    m: AttentionMap, kind: Kind = "norm", heads: Literal["sum"] | None = None, *, shares: bool = False
+) -> AttentionMap:
     """How much of each key reaches each query through the values and the output projection, read and drawn like a map.
 
     A head adds to the output of query i the sum over keys j of c_ij = A_ij v_j W_h: A is `m.effective`, v is `m.v`, the bias of
@@ -29,6 +31,7 @@ def contributions(m: AttentionMap, kind: Kind = "norm", heads: Literal["sum"] | 
 
         contributions(m)[:, :, 0]                               # what the class token gets of each token, head by head
         contributions(m, heads="sum").image("cls")              # over all heads, as a picture
+        rollout([contributions(m, shares=True) for m in rec.maps.values()])
         contributions(m, "projection", heads="sum")[...]        # rows sum to the norm of what the heads bring
 
     A map gives away 1 in each row, whatever it carries: attention to a class token or registers whose values are small is
@@ -41,10 +44,12 @@ def contributions(m: AttentionMap, kind: Kind = "norm", heads: Literal["sum"] | 
             of projections sum to ||y_i|| over keys and heads.
         heads: None for each by itself; "sum" for what they bring together: the norm of the sum of c_ij over heads, and the
             projection of it. There is then one head.
+        shares: whether rows are divided by their sums, so that they sum to 1 as those of a map do: for rollouts, and for
+            pictures beside those of maps.
 
     Returns:
         (batch, heads or 1, queries, keys), with the tokens of m. It is computed when it is sliced, like a map; nothing of size
-        queries x keys x dim is held. Its rows do not sum to 1.
+        queries x keys x dim is held. Its rows do not sum to 1, unless they are shares.
 
     Raises:
         ValueError: there is no such kind.
@@ -59,15 +64,15 @@ def contributions(m: AttentionMap, kind: Kind = "norm", heads: Literal["sum"] | 
     """
     if kind not in ("norm", "projection") or heads not in (None, "sum"):
         raise ValueError(f"kind={kind!r}, heads={heads!r} is no choice: 'norm' or 'projection', None or 'sum'.")
-    return m.derived(Computed(m.name, f"contributions ({kind})", lambda: _opened(m.call, kind, heads == "sum")))
+    return m.derived(Computed(m.name, f"contributions ({kind})", lambda: _opened(m.call, kind, heads == "sum", shares)))
 
 
 @contextmanager
-def _opened(call: Call, kind: Kind, summed: bool) -> Iterator[Source]:
+def _opened(call: Call, kind: Kind, summed: bool, shares: bool) -> Iterator[Source]:
     with call.resumed(), NameInErrors(call):
         with TellWhy(call.layer.name), as_in_training(call):
             source = _contributed(call, kind, summed)
-        yield source
+        yield Shares(source) if shares else source
 
 
 def _contributed(call: Call, kind: Kind, summed: bool) -> Source:

@@ -127,6 +127,21 @@ class Projections(_OfMap):
         return each if self.picked is None else each.sum(1, keepdim=True).expand(-1, len(self.picked), -1, -1)
 
 
+@dataclass(frozen=True, eq=False)
+class Shares(_OfMap):
+    """Rows divided by their sums."""
+
+    def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Shares:
+        """Cut it to some images, heads and queries."""
+        return Shares(self.source.narrow(batch, heads, rows))
+
+    def values(self) -> Tensor:
+        """The shares: (batch, heads, queries, keys); a row of zeros stays one."""
+        values = self.source.values()
+        sums = values.sum(-1, keepdim=True)
+        return values / sums.where(sums != 0, 1.0)
+
+
 def norms(source: Source, values: Tensor, projection: Tensor) -> Norms:
     """Norms head by head, of v (batch, heads, keys, width) and W (heads, width, dim)."""
     with without_autocast(values.device):

@@ -111,6 +111,16 @@ def test_they_are_read_and_drawn_like_maps(monkeypatch: pytest.MonkeyPatch) -> N
         found[0].verify()
 
 
+def test_shares_are_rows_that_sum_to_1() -> None:
+    model, x = tiny_double("vit_registers")
+    maps = recorded(model, x)
+    for kind, heads in KINDS:
+        whole, found = (contributions(maps[0], kind, heads, shares=shares)[...] for shares in (False, True))  # type: ignore[arg-type]
+        torch.testing.assert_close(found, whole / whole.sum(-1, keepdim=True))
+    rolled = rollout([contributions(m, shares=True) for m in maps.values()])
+    torch.testing.assert_close(rolled.sum(-1), torch.ones_like(rolled[..., 0]))
+
+
 def test_no_vector_is_held_for_each_pair() -> None:
     m = recorded(plain(), torch.randn(B, N, C).double())[0]
     for kind, heads in KINDS:
