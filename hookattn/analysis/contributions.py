@@ -79,7 +79,7 @@ def _contributed(call: Call, kind: Kind, summed: bool) -> Source:
     forward = Forward(call, recall(call))
     source, (weight, scale) = effective_source(call, forward), (projection := projection_of(forward))
     if scale is not None:
-        single, shares = torch.arange(len(weight))[:, None], (1 / scale).transpose(2, 3)
+        single, shares = torch.arange(len(weight), device="cpu")[:, None], (1 / scale).transpose(2, 3)
         source = Weighted(source, single, shares.expand(-1, len(weight), -1, -1))
     values = forward.values().to(weight.dtype)
     if kind == "norm":

@@ -155,7 +155,7 @@ def norms_of_sums(source: Source, values: Tensor, projection: Tensor) -> NormsOf
     products = torch.einsum("hed,gfd->hegf", projection, projection)
     with without_autocast(values.device):
         rows = [torch.einsum("bke,egf,bgkf->bkg", values[:, h], products[h], values) for h in range(len(projection))]
-    return NormsOfSums(source, torch.stack(rows, 2), torch.zeros(1, dtype=torch.long))
+    return NormsOfSums(source, torch.stack(rows, 2), torch.zeros(1, dtype=torch.long, device="cpu"))
 
 
 def projections(source: Source, values: Tensor, projection: Tensor, brought: Tensor, *, summed: bool) -> Projections:
@@ -163,4 +163,4 @@ def projections(source: Source, values: Tensor, projection: Tensor, brought: Ten
     direction = torch.nn.functional.normalize(brought, dim=-1)
     with without_autocast(values.device):
         toward = torch.einsum("bqd,hed->bhqe", direction, projection)
-    return Projections(source, toward, values, torch.zeros(1, dtype=torch.long) if summed else None)
+    return Projections(source, toward, values, torch.zeros(1, dtype=torch.long, device="cpu") if summed else None)

@@ -45,7 +45,7 @@ class Weighted:
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Weighted:
         """Cut it to some images, heads and queries."""
         members, weights = self.members[heads], pick(self.weights, batch, heads, ALL)
-        numbers = torch.arange(members.numel()).view(members.shape)
+        numbers = torch.arange(members.numel(), device="cpu").view(members.shape)
         return Weighted(self.source.narrow(batch, members.flatten(), rows), numbers, weights[..., rows])
 
     def prepare(self) -> Weighted:

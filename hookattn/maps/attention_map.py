@@ -90,11 +90,6 @@ class AttentionMap(OfOutputs, Labelled):
         return self._origin.call
 
     @property
-    def x(self) -> Tensor:
-        """The tensor the module was called with."""
-        return self.call.x
-
-    @property
     def called_from(self) -> CallSite:
         """File, line and source of the call, and which module made x.
 

@@ -47,7 +47,7 @@ class Carried:
         for product in self.products:
             of_rows.append(product.groups + starts)
             starts += int(product.groups.max()) + 1
-        return torch.cat([*of_rows, torch.tensor([-1])])[self.rows.index]
+        return torch.cat([*of_rows, torch.tensor([-1], device="cpu")])[self.rows.index]
 
 
 SEVERAL_VALUES = "its map is multiplied onto several tensors: it cannot be told which values its heads belong to."
@@ -117,7 +117,7 @@ class _Trace:
         taken = [numbers.get(row) if w else beyond for w, row in zip(wanted, _first_of(other.flatten(0, 2)))]
         if len(numbers) != beyond:
             raise UnreadableError(SEVERAL_VALUES)
-        return None if None in taken else torch.tensor(taken).view(self._map.index.shape)
+        return None if None in taken else torch.tensor(taken, device="cpu").view(self._map.index.shape)
 
     def mixed_rows(self) -> Tensor:
         """Rows of the products by the place that all they are made of has: (windows, heads, queries).
@@ -126,10 +126,10 @@ class _Trace:
             UnreadableError: rows of several places are mixed.
         """
         windows, heads, queries = self._map.index.shape
-        place = torch.arange(windows * queries).view(windows, 1, queries).expand(windows, heads, queries)
-        head = torch.arange(heads).view(1, heads, 1).expand(windows, heads, queries)
+        place = torch.arange(windows * queries, device="cpu").view(windows, 1, queries).expand(windows, heads, queries)
+        head = torch.arange(heads, device="cpu").view(1, heads, 1).expand(windows, heads, queries)
         base = self._draw()
-        changed = base * (0.5 + torch.rand(base.shape, generator=self._random))
+        changed = base * (0.5 + torch.rand(base.shape, generator=self._random, device="cpu"))
 
         def rows_with(mask: Tensor) -> Tensor:
             return self._run(torch.where(mask[..., None], changed, base).to(self._own))
@@ -137,7 +137,7 @@ class _Trace:
         of_place, of_head = (trace_bits(label, rows_with, row_wise=True) for label in (place, head))
         if (of_place < 0).any():
             raise UnreadableError("rows of its map are mixed with those of other queries before they multiply its values.")
-        order = of_head if (of_head >= 0).all() else torch.arange(len(of_place))
+        order = of_head if (of_head >= 0).all() else torch.arange(len(of_place), device="cpu")
         found = defaultdict(list)
         for row in order.argsort(stable=True).tolist():
             found[int(of_place[row])].append(row)
@@ -145,10 +145,12 @@ class _Trace:
             raise UnreadableError(SEVERAL_VALUES)
         if len({len(rows) for rows in found.values()}) != 1 or len(found) != windows * queries:
             raise UnreadableError("its queries are multiplied onto values in different numbers of heads.")
-        return torch.tensor([found[n] for n in range(windows * queries)]).view(windows, queries, -1).transpose(1, 2)
+        return (
+            torch.tensor([found[n] for n in range(windows * queries)], device="cpu").view(windows, queries, -1).transpose(1, 2)
+        )
 
     def _draw(self) -> Tensor:
-        drawn = torch.rand(self._map.shape, generator=self._random, dtype=torch.float64) + 0.1
+        drawn = torch.rand(self._map.shape, generator=self._random, dtype=torch.float64, device="cpu") + 0.1
         return drawn / drawn.sum(-1, keepdim=True)
 
     def _run(self, attention: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Forward:
                 alike[0].append(a)
             else:
                 groups.append([a])
-        return torch.tensor(groups) if len(groups[0]) > 1 and len({len(g) for g in groups}) == 1 else None
+        return torch.tensor(groups, device="cpu") if len(groups[0]) > 1 and len({len(g) for g in groups}) == 1 else None
 
     def _values(self) -> Tensor:
         each = [met.product.values(met.values) for met in self.met]
@@ -125,7 +125,7 @@ class Forward:
             outcomes = self.outcomes().detach().requires_grad_()
             outputs = [t for t in floats_in(self.run_with(outcomes)[0]) if t.requires_grad]
             random = torch.Generator().manual_seed(7)
-            ahead = [(torch.rand(t.shape, generator=random) + 0.5).to(t) for t in outputs]
+            ahead = [(torch.rand(t.shape, generator=random, device="cpu") + 0.5).to(t) for t in outputs]
             return torch.autograd.grad(outputs, outcomes, ahead)[0] if outputs else None
 
     def _find(self) -> Carried:

@@ -173,7 +173,7 @@ def _find_ending(forward: Forward) -> Ending:
 
 def _random_outcomes(forward: Forward) -> Tensor:
     outcomes = forward.outcomes()
-    return torch.randn(outcomes.shape, generator=torch.Generator().manual_seed(8)).to(outcomes)
+    return torch.randn(outcomes.shape, generator=torch.Generator().manual_seed(8), device="cpu").to(outcomes)
 
 
 def _places(forward: Forward, leaf: int) -> Tensor | None:
@@ -187,7 +187,7 @@ def _places(forward: Forward, leaf: int) -> Tensor | None:
     """
     other = _random_outcomes(forward)
     windows, heads, queries, _ = other.shape
-    label = torch.arange(windows * queries).view(windows, 1, queries).expand(windows, heads, queries)
+    label = torch.arange(windows * queries, device="cpu").view(windows, 1, queries).expand(windows, heads, queries)
 
     def run(mask: Tensor) -> Tensor:
         brought = torch.where(mask[..., None].to(other.device), other, 0)
@@ -199,9 +199,9 @@ def _places(forward: Forward, leaf: int) -> Tensor | None:
     count = torch.bincount(found[found != NOTHING], minlength=windows * queries)
     if not set(count.tolist()) <= {0, int(count.max())}:
         raise UnreadableError("its queries feed places of its output of different sizes.")
-    places = torch.full((windows * queries, int(count.max())), -1)
+    places = torch.full((windows * queries, int(count.max())), -1, device="cpu")
     places[count > 0] = found.argsort(stable=True)[int((found == NOTHING).sum()) :].view(-1, int(count.max()))
-    return None if torch.equal(places.flatten(), torch.arange(found.numel())) else places
+    return None if torch.equal(places.flatten(), torch.arange(found.numel(), device="cpu")) else places
 
 
 def head_outputs(forward: Forward, heads: Any = ALL, rows: Any = ALL) -> Tensor:
@@ -257,7 +257,7 @@ def _parts(forward: Forward, ending: Ending, outcomes: Tensor) -> list[Tensor]:
         return y.to(exact_dtype(y.dtype))
 
     members = forward.carried.members
-    groups = torch.arange(outcomes.shape[1])[:, None] if members is None else members
+    groups = torch.arange(outcomes.shape[1], device="cpu")[:, None] if members is None else members
     nothing, whole = run(torch.zeros_like(outcomes)), floats_in(forward.output)[ending.leaf]
     parts = []
     for group in groups:

@@ -53,7 +53,9 @@ class Product:
     def groups(self) -> Tensor:
         """(rows,): which of the matrices of values each row of the map is multiplied onto."""
         lead, own = self._lead, [a for a in self._lead if a in self.letters[1]]
-        numbers = torch.arange(math.prod(self._sizes_of(own))).view([dict(self.sizes)[a] if a in own else 1 for a in lead])
+        numbers = torch.arange(math.prod(self._sizes_of(own)), device="cpu").view(
+            [dict(self.sizes)[a] if a in own else 1 for a in lead]
+        )
         return numbers.expand(self._sizes_of(lead)).flatten()
 
     def values(self, factor: Tensor) -> Tensor:

@@ -126,6 +126,11 @@ class OfVectors(LazyArray):
         raise NotImplementedError
 
     @property
+    def x(self) -> Tensor:
+        """The tensor the module was called with."""
+        return self.call.x
+
+    @property
     def tokens(self) -> Tokens:
         """What the keys stand for."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hookattn
 from hookattn import AttentionMap, AttentionRecorder
-from hookattn.analysis import mean_attention_distance, rollout
+from hookattn.analysis import contributions, mean_attention_distance, rollout
 
 MAKES = {"zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "eye"}
 MAKES |= {"tensor", "as_tensor", "scalar_tensor", "normal", "tril_indices", "triu_indices"}
@@ -84,6 +84,8 @@ def figures_of(rec: AttentionRecorder) -> list[Tensor | float]:
 
     def of(m: AttentionMap) -> list[Tensor]:
         found = [m[...], m[0, [0, 1]] if m.shape[1] > 1 else m[0], m.gradient[...]]
+        with suppress(hookattn.UnreadableError):
+            found += [m.v[...], m.effective[...], m.output(), contributions(m)[:, :, 0]]
         with suppress(hookattn.TokenError):
             found += [m.image((0, 0)), m.tokens.centres((1, 1)), mean_attention_distance(m)]
         return found
