@@ -158,7 +158,9 @@ def start_of(m: AttentionMap, query: Query) -> Tensor:
 
 def _pass_back(m: AttentionMap, row: Tensor, batch: Pick) -> Tensor:
     """What shares of queries have of each key, (images, tokens), by the mean over heads; a chunk of it is there at a time."""
-    passed, asked = torch.zeros_like(row), row.detach().amax(0).nonzero().flatten()
+    passed, asked = torch.zeros_like(row), (row.detach() != 0).any(0).nonzero().flatten()
+    if not len(asked):  # no images
+        return passed
     first, last = int(asked[0]), int(asked[-1]) + 1  # of the last layer, the rows that are asked for
 
     def add(passed: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
@@ -172,7 +174,7 @@ def _pass_back(m: AttentionMap, row: Tensor, batch: Pick) -> Tensor:
 
 def _without_smallest(mean: Tensor, discard: float) -> Tensor:
     """(batch, tokens, tokens) with the smallest entries of each image zero, and rows that sum to 1 again."""
-    if not (count := int(discard * mean[0].numel())):
+    if not (count := int(discard * mean.shape[1] * mean.shape[2])):
         return mean
     smallest = mean.flatten(1).detach().topk(count, largest=False).indices
     return _rows_to_one(mean.flatten(1).scatter(1, smallest, 0.0).view_as(mean))
