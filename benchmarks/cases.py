@@ -14,7 +14,7 @@ from measure import Returned, Run, peak_memory, timed
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder
-from hookattn.analysis import compute_statistics, entropy, head_mean, mean_attention_distance, received
+from hookattn.analysis import compute_statistics, contributions, entropy, head_mean, mean_attention_distance, received
 
 
 class NotHereError(Exception):
@@ -205,6 +205,27 @@ def statistics_without_maps(s: Setup) -> Iterator[Run]:
     model, wanted = s.ready(), (entropy, received, head_mean, mean_attention_distance)
     with AttentionRecorder(model) as rec:
         yield lambda x: (model(x), [found for m in rec.maps.values() for found in compute_statistics(m, *wanted)])
+
+
+@case("keys of the last layer as descriptors on the grid")
+def key_descriptors(s: Setup) -> Iterator[Run]:
+    model = s.ready()
+    with AttentionRecorder(model) as rec:
+        yield lambda x: (model(x), [rec.maps[-1].k.image()])
+
+
+@case("what each head adds to the class token, every layer")
+def head_outputs(s: Setup) -> Iterator[Run]:
+    model = s.ready()
+    with AttentionRecorder(model) as rec:
+        yield lambda x: (model(x), [m.output(queries=0) for m in rec.maps.values()])
+
+
+@case("norms of contributions to the class token, every layer")
+def contributions_of_class(s: Setup) -> Iterator[Run]:
+    model = s.ready()
+    with AttentionRecorder(model) as rec:
+        yield lambda x: (model(x), [contributions(m)[:, :, 0] for m in rec.maps.values()])
 
 
 def captured(s: Setup, call: Callable[[Tensor], Returned]) -> Run:
