@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -13,6 +14,10 @@ from .statistics import compute_statistics, entropy, mean_attention_distance, re
 
 if TYPE_CHECKING:
     import pandas
+
+
+Rows = Sequence[NamedTuple]
+"""Figures of heads: one for each layer and head, with these as `layer` and `head`."""
 
 
 class HeadSummary(NamedTuple):
@@ -51,18 +56,46 @@ def summarize_heads(maps: LayerMaps) -> list[HeadSummary]:
     return [row for depth, m in enumerate(layers_in(maps)) for row in _summarize(m, depth)]
 
 
-def to_frame(maps: LayerMaps) -> pandas.DataFrame:
+def to_frame(table: LayerMaps | Rows, *more: LayerMaps | Rows) -> pandas.DataFrame:
     """The same as a table of pandas, one row for each layer and head: `to_frame(rec).to_csv("heads.csv")`.
+
+    Columns of other rows follow, by layer and head, for all that is to be known of a head side by side:
+
+        to_frame(rec, compare_with_mean(rec), registers(rec, features), head_importance(model, loader, loss))
+
+    Args:
+        table: a recorder or maps, of which figures are taken as by `summarize_heads`; or rows of heads.
+        more: rows of heads, such as `head_importance` returns; a head that they leave out has NaN.
 
     Raises:
         MissingExtraError: pandas is not installed.
+        ValueError: two of them have a column of the same name.
         StaleMapError, UnreadableError: as when a map is sliced.
     """
     try:
         import pandas
     except ImportError as error:
         raise MissingExtraError('tables need pandas: pip install "hookattn[table]".') from error
-    return pandas.DataFrame(summarize_heads(maps), columns=list(HeadSummary._fields))
+    tables = [_rows_of(each) for each in (table, *more)]
+    columns = [column for rows in tables for column in rows[0]] if all(tables) else []
+    if twice := sorted({column for column in columns if columns.count(column) > 1} - {"layer", "depth", "head"}):
+        raise ValueError(f"several of the tables have {', '.join(map(repr, twice))}: make a frame of each, and rename there.")
+    first, *others = [pandas.DataFrame(rows, columns=None if rows else list(HeadSummary._fields)) for rows in tables]
+    for other in others:
+        first = first.merge(other.drop(columns="depth", errors="ignore"), on=["layer", "head"], how="left")
+    return first
+
+
+def _rows_of(table: LayerMaps | Rows) -> list[dict[str, Any]]:
+    """Rows as dicts, in which what has a name of its own is a column."""
+    listed = isinstance(table, Sequence) and table and isinstance(table[0], tuple)
+    rows = cast(Rows, table) if listed else summarize_heads(cast(LayerMaps, table))
+    return [_flatten(row._asdict()) for row in rows]
+
+
+def _flatten(row: dict[str, Any]) -> dict[str, Any]:
+    inner = {name: value for value in row.values() if isinstance(value, Mapping) for name, value in value.items()}
+    return {**{name: value for name, value in row.items() if not isinstance(value, Mapping)}, **inner}
 
 
 def _summarize(m: AttentionMap, depth: int) -> list[HeadSummary]:

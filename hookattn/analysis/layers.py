@@ -10,12 +10,14 @@ from typing import Union
 from ..maps.attention_map import AttentionMap
 from ..recording.recorder import AttentionRecorder
 
-LayerMaps = Union[AttentionRecorder, Mapping[str, AttentionMap], Iterable[AttentionMap]]
-"""A recorder, its `rec.maps`, or some maps, first layer first."""
+LayerMaps = Union[AttentionRecorder, Mapping[str, AttentionMap], Iterable[AttentionMap], AttentionMap]
+"""A recorder, its `rec.maps`, some maps, first layer first, or one."""
 
 
 def layers_in(maps: LayerMaps) -> list[AttentionMap]:
     """The maps as a list, first layer first."""
+    if isinstance(maps, AttentionMap):
+        return [maps]
     maps = maps.maps if isinstance(maps, AttentionRecorder) else maps
     return list(maps.values() if isinstance(maps, Mapping) else maps)
 

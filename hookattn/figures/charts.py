@@ -1,19 +1,21 @@
-"""Figures of heads as charts: entropy and distance by layer, and one against the other."""
+"""Figures of heads as charts: entropy and distance by layer, one against the other, and any of them as a heat map."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import log
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from ..analysis.heads import HeadSummary, summarize_heads
-from .layout import TEXT
+from .layout import TEXT, text_width
 from .panels import Maps, maps_in
 
 _COLOURS = "viridis"
@@ -67,6 +69,55 @@ def scatter(maps: Maps, ax: Axes | None = None) -> PathCollection:
     ax.set(xlabel=_DISTANCE, ylabel=_ENTROPY)
     _plain(ax)
     ax.figure.colorbar(drawn, ax=ax, label="layer")
+    return drawn
+
+
+def heatmap(rows: Sequence[NamedTuple], figure: str = "", ax: Axes | None = None) -> AxesImage:
+    """Draw a figure of every head, layers down and heads across, on axes, and return the artist.
+
+        plot.heatmap(head_importance(model, loader, loss))
+        plot.heatmap(summarize_heads(rec), "entropy")
+
+    Args:
+        rows: figures of heads, one row for each layer and head.
+        figure: which column; "" for the last one.
+        ax: where to draw; None makes a figure as large as it takes, which is `artist.figure`.
+
+    Returns:
+        The artist; its array is (layers, heads), masked where a layer has no such head. Colours run around zero if there are
+        figures below it.
+
+    Raises:
+        ValueError: there are no rows, or there is no such column.
+    """
+    fields = rows[0]._fields if rows else ()
+    if not fields or (figure and figure not in fields):
+        raise ValueError(f"there is no {figure!r} to draw: figures are {', '.join(fields)}, of head_importance() or others.")
+    figure = figure or fields[-1]
+    table = [row._asdict() for row in rows]
+    layers, heads = list(dict.fromkeys(row["layer"] for row in table)), max(row["head"] for row in table) + 1
+    values = np.full((len(layers), heads), np.nan)
+    for row in table:
+        values[layers.index(row["layer"]), row["head"]] = row[figure]
+    return _draw_cells(ax, values, [layer.removesuffix(".attn") for layer in layers], figure)
+
+
+def _draw_cells(ax: Axes | None, values: Any, names: Sequence[str], label: str) -> AxesImage:
+    """Cells of colour, with what each row of them is called."""
+    rows, columns = values.shape
+    if ax is None:
+        size = (1.5 + text_width(max(names, key=len)) + 0.3 * columns, max(2.0, 0.9 + 0.22 * rows))
+        ax = Figure(figsize=size, dpi=160, layout="constrained").add_subplot()
+    around_zero = CenteredNorm() if (values < 0).any() else None
+    drawn = ax.imshow(values, "RdBu_r" if around_zero else _COLOURS, norm=around_zero, aspect="auto", interpolation="nearest")
+    ax.set_xlabel("head", fontsize=TEXT)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.set_yticks(range(rows), names, fontsize=TEXT, parse_math=False)
+    ax.tick_params(labelsize=TEXT, length=0)
+    ax.spines[:].set_visible(False)
+    bar = ax.figure.colorbar(drawn, ax=ax)
+    bar.set_label(label, fontsize=TEXT)
+    bar.ax.tick_params(labelsize=TEXT)
     return drawn
 
 

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise MissingExtraError('plots need matplotlib: pip install "hookattn[plot]".') from error
 
-from .charts import distances, scatter, statistics
+from .charts import distances, heatmap, scatter, statistics
 from .draw import Ground, Image, shown_image
 from .frames import animate, overlay
 from .layout import TEXT, TITLE, wrap, wrap_ragged
@@ -40,6 +40,7 @@ __all__ = [
     "compare",
     "distances",
     "heads",
+    "heatmap",
     "layers",
     "overlay",
     "overview",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pydoc
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from support import reference
 from support.image import SHRUNK, SWIN, VIT, made_of
 from support.inside import Sum, is_reading, kept, lost, read_in_chunks
 from support.models import randomise, tiny
-from support.modes import operators_of
+from support.modes import operators_of, peak_of
 from support.reading import record_one
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -109,14 +108,6 @@ def test_distances_that_are_none_are_refused_with_what_to_do(name: str) -> None:
 
 
 # How it is read
-
-
-def peak_of(run: Callable[[], Any]) -> int:
-    """Bytes that are allocated at the same time while something runs, above what was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as p:
-        run()
-    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.parametrize("keep", ["inputs", "maps"])

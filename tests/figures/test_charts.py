@@ -11,10 +11,22 @@ import pytest
 import timm
 import torch
 from matplotlib.animation import FFMpegWriter
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image, ImageSequence
 
 from hookattn import AttentionRecorder
-from hookattn.analysis import compute_statistics, entropy, mean_attention_distance, summarize_heads, to_frame
+from hookattn.analysis import (
+    HeadImportance,
+    compare_with_mean,
+    compute_statistics,
+    entropy,
+    mean_attention_distance,
+    registers,
+    summarize_heads,
+    to_frame,
+)
 from hookattn.errors import MissingExtraError
 from hookattn.figures import plot
 
@@ -75,6 +87,73 @@ def test_charts_show_each_head(rec: Any) -> None:
     own = [float(compute_statistics(m, entropy)[0].mean()) for m in rec.maps.values()]
     np.testing.assert_allclose(means.get_ydata(), own, rtol=1e-5)
     assert left.get_ylim()[1] > log(17)
+
+
+def test_tables_are_joined_by_layer_and_head(rec: Any) -> None:
+    importance = [
+        HeadImportance(f"blocks.{layer}.attn", layer, head, layer + head / 10) for layer in (3, 1) for head in range(3)
+    ]
+    table = to_frame(rec, compare_with_mean(rec), registers(rec), importance)
+    assert list(table.columns) == [*to_frame(rec).columns, "divergence", "high_norm", "cls", "importance"]
+    assert len(table) == 12
+    assert [(row.layer, row.head) for row in table.itertuples()] == [(r.layer, r.head) for r in summarize_heads(rec)]
+    np.testing.assert_allclose(table.cls, table.prefix, rtol=1e-5)
+    np.testing.assert_allclose(table.divergence, [row.divergence for row in compare_with_mean(rec)])
+    nothing = [np.nan] * 3
+    np.testing.assert_allclose(table.importance, [*nothing, 1, 1.1, 1.2, *nothing, 3, 3.1, 3.2])
+    assert list(to_frame(importance).columns) == ["layer", "depth", "head", "importance"]
+    assert to_frame(importance, rec).depth.tolist() == [3] * 3 + [1] * 3
+    assert list(to_frame([]).columns) == list(to_frame(rec).columns)
+    with pytest.raises(ValueError, match="several of the tables have 'importance'"):
+        to_frame(rec, importance, importance)
+
+
+def test_a_heat_map_has_a_cell_for_each_head(rec: Any) -> None:
+    rows = summarize_heads(rec)
+    drawn = plot.heatmap(rows, "entropy", (figure := Figure()).add_subplot())
+    assert drawn.figure is figure
+    np.testing.assert_allclose(drawn.get_array(), np.array([row.entropy for row in rows]).reshape(4, 3))
+    assert plot.heatmap(rows).get_array()[0, 0] == 17, "the last column"
+    assert drawn.colorbar.ax.get_ylabel() == "entropy"
+    ragged = [HeadImportance("a", 0, 0, 1.0), HeadImportance("b", 1, 0, -3.0), HeadImportance("b", 1, 1, 2.0)]
+    drawn = plot.heatmap(ragged)
+    assert np.ma.getmaskarray(drawn.get_array()).tolist() == [[False, True], [False, False]]
+    assert drawn.norm(0.0) == 0.5
+    assert drawn.norm.vmax == 3
+    with pytest.raises(ValueError, match="there is no 'entropie' to draw: figures are layer, depth, head, entropy"):
+        plot.heatmap(rows, "entropie")
+    with pytest.raises(ValueError, match=r"head_importance\(\)"):
+        plot.heatmap([])
+
+
+def texts_on(axes: Axes) -> list[Text]:
+    """What is written at axes; ticks that lie outside of them are not drawn."""
+    texts = []
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        texts += [text for at, text in zip(axis.get_ticklocs(), axis.get_ticklabels()) if low <= at <= high]
+        texts += [axis.label, axis.get_offset_text()]
+    return [text for text in texts if text.get_text()]
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (5, 4), (12, 6), (48, 25)])
+def test_everything_on_a_heat_map_can_be_read(layers: int, heads: int) -> None:
+    rows = [HeadImportance(f"trunk.$x.blocks.{i}.attn", i, h, 1e-4 * (i + h)) for i in range(layers) for h in range(heads)]
+    drawn = plot.heatmap(rows)
+    figure, ax = drawn.figure, drawn.axes
+    figure.draw_without_rendering()
+    texts = [text for axes in figure.axes for text in texts_on(axes)]
+    assert {f"trunk.$x.blocks.{i}" for i in range(layers)} <= {text.get_text() for text in texts}
+    assert min(text.get_fontsize() for text in texts) >= 7
+    boxes = [text.get_window_extent() for text in texts] + [axes.get_window_extent() for axes in figure.axes]
+    ends = np.array([box.extents for box in boxes])
+    assert ends.min() >= 0
+    assert (ends[:, 2:] <= [figure.bbox.x1, figure.bbox.y1]).all()
+    low, high = (np.array([box.shrunk(0.98, 0.9).extents[half] for box in boxes]) for half in (slice(2), slice(2, 4)))
+    overlapping = ((low[:, None] < high) & (low < high[:, None])).all(-1)
+    np.fill_diagonal(overlapping, False)
+    assert not overlapping.any()
+    assert ax.get_window_extent().width / heads > 20, "cells are wide enough"
 
 
 def frames(count: int) -> list[Any]:

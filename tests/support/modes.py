@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -79,6 +81,14 @@ def operators_of(run: Callable[[], Any]) -> list[str]:
     with Operators(lambda func, *_: names.append(str(func))):
         run()
     return names
+
+
+def peak_of(run: Callable[[], Any]) -> int:
+    """Bytes that are allocated at the same time while something runs, above what was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as p:
+        run()
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def operations_of(run: Callable[[], Any]) -> int:

@@ -79,6 +79,19 @@ def entropy(attention: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(attention.shape[:3])
 
 
+def divergence(p: list[float], q: list[float]) -> float:
+    """Jensen-Shannon divergence of two rows in nats, by the two Kullback-Leibler divergences from their mean, 0 log 0 = 0."""
+    pairs = [(a, b, (a + b) / 2) for a, b in zip(p, q)]
+    return sum((a * math.log(a / mean) if a else 0.0) + (b * math.log(b / mean) if b else 0.0) for a, b, mean in pairs) / 2
+
+
+def divergences(heads: list[Tensor]) -> Tensor:
+    """(heads, heads), mean over the rows of (batch, queries, keys) of each."""
+    rows = [head.double().flatten(0, 1).tolist() for head in heads]
+    of = [[sum(map(divergence, ours, theirs)) / len(ours) for theirs in rows] for ours in rows]
+    return torch.tensor(of, dtype=torch.float64)
+
+
 def received(attention: Tensor) -> Tensor:
     """What each key of (batch, heads, queries, keys) gets from the queries on average."""
     return sum(attention[:, :, i].double() for i in range(attention.shape[2])) / attention.shape[2]
