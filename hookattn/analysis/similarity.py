@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.projection import ALL
-from ..attention.sources import exact_dtype, without_autocast
+from ..attention.sources import exact_dtype
 from ..errors import TokenError
 from ..maps.attention_map import AttentionMap
 from .layers import LayerMaps, layers_in
@@ -73,8 +73,7 @@ def similarity(maps: LayerMaps, by: By = "heads") -> Similarity:
 
     def visit(items: slice, rows: slice, chunk: Tensor) -> None:
         chunks = [chunk, *(m.read((items, ALL, rows)) for m in layers[1:])]
-        with without_autocast(chunk.device):
-            sums.append(_between([_as_heads(each, by) for each in chunks]))
+        sums.append(_between([_as_heads(each, by) for each in chunks]))
 
     layers[0].visit(visit)
     batch, _, queries, _ = layers[0].shape

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
-from matplotlib.colors import CenteredNorm
+from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -84,8 +84,8 @@ def heatmap(rows: Sequence[NamedTuple], figure: str = "", ax: Axes | None = None
         ax: where to draw; None makes a figure as large as it takes, which is `artist.figure`.
 
     Returns:
-        The artist; its array is (layers, heads), masked where a layer has no such head. Colours run around zero if there are
-        figures below it.
+        The artist; its array is (layers, heads), masked where a layer has no such head. Colours run from zero on, or to both
+        sides of it if there are figures below.
 
     Raises:
         ValueError: there are no rows, or there is no such column.
@@ -108,8 +108,9 @@ def _draw_cells(ax: Axes | None, values: Any, names: Sequence[str], label: str) 
     if ax is None:
         size = (1.5 + text_width(max(names, key=len)) + 0.3 * columns, max(2.0, 0.9 + 0.22 * rows))
         ax = Figure(figsize=size, dpi=160, layout="constrained").add_subplot()
-    around_zero = CenteredNorm() if (values < 0).any() else None
-    drawn = ax.imshow(values, "RdBu_r" if around_zero else _COLOURS, norm=around_zero, aspect="auto", interpolation="nearest")
+    around_zero = bool((values < 0).any())
+    norm = CenteredNorm() if around_zero else Normalize(vmin=0)
+    drawn = ax.imshow(values, "RdBu_r" if around_zero else _COLOURS, norm=norm, aspect="auto", interpolation="nearest")
     ax.set_xlabel("head", fontsize=TEXT)
     ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     ax.set_yticks(range(rows), names, fontsize=TEXT, parse_math=False)

@@ -11,12 +11,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from support.image import SWIN
-from support.models import Raises, randomise, tiny_double
+from support.models import Raises, enliven, randomise, tiny_double
 from support.oracle import own_gradients, unfused
 from support.untouched import hooks_of_ours, state_of, untouched
 from torch import Tensor, nn
 
-from hookattn import LayerNotFoundError, NoMapError, UnreadableError
+from hookattn import AttentionRecorder, LayerNotFoundError, NoMapError, UnreadableError
 from hookattn.analysis import HeadImportance, head_importance, normalize_layers
 
 LOSS = partial(F.cross_entropy, reduction="none")
@@ -148,6 +148,35 @@ def test_importance_is_the_map_times_its_gradient() -> None:
         found.append(torch.cat([(a * g).sum((0, 2, 3)).abs() for a, g in zip(maps, gradients.values())]))
     rows = head_importance(model, batches(x), LOSS)
     assert [row.importance for row in rows] == pytest.approx(torch.stack(found).mean(0).tolist(), rel=1e-7)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "cait_xxs24_224": {"img_size": 64, "depth": 1},  # mixes heads before and after the softmax
+    "xcit_nano_12_p16_224": {"img_size": 64, "depth": 1},  # maps of channels
+    "hiera_tiny_224": {"img_size": 128, "embed_dim": 24, "stages": (1, 1, 1, 1)},  # windows in an order of their own
+    "nest_tiny": {"img_size": 32},  # blocks of an image side by side
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_importance_is_that_of_a_factor_in_an_edit(name: str) -> None:
+    x = torch.randn(3, 3, OTHERS[name]["img_size"], OTHERS[name]["img_size"])
+    model = enliven(timm.create_model(name, num_classes=5, **OTHERS[name]), x).double()
+    found = []
+    for image in x.double():
+        masks: dict[str, Tensor] = {}
+
+        def scale(a: Tensor, layer: str, masks: dict[str, Tensor] = masks) -> Tensor:
+            masks[layer] = torch.ones(a.shape[1], dtype=a.dtype, requires_grad=True)
+            return a * masks[layer][:, None, None]
+
+        with AttentionRecorder(model) as rec, rec.edit({layer: partial(scale, layer=layer) for layer in rec.layers}):
+            end = LOSS(model(image[None]), torch.tensor([2]))
+        found.append(torch.cat(torch.autograd.grad(end.sum(), [*masks.values()])).abs())
+    rows = head_importance(model, [(x.double(), torch.full((3,), 2))], LOSS)
+    expected = torch.stack(found).mean(0)
+    assert expected.max() > 1e-4
+    assert [row.importance for row in rows] == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-9 * float(expected.max()))
 
 
 @pytest.mark.parametrize("kind", ORACLES)

@@ -115,6 +115,7 @@ def test_a_heat_map_has_a_cell_for_each_head(rec: Any) -> None:
     np.testing.assert_allclose(drawn.get_array(), np.array([row.entropy for row in rows]).reshape(4, 3))
     assert plot.heatmap(rows).get_array()[0, 0] == 17, "the last column"
     assert drawn.colorbar.ax.get_ylabel() == "entropy"
+    assert drawn.norm.vmin == 0
     ragged = [HeadImportance("a", 0, 0, 1.0), HeadImportance("b", 1, 0, -3.0), HeadImportance("b", 1, 1, 2.0)]
     drawn = plot.heatmap(ragged)
     assert np.ma.getmaskarray(drawn.get_array()).tolist() == [[False, True], [False, False]]
