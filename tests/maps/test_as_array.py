@@ -84,7 +84,9 @@ def test_what_numpy_makes_of_a_map_is_what_it_makes_of_the_array(m: Any, use: Ca
     assert same(array.numpy(), array[...].numpy())
 
 
-@pytest.mark.parametrize("use", [np.asarray, torch.as_tensor, torch.tensor, torch.from_dlpack, torch.relu], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "use", [np.asarray, torch.as_tensor, torch.tensor, torch.from_dlpack, torch.relu], ids=lambda f: f.__name__
+)
 def test_it_is_read_as_a_whole_and_once(m: AttentionMap, use: Callable[[Any], Any]) -> None:
     with mock.patch.object(AttentionMap, "read", autospec=True, side_effect=AttentionMap.read) as read:
         use(m)
