@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -23,6 +23,7 @@ from .panels import Box, Floats, Panel
 from .scales import find_clipped
 
 COLOURS = "inferno"
+SIGNED = "RdBu_r"
 MARK = "#2de2e6"  # seen on all of the colours above, and on most photos
 _LONGEST = 960  # pixels of the longer side of a photo
 _DIM = 0.35  # of the light of what the model did not see
@@ -108,8 +109,10 @@ def draw_panel(
     if alpha is not None:
         draw_ground(ax, ground.faded())
     shown, extent = panel.times_uniform, ground.place(panel.grid)
+    height = np.ma.filled(norm(shown), 0.0)
+    height = np.abs(2 * height - 1) if isinstance(norm, CenteredNorm) else height
     # by the root: what is half as high still stands out
-    cover = None if alpha is None else alpha * np.clip(np.nan_to_num(np.ma.filled(norm(shown), 0.0)), 0.0, 1.0) ** 0.5
+    cover = None if alpha is None else alpha * np.clip(np.nan_to_num(height), 0.0, 1.0) ** 0.5
     how = "bilinear" if smooth else "nearest"
     drawn = ax.imshow(shown, cmap=cmap, norm=norm, extent=extent, interpolation=how, aspect="equal", alpha=cover)
     draw_ground(ax, Ground(None, ground.size))

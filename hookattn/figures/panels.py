@@ -43,7 +43,8 @@ class Panel:
         head: its number, "mean" or "max".
         query: in words: "class token", "patch (3, 7)".
         values: (rows, columns), what each patch gets.
-        keys: how many keys a row has; each would get 1 / keys if the head looked at all alike.
+        uniform: what each key would get if the head looked at all alike: the sum of the row over the number of keys, without
+            regard to signs; of a map, whose rows sum to 1, 1 / keys.
         shares: what goes to "patches", to each prefix token, and to "padding" where there is some; sums to 1.
         entropy: of the row, in nats.
         grid: where the grid of patches lies.
@@ -54,7 +55,7 @@ class Panel:
     head: Head
     query: str
     values: Floats
-    keys: int
+    uniform: float
     shares: Mapping[str, float]
     entropy: float
     grid: Box
@@ -63,7 +64,12 @@ class Panel:
     @property
     def times_uniform(self) -> Floats:
         """(rows, columns), in units of what each key would get if the head looked at all alike."""
-        return self.values * self.keys
+        return self.values / self.uniform
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether something is below zero, as what works against the rest: a map has nothing there, but what it brings may."""
+        return bool((self.values < 0).any())
 
     @property
     def peak(self) -> float:
@@ -166,14 +172,17 @@ def row_of_rollout(maps: Sequence[AttentionMap], query: Query, index: int) -> Pa
 
 def _panel_of(name: str, head: Head, query: str, row: Tensor, keys: Tokens, marks: tuple[Box, ...]) -> Panel:
     """The panel of (1, windows, keys) of one image."""
-    values = keys.lay_out(row[:, :, None])[0, 0]
-    share = row / (total := row.sum())  # of the largest over heads, which is more than 1
-    shares = {"patches": float(values.sum() / total)}
+    values, sizes = keys.lay_out(row[:, :, None])[0, 0], row.abs()
+    share = sizes / (total := sizes.sum())  # of the largest over heads, which is more than 1
+    shares = {"patches": float(keys.lay_out(sizes[:, :, None])[0, 0].sum() / total)}
     shares |= {name: float(share[..., i].sum()) for i, name in enumerate(keys.prefix)}
     if (rest := 1 - sum(shares.values())) > 1e-6:
         shares["padding"] = rest
     entropy = float(-torch.xlogy(share, share).sum())
-    return Panel(name, head, query, values.numpy(), row.shape[-1], shares, entropy, (0.0, 0.0, *keys.extent), marks)
+    # the largest over heads is drawn beside them; a row that sums to 1 but for rounding is that of a map
+    is_of_map = head == "max" or not abs(float(total) - 1) > 1e-3
+    uniform = (1.0 if is_of_map else float(total)) / row.shape[-1]
+    return Panel(name, head, query, values.numpy(), uniform, shares, entropy, (0.0, 0.0, *keys.extent), marks)
 
 
 def of_image(tokens: Tokens, index: int) -> Tokens:

@@ -28,7 +28,7 @@ except ImportError as error:
     raise MissingExtraError('plots need matplotlib: pip install "hookattn[plot]".') from error
 
 from .charts import distances, heatmap, scatter, statistics
-from .draw import Ground, Image, shown_image
+from .draw import SIGNED, Ground, Image, shown_image
 from .frames import animate, overlay
 from .layout import TEXT, TITLE, wrap, wrap_ragged
 from .panels import Head, Heads, Maps, Panel, find_chain, maps_in, name_query, of_image, read_panels, row_of_rollout
@@ -205,7 +205,7 @@ def compare(
         more = other.less(one)
         largest = float(np.nanmax(np.abs(more.times_uniform), initial=0.0))
         lines = (f"moved {np.nansum(np.abs(more.values)) / 2:.1%}", f"up to {largest:.3g}x")
-        difference = Cell(more, CenteredNorm(0, largest or 1.0), "RdBu_r", lines, has_bar=False, is_over=False)
+        difference = Cell(more, CenteredNorm(0, largest or 1.0), SIGNED, lines, has_bar=False, is_over=False)
         name = _short(one.name) if one.name == other.name else f"{_short(one.name)}, {_short(other.name)}"
         rows.append((name, [*chosen.cells([one, replace(other, name=one.name)]), difference]))
     notes = [explain(chosen), "Moved: the share of the row that lies on other patches; red is more in the second, blue less."]
@@ -232,9 +232,10 @@ def _sheet(
     style: Style,
     strip: dict[str, Cell | None] | None = None,
 ) -> Sheet:
-    cells = iter(style.cells([panel for _, row in rows for panel in row]))
-    placed = [(name, [next(cells) for _ in row]) for name, row in rows]
-    return Sheet(title, placed, columns, ground, strip or {}, [explain(style)])
+    cells = style.cells([panel for _, row in rows for panel in row])
+    each = iter(cells)
+    placed = [(name, [next(each) for _ in row]) for name, row in rows]
+    return Sheet(title, placed, columns, ground, strip or {}, [explain(style, cells)])
 
 
 def _check_place(maps: Sequence[AttentionMap], query: Query) -> None:

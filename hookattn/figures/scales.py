@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import CenteredNorm, LogNorm, Normalize
 
 from .panels import Floats, Panel
 
@@ -33,6 +33,8 @@ def make_scales(
         vmin, vmax: where colours begin and end instead.
         norm: of matplotlib, for all panels, instead of all this.
 
+    Where some have values below zero, as projections of contributions have, all run as far below it as above.
+
     Raises:
         ValueError: the scale is none of these words.
     """
@@ -41,12 +43,15 @@ def make_scales(
     if norm is not None:
         return [norm] * len(panels)
     highest: dict[object, float] = {}
+    is_signed = any(panel.is_signed for panel in panels)
     for panel in panels:
         highest[_group(panel, scale)] = max(highest.get(_group(panel, scale), 0.0), _peak(panel, scale))
     found: list[Normalize] = []
     for panel in panels:
         top = highest[_group(panel, scale)] if vmax is None else vmax
-        if scale == "log":
+        if is_signed:
+            found.append(CenteredNorm(0.0, top))
+        elif scale == "log":
             found.append(LogNorm(top / _DECADES if vmin is None else vmin, top, clip=True))
         else:
             found.append(Normalize(vmin or 0.0, top))
@@ -57,7 +62,7 @@ def find_clipped(panel: Panel, norm: Normalize) -> Floats:
     """(clipped, 2): rows and columns of the patches that get more than the colours tell apart."""
     if norm.vmax is None:
         return np.zeros((0, 2))
-    return np.argwhere(panel.times_uniform > norm.vmax * (1 + 1e-6)).astype(np.float64)
+    return np.argwhere(np.abs(panel.times_uniform) > norm.vmax * (1 + 1e-6)).astype(np.float64)
 
 
 def count_clipped(panel: Panel, norm: Normalize) -> int:
@@ -71,7 +76,8 @@ def _group(panel: Panel, scale: Scale) -> object:
 
 def _peak(panel: Panel, scale: Scale) -> float:
     """Where the colours of a panel would end; never 0, to divide by."""
-    values = panel.times_uniform[panel.times_uniform > 0]  # neither NaN nor what lies outside of a window
+    sizes = np.abs(panel.times_uniform)
+    values = sizes[sizes > 0]  # neither NaN nor what lies outside of a window
     if not values.size:
         return 1.0
     high, most = float(values.max()), float(np.quantile(values, 0.995))

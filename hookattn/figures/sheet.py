@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .draw import COLOURS, Ground, draw_ground, draw_panel
+from .draw import COLOURS, SIGNED, Ground, draw_ground, draw_panel
 from .layout import GAP, INK, LETTER, LINE, MARGIN, TEXT, TITLE, Grid, Page, Strip, fit_grid, fit_strip, text_width
 from .panels import Panel
 from .scales import Scale, count_clipped, make_scales
@@ -35,7 +35,7 @@ class Style:
 
     Attributes:
         scale, vmin, vmax, norm: see `make_scales`.
-        cmap: colours of matplotlib.
+        cmap: colours of matplotlib; if none are given, others where there are values below zero.
         alpha: how much of the image the highest attention covers.
         smooth: True blurs patches into each other.
         threshold: draw a line around the fewest patches that hold this share of what goes to patches.
@@ -60,7 +60,8 @@ class Style:
     def cells(self, panels: Sequence[Panel]) -> list[Cell]:
         """Choose from what to what the colours of each panel run."""
         norms = make_scales(panels, self.scale, self.vmin, self.vmax, self.norm)
-        return [Cell(panel, norm, self.cmap, _describe(panel, norm)) for panel, norm in zip(panels, norms)]
+        cmap = SIGNED if self.cmap == COLOURS and any(panel.is_signed for panel in panels) else self.cmap
+        return [Cell(panel, norm, cmap, _describe(panel, norm)) for panel, norm in zip(panels, norms)]
 
     def draw(self, ax: Axes, cell: Cell, ground: Ground) -> Any:
         """Draw one panel on axes."""
@@ -222,9 +223,11 @@ def _draw_colours(ax: Axes, cell: Cell, page: Page) -> None:
     ax.text(1.03, 0.5, UNITS, transform=ax.transAxes, fontsize=TEXT, va="center")
 
 
-def explain(style: Style) -> str:
+def explain(style: Style, cells: Iterable[Cell] = ()) -> str:
     """A sentence for the foot of a sheet: what its figures mean."""
     how = "colours as given" if style.norm is not None or style.vmax is not None else _EXPLAINED[style.scale]
+    if any(cell.panel.is_signed for cell in cells):
+        how = "colours run as far below 0 (blue) as above (red)"
     return (
         f"Below each panel: the share on patches, the entropy H of the row in nats, the highest patch in {UNITS}. The {how}; "
         "patches over that are marked +."
