@@ -161,10 +161,10 @@ def test_divergences_are_those_of_the_modes_of_the_call(mode: str) -> None:
 
 def test_no_more_than_a_chunk_of_each_layer_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny("vit", img_size=512, patch_size=16, embed_dim=12, depth=3)
-    recorded = record(model, torch.randn(4, 3, 512, 512))
+    recorded = record(model, torch.randn(2, 3, 512, 512))
     chunk = 3 * 1025 * 80
     read_in_chunks(monkeypatch, chunk)
-    projected = 4 * 4 * 1025 * 36 * 6
+    projected = 4 * 2 * 1025 * 36 * 6
     assert peak_of(lambda: similarity(recorded)) <= 4 * (3 + 4) * chunk + projected < recorded.maps[0][...].nbytes / 2
 
 
