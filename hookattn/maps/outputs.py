@@ -160,15 +160,23 @@ def _find_ending(forward: Forward) -> Ending:
     y = floats_in(output)[reached[0]]
     merged = other.transpose(1, 2).flatten()
     for number, (given, weight, out) in enumerate(run.linears):
-        if weight.dim() != 2 or y.numel() != out.numel() or not torch.equal(y.flatten(), out.flatten()):
+        if weight.dim() != 2 or not _are_same_rows(y, out, len(weight)):
             continue
-        if given.numel() == merged.numel() and torch.equal(given.flatten(), merged):
+        if _are_same_rows(given, merged, weight.shape[1]):
             return Ending(reached[0], number)
         for n, (norm, _, normed) in enumerate(run.norms):
             of_all = norm.x.numel() == merged.numel() and norm.x.shape[norm.axes[0] :] == weight.shape[1:]
             if of_all and torch.equal(norm.x.flatten(), merged) and torch.equal(normed.flatten(), given.flatten()):
                 return Ending(reached[0], number, n)
     return Ending(reached[0])
+
+
+def _are_same_rows(a: Tensor, b: Tensor, width: int) -> bool:
+    """Whether rows of random numbers are the same, in whatever order: `nn.MultiheadAttention` has queries before images."""
+    if a.numel() != b.numel() or a.shape[-1:] != (width,):
+        return False
+    a, b = (each[each[:, 0].argsort()] for each in (a.reshape(-1, width), b.reshape(-1, width)))
+    return torch.equal(a, b)
 
 
 def _random_outcomes(forward: Forward) -> Tensor:
@@ -238,7 +246,8 @@ def projection_of(forward: Forward) -> Projection:
     if ending.linear is None:
         name = qualified_name(type(forward.call.layer.module))
         raise UnreadableError(
-            f"{name} does more to what heads bring than to project it (norms of single heads, a residual, another layout)."
+            f"{name} does something else to what heads bring than to project it (nothing, where a module around it projects, "
+            "norms of single heads, a residual, another layout); m.output() may tell what each head brings."
         )
     weight = forward.watch.linears[ending.linear][1]
     matrix, scale = weight.to(exact_dtype(weight.dtype)).T, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,7 +151,7 @@ def test_float32_is_close() -> None:
 @pytest.mark.parametrize("name", sorted(MORE & TINY.keys()))
 def test_more_than_a_projection_is_refused(name: str) -> None:
     model, x = tiny_double(name)
-    with pytest.raises(UnreadableError, match="does more to what heads bring"):
+    with pytest.raises(UnreadableError, match="does something else to what heads bring"):
         contributions(recorded(model, x)[0])[...]
 
 
@@ -160,3 +161,28 @@ def test_other_words_are_refused() -> None:
         contributions(m, "length")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'norm' or 'projection'"):
         contributions(m, heads="mean")  # type: ignore[arg-type]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(C, 4, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attn(x, x, x, need_weights=False)[0]
+        return out
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_several_images_in_attention_that_has_queries_before_them(batch_first: bool) -> None:
+    model = randomise(SelfAttention(batch_first)).double().eval()
+    x = torch.randn(3, N, C, dtype=torch.float64)
+    (m,) = recorded(model, x if batch_first else x.transpose(0, 1)).values()
+    module = SimpleNamespace(proj=model.attn.out_proj)
+    for kind, heads in KINDS:
+        expected = defined(vectors(m[...], m.v[...], module), kind, heads)
+        torch.testing.assert_close(contributions(m, kind, heads)[...], expected, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        own = model(x if batch_first else x.transpose(0, 1))
+    own = own if batch_first else own.transpose(0, 1)
+    torch.testing.assert_close(m.output().sum(1) + model.attn.out_proj.bias, own, rtol=1e-9, atol=1e-11)
