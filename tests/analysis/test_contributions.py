@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.inside import read_in_chunks
-from support.models import TINY, B, C, N, plain, randomise, tiny_double
+from support.models import ANY_DTYPE, TINY, B, C, N, plain, randomise, tiny_double
 from support.modes import Operators
 from timm.layers import Attention
 from timm.models.cait import TalkingHeadAttn
@@ -20,7 +20,7 @@ from hookattn.analysis import contributions, entropy, rollout
 
 # each head has a norm of its own, or there is a residual
 MORE = {"differential", "differential_parallel", "parallel", "parallel_qk_norm"}
-PROJECTED = [name for name in TINY if name not in MORE]
+PROJECTED = [name for name in ANY_DTYPE if name not in MORE]
 
 
 def recorded(model: nn.Module, x: Tensor, **options: Any) -> Any:

@@ -44,7 +44,7 @@ def test_whatever_the_package_makes_is_told_where_to_lie() -> None:
 
 
 def of_timm(name: str) -> tuple[nn.Module, Tensor]:
-    size = 64 if name != "efficientvit_m0" else 128
+    size = 64 if name != "efficientvit_m0" else 224
     model, x = timm.create_model(name, **SMALL[name]).eval(), torch.randn(2, 3, size, size)
     return enliven(model, x).eval(), x
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from support.inside import own_registers
-from support.models import TINY, B, C, N, plain, randomise, tiny_double
+from support.models import ANY_DTYPE, TINY, B, C, N, plain, randomise, tiny_double
 from support.modes import Functions, operations_of
 from timm.layers.diff_attention import DiffAttention
 from timm.models.cait import TalkingHeadAttn
@@ -45,7 +45,7 @@ def multiplied(model: nn.Module, *args: Any) -> list[tuple[Tensor, Tensor, Tenso
     return [each for each in found if each[0].dim() >= 4]
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith("differential")])
+@pytest.mark.parametrize("name", [name for name in ANY_DTYPE if not name.startswith("differential")])
 def test_it_is_the_map_bit_for_bit_where_the_map_is_what_multiplies(name: str) -> None:
     model, x = tiny_double(name)
     for m in recorded(model, x).values():

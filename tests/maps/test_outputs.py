@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support.models import TINY, B, C, D, H, N, enliven, plain, randomise, tiny_double
+from packaging.version import Version
+from support.models import ANY_DTYPE, B, C, D, H, N, enliven, plain, randomise, tiny_double
 from support.modes import Functions
 from timm.layers import Attention
 from timm.layers.diff_attention import DiffAttention
@@ -60,7 +61,7 @@ def without_maps(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ANY_DTYPE)
 def test_parts_sum_to_the_output(name: str) -> None:
     model, x = tiny_double(name)
     for key, m in recorded(model, x).items():
@@ -272,6 +273,8 @@ def test_what_is_stale_is_not_read() -> None:
 
 @pytest.mark.parametrize("name", ["cait_xxs24_224", "convit_tiny"])
 def test_all_layers_of_a_model_sum(name: str) -> None:
+    if name == "convit_tiny" and Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("its positions are float32 there")
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
     model: Any = enliven(timm.create_model(name, img_size=32, embed_dim=48, depth=2, num_heads=4), x).double()

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support.models import TINY, B, C, D, H, N, plain, randomise
+from support.models import ANY_DTYPE, TINY, B, C, D, H, N, plain, randomise
 from support.modes import operations_of
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -44,7 +44,7 @@ def for_each_head(t: Tensor, heads: int) -> Tensor:
     return t.repeat_interleave(heads // t.shape[1], dim=1)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith("differential")])
+@pytest.mark.parametrize("name", [name for name in ANY_DTYPE if not name.startswith("differential")])
 def test_they_are_those_that_reach_the_kernel(name: str) -> None:
     torch.manual_seed(0)
     model, options, size = TINY[name]

@@ -20,7 +20,7 @@ import torch
 from support import reference
 from support.image import DAVIT, MAXVIT, SHRUNK, SWIN, build, naflex
 from support.inside import own_registers
-from support.models import TINY, levit, tiny, tiny_double
+from support.models import ANY_DTYPE, levit, tiny, tiny_double
 from support.reading import record
 from torch import Tensor, nn
 
@@ -154,7 +154,7 @@ def test_a_model_that_is_none_of_timm_is_named_by_its_class(tmp_path: Path) -> N
 # Queries and keys
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ANY_DTYPE)
 def test_maps_are_computed_of_queries_and_keys_that_were_saved(name: str, tmp_path: Path) -> None:
     model, x = tiny_double(name)
     rec = record(model, x)
