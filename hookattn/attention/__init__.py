@@ -3,7 +3,7 @@
 From top to bottom, an import may only point down:
 
     contributed  how much of each key reaches each query
-    weighted     sums of heads of a map
+    weighted     what is computed from a map; sums of its heads
     sources      queries and keys, scores, or a map that is there already
     derived      what all that is computed from maps has
     projection   queries and keys that are cut to what is asked for before they are computed

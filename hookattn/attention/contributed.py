@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .projection import ALL, Pick, pick
-from .sources import Source, exact_dtype, without_autocast
-
-S = TypeVar("S", bound="_OfMap")
-
-
-@dataclass(frozen=True, eq=False)
-class _OfMap:
-    """Base of what is computed from a map.
-
-    Attributes:
-        source: the map that multiplies the values.
-    """
-
-    source: Source
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, queries, keys)."""
-        return self.source.shape
-
-    @property
-    def device(self) -> torch.device:
-        """The device it is computed on."""
-        return self.source.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype it is computed in."""
-        return exact_dtype(self.source.dtype)
-
-    def prepare(self: S) -> S:
-        """See `QK.prepare`."""
-        return replace(self, source=self.source.prepare())
+from .sources import Source, without_autocast
+from .weighted import OfMap
 
 
 @dataclass(frozen=True, eq=False)
-class Norms(_OfMap):
+class Norms(OfMap):
     """Norms of what each key brings to each query, head by head: |A_ij| ||v_j W||.
 
     Attributes:
@@ -64,7 +32,7 @@ class Norms(_OfMap):
 
 
 @dataclass(frozen=True, eq=False)
-class NormsOfSums(_OfMap):
+class NormsOfSums(OfMap):
     """Norms of what all heads together bring of each key to each query: ||sum_h A_ij^h v_j^h W^h||.
 
     Attributes:
@@ -94,7 +62,7 @@ class NormsOfSums(_OfMap):
 
 
 @dataclass(frozen=True, eq=False)
-class Projections(_OfMap):
+class Projections(OfMap):
     """How far what keys bring to queries goes in the direction of all that is brought there: A_ij v_j W . y_i / ||y_i||.
 
     Attributes:
@@ -128,7 +96,7 @@ class Projections(_OfMap):
 
 
 @dataclass(frozen=True, eq=False)
-class Shares(_OfMap):
+class Shares(OfMap):
     """Rows divided by their sums."""
 
     def narrow(self, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> Shares:
