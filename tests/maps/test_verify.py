@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.inside import compare_runs, own_registers
+from support.inside import compare_runs, may_be_tf32, own_registers, steps_of_rounding
 from support.mechanisms import MODELS, lively
 from support.models import randomise, tiny
 from support.reading import record_one
@@ -173,6 +174,28 @@ def test_noise_is_no_excuse_for_another_map() -> None:
     for other in (m[...].flip(-1), m[...].roll(1, 1), m[...] * 1.05):
         with pytest.raises(UnfaithfulMapError, match="the map of 'another'"):
             compare_runs(m.call, other).judged("another", None)
+
+
+@pytest.mark.parametrize(
+    ("module", "precision", "expected"),
+    [
+        (nn.Conv2d, "highest", True),
+        (nn.Linear, "highest", False),
+        (nn.Linear, "high", True),
+    ],
+)
+def test_rounding_is_that_of_tf32_where_a_gpu_may_take_products_in_it(
+    module: type[nn.Module], precision: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    call: Any = SimpleNamespace(
+        layer=SimpleNamespace(inner=[nn.Module(), module(4, 4, 1) if module is nn.Conv2d else module(4, 4)])
+    )
+    on_gpu, on_cpu = (SimpleNamespace(is_cuda=is_cuda) for is_cuda in (True, False))
+    assert may_be_tf32(call, on_gpu) is expected  # type: ignore[arg-type]
+    assert not may_be_tf32(call, on_cpu)  # type: ignore[arg-type]
+    steps = steps_of_rounding([torch.zeros(1)], may_be_tf32=expected)
+    assert max(steps) == 4 * torch.finfo(torch.float16 if expected else torch.float32).eps
 
 
 def test_dropout_in_the_fused_kernel_leaves_two_runs_to_compare() -> None:

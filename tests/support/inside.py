@@ -27,7 +27,7 @@ from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
 from hookattn.image.sizes import size_after
-from hookattn.maps import established, lazy, reading
+from hookattn.maps import comparison, established, lazy, reading
 from hookattn.maps.comparison import compare_runs
 from hookattn.maps.evidence.establish import establish_axes
 from hookattn.maps.reading import source_of
@@ -52,6 +52,7 @@ __all__ = [
     "restoring",
     "size_after",
 ]
+may_be_tf32, steps_of_rounding = comparison._may_be_tf32, comparison._steps
 REMEMBERED = "hookattn.calls.callsite.WeakTensorKeyDictionary"  # by tensor, who made it
 
 
