@@ -8,6 +8,7 @@ Rooms. An import may only point down this list, and down the list of files that 
 
     cli          the command line; the demo: the only room that prints
     figures      pictures of maps
+    extraction   data sets: what is taken of each image, the store, the engines
     analysis     pure functions of maps: rollout, relevance, statistics
     testing      the conformance test of a recipe, a layout or a partition
     recording    what touches a running model, between `with` and the end of the block, and leaves it as it was
