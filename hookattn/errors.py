@@ -11,6 +11,7 @@
     ├── UnfaithfulMapError    a map put into the module's own forward gave another output
     ├── TokenError            tokens and image do not fit: no class token, no such patch (a ValueError)
     │   └── LayoutError       a layout or a partition returned what does not fit the map
+    ├── StoreError            a store of extracted data is another run's, in use, damaged, or cannot be written
     └── MissingExtraError     an optional dependency is not installed (an ImportError)
 
 Each message says what was found and what to type next.
@@ -67,6 +68,10 @@ class TokenError(HookattnError, ValueError):
 
 class LayoutError(TokenError):
     """A layout or a partition returned what does not fit the map, or asked for what was not given."""
+
+
+class StoreError(HookattnError):
+    """A store of extracted data is of another run, in use by one, damaged, or cannot be written."""
 
 
 class MissingExtraError(HookattnError, ImportError):

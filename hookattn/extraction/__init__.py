@@ -2,5 +2,30 @@
 
 From top to bottom, an import may only point down:
 
+    read         a store that is read
+    extract      a run from beginning to end, or from where one stopped
+    engines      who does the work: this process, a thread of which writes
+    ranks        processes of one run, as torchrun starts them
+    plan         what a run is, and how it is laid out
+    work         what a worker does: images of blocks, the model, whole blocks
+    taking       what is done with a batch
+    geometry     where tokens lie, in plain values
+    quantities   what can be asked of each image
+    batches      images, read ahead by other processes
+    inputs       images as a model is shown them
     sources      where images come from: folders, lists, archives, tables, data sets by name
+    manifest     what a run is, in plain values; how two differ
+    writer       a thread that writes
+    store        arrays of Zarr v3
+    layout       its arrays, blocks of images, and values as they are stored
+    locks        one run at a time
 """
+
+from __future__ import annotations
+
+from .extract import Summary, extract
+from .quantities import QUANTITIES, Quantity
+from .read import Run
+from .read import open_run as open  # noqa: A004
+
+__all__ = ["QUANTITIES", "Quantity", "Run", "Summary", "extract", "open"]

@@ -28,3 +28,8 @@ class Images:
             HookattnError: it cannot be read.
         """
         raise NotImplementedError
+
+
+def open_images(source: object, *, image: str | None = None, label: str | None = None) -> Images:
+    """Placeholder."""
+    raise NotImplementedError

@@ -51,7 +51,7 @@ class Photo:
     def open(
         cls,
         source: Source,
-        model: nn.Module | Mapping[str, Any],
+        model: nn.Module | Mapping[str, Any] | Preprocessing,
         *,
         size: Size | int | None = None,
         crop: Crop | None = None,
@@ -60,8 +60,8 @@ class Photo:
         """Make a model's input of a photo, as the model was trained to see photos.
 
         Args:
-            source: a path, an image of PIL, an array (height, width, channels) or a tensor (channels, height, width); see
-                `read_photo` for what becomes of its values.
+            source: a path, the bytes of a file, an image of PIL, an array (height, width, channels) or a tensor (channels,
+                height, width); see `read_photo` for what becomes of its values.
             model: a model of timm, or timm's data config of one: `timm.data.resolve_model_data_config(model)`.
             size: (height, width) of the model's input, or one number; None for the model's own.
             crop: "none" shows the model the whole photo, in its own shape up to a multiple of what the model shrinks images by,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import HookattnError, MissingExtraError, TokenError
 
-Source = Union[str, "PathLike[str]", npt.NDArray[Any], Tensor, Any]
-"""A path, an image of PIL, an array (height, width[, channels]) or a tensor ([channels, ]height, width)."""
+Source = Union[str, "PathLike[str]", bytes, npt.NDArray[Any], Tensor, Any]
+"""A path, bytes of a file, an image of PIL, an array (height, width[, channels]) or a tensor ([channels, ]height, width)."""
 _WIDE = ("I", "F")  # modes of more than 8 bits: "I", "I;16", "I;16B", ..., "F"
 
 
@@ -57,14 +57,18 @@ def import_pillow() -> Any:
 
 def _open(path: Any) -> Any:
     pil = import_pillow()
-    if not isinstance(path, (str, PathLike)):
+    from PIL import UnidentifiedImageError
+
+    if not isinstance(path, (str, PathLike, bytes)):
         raise HookattnError(f"a photo is a path, an image of PIL, an array or a tensor, not {type(path).__name__}.")
     try:
         # read at once: PIL keeps a file open where it fails, and where there are more frames
-        image = pil.open(BytesIO(Path(path).read_bytes()))
+        image = pil.open(BytesIO(path if isinstance(path, bytes) else Path(path).read_bytes()))
         image.load()
     except (OSError, ValueError, SyntaxError, TypeError, AttributeError, pil.DecompressionBombError) as error:
-        raise HookattnError(f"{fspath(path)} is no image that can be read ({error}).") from error
+        what = f"a file of {len(path)} bytes" if isinstance(path, bytes) else fspath(path)
+        reason = "of no kind that PIL knows" if isinstance(error, UnidentifiedImageError) else error
+        raise HookattnError(f"{what} is no image that can be read ({reason}).") from error
     return image
 
 

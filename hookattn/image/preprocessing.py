@@ -45,12 +45,14 @@ class Preprocessing(NamedTuple):
     strict: bool = False
 
 
-def preprocessing_of(model: nn.Module | Mapping[str, Any]) -> Preprocessing:
-    """How a model of timm, or a data config as timm resolves it, wants images.
+def preprocessing_of(model: nn.Module | Mapping[str, Any] | Preprocessing) -> Preprocessing:
+    """How a model of timm, or a data config as timm resolves it, wants images; what was found before is that again.
 
     Raises:
         TokenError: the model does not tell.
     """
+    if isinstance(model, Preprocessing):
+        return model
     if isinstance(model, Mapping):
         return _from_config(model)
     holder: Any = next((m for m in model.modules() if isinstance(getattr(m, "pretrained_cfg", None), Mapping)), None)
@@ -106,6 +108,15 @@ def plan_whole(photo_size: Size, size: Size | int | None, model: Preprocessing) 
         rows, columns = min(rows, longest), min(columns, longest)
     found = rows * model.multiple, columns * model.multiple
     return Plan(found, (0, 0), found)
+
+
+def most_cells(size: Size | int | None, model: Preprocessing) -> int:
+    """How many cells of the model's multiple, rows x columns, a whole photo of any shape becomes at most in `plan_whole`."""
+    if isinstance(size, tuple):
+        return size[0] // model.multiple * (size[1] // model.multiple)
+    cells = (model.input_size[1] * model.input_size[2] if size is None else size * size) / model.multiple**2
+    # the narrowest photo of so many rows is the one whose rows were rounded up by half a cell
+    return max(int(cells), *(rows * round(cells / (rows - 0.5)) for rows in range(2, math.isqrt(math.ceil(cells)) + 2)))
 
 
 def plan_crop(photo_size: Size, size: Size | int | None, model: Preprocessing) -> Plan:

@@ -1,0 +1,81 @@
+"""Batches of images, read ahead by worker processes: none reaches over two blocks, and a broken image ends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import HookattnError
+from .inputs import Input, Inputs
+
+
+class Batch(NamedTuple):
+    """Some images of one block.
+
+    Attributes:
+        block: its number.
+        is_last: whether no more images of the block follow.
+        groups: images of one size each: their numbers in the data set, and (images, channels, height, width).
+        facts: label and hash of the images, by number.
+        broken: images that could not be read, by number, with the reason.
+    """
+
+    block: int
+    is_last: bool
+    groups: list[tuple[list[int], Tensor]]
+    facts: dict[int, tuple[str, str]]
+    broken: dict[int, str]
+
+
+Range = tuple[int, int]
+"""The numbers of the images of a block: from the first to before the last."""
+
+
+def load_batches(inputs: Inputs, blocks: dict[int, Range], size: int, workers: int, *, pin: bool) -> Iterator[Batch]:
+    """Read the images of blocks, one block after the other, in batches of a size.
+
+    Args:
+        inputs: the images.
+        blocks: their numbers, by number of the block.
+        size: how many a batch has, or fewer at the end of a block.
+        workers: processes that read ahead; 0 to read when a batch is asked for.
+        pin: whether to lay them where a GPU copies from.
+    """
+    plan = [
+        (block, list(range(first, min(first + size, stop))), first + size >= stop)
+        for block, (start, stop) in blocks.items()
+        for first in range(start, stop, size)
+    ]
+    # a generator of its own: with none the loader draws from the global one, which is the user's
+    generator = torch.Generator("cpu")
+    loader = DataLoader(_Batches(inputs, plan), batch_size=None, num_workers=workers, pin_memory=pin, generator=generator)
+    yield from loader
+
+
+class _Batches(Dataset[Batch]):
+    """Batches by number."""
+
+    def __init__(self, inputs: Inputs, plan: Sequence[tuple[int, list[int], bool]]) -> None:
+        self._inputs, self._plan = inputs, plan
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, place: int) -> Batch:
+        block, numbers, is_last = self._plan[place]
+        loaded, broken = dict[int, Input](), dict[int, str]()
+        for number in numbers:
+            try:
+                loaded[number] = self._inputs.load(number)
+            except Exception as error:  # of a file, of its decoder, or of somebody's data set
+                broken[number] = str(error) if isinstance(error, HookattnError) else f"{type(error).__name__}: {error}"
+        sizes: dict[Any, list[int]] = {}
+        for number, each in loaded.items():
+            sizes.setdefault(each.tensor.shape, []).append(number)
+        groups = [(same, torch.stack([loaded[number].tensor for number in same])) for same in sizes.values()]
+        facts = {number: (each.label, each.sha256) for number, each in loaded.items()}
+        return Batch(block, is_last, groups, facts, broken)

@@ -1,0 +1,171 @@
+"""Extract attention from a data set into a store, or go on where a run stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..errors import ModelError
+from ..image.preprocessing import Crop
+from ..image.tokens import Size
+from ..recording.selection import Layers
+from .engines import Engine, Job, run_here
+from .inputs import Source, find_inputs
+from .layout import BROKEN, TAKEN
+from .locks import hold_store
+from .manifest import check_same_run, list_versions
+from .plan import Reading, describe, find_coordinates, plan_run
+from .quantities import Quantity, What, find_quantities
+from .ranks import Ranks
+from .store import Facts, Store, import_zarr
+from .work import Step, Task
+
+Report = Callable[[Step], None]
+
+
+class Summary(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+        images: in the data set.
+        taken: of which there is something in the store, from runs before this one too.
+        broken: that could not be read; the store's `error` says why.
+        resumed: images that runs before this one had done with.
+        seconds: this run took, from its first batch on.
+        waited: the share of them in which the model waited for images, between 0 and 1.
+    """
+
+    images: int
+    taken: int
+    broken: int
+    resumed: int
+    seconds: float
+    waited: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Of this run."""
+        return (self.images - self.resumed) / self.seconds if self.seconds else 0.0
+
+
+def extract(
+    model: nn.Module,
+    source: Source,
+    out: str | os.PathLike[str],
+    what: str | Quantity | Iterable[What] = "cls,entropy,distance",
+    *,
+    layers: Layers = None,
+    size: Size | int | None = None,
+    crop: Crop | None = "center",
+    dtype: str = "float16",
+    batch_size: int = 32,
+    workers: int = 0,
+    block: int | None = None,
+    strict: bool = False,
+    preprocessing: Mapping[str, Any] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    name: str | None = None,
+    engine: Engine = run_here,
+    report: Report = lambda _: None,
+) -> Summary:
+    """Run a model over a data set, and write what is asked of its attention into a Zarr store; or go on where a run stopped.
+
+        model = timm.create_model("vit_small_patch16_224", pretrained=True).eval()
+        extract(model, "photos/", "run.zarr", what="cls,entropy,distance")
+        xarray.open_zarr("run.zarr").entropy.mean("image")        # (layer, head)
+
+    The store has an array for each quantity, (image, layer, head, ...), with names of images and layers as coordinates; see
+    `hookattn.extraction.open` for maps of it. Images are written a block at a time. A run that was killed, or whose disk was
+    full, is gone on with by the same call, which repeats the blocks that were not written: the one in work, and one or two
+    that waited for the disk. What a store was begun with is noted in it, and what does not agree is refused.
+
+    Under `torchrun`, with a process group that is initialised, each process takes its share of the blocks.
+
+    Args:
+        model: in eval mode, on the device it is to run on.
+        source: a folder, a list, an archive, a table or a data set of photos, see `open_images`; or a data set of torch, or a
+            `DataLoader`, of which data set, batch size and workers are taken. Images are stored in the order of the data set.
+        out: a folder, by habit NAME.zarr, or an address that fsspec knows ("s3://bucket/run.zarr").
+        what: names from `QUANTITIES`, with commas between them or in a list, in which a `Quantity` of one's own may be.
+        layers: as for `AttentionRecorder`.
+        size, crop: of photos, as in `Photo.open`. With crop="none" images have grids of their own: arrays are as long as the
+            longest can be, NaN beyond the tokens of an image, `grid_rows` and `grid_cols` tell how many it has; its patches
+            follow the prefix tokens row by row.
+        dtype: of what grows with the number of tokens: "float16", "float32", or "uint8" for shares of the largest of each row,
+            which is in `NAME_max`: the value is NAME / 255 * NAME_max. Figures of heads are float32.
+        batch_size: images in a forward.
+        workers: processes that read images ahead.
+        block: images that are written together; None for up to 1,024, in at most 128 MB.
+        strict: end the run at the first image that cannot be read; else it is left NaN, and `error` of the store says why.
+        preprocessing: how the model wants photos, where it does not tell: a data config as timm resolves it.
+        image_column, label_column: of a table.
+        name: of the model, for the store; None for that of its architecture.
+        engine: who does the work: `run_here`, or `RayEngine(...)`.
+        report: is told how far the run is after each batch.
+
+    Returns:
+        What came of it, over all runs on this store.
+
+    Raises:
+        StoreError: the store is another run's, in use, or cannot be written.
+        HookattnError: there are no images that can be read, or something is asked for that the model does not have.
+        ModelError: the model is in training mode.
+        MissingExtraError: zarr is not installed.
+    """
+    import_zarr()
+    if any(module.training for module in model.modules()):
+        raise ModelError("the model is in training mode, in which each image would change the figures of others: model.eval().")
+    if isinstance(source, DataLoader):
+        batch_size, workers, source = source.batch_size or batch_size, source.num_workers, source.dataset
+    inputs = find_inputs(source, model if preprocessing is None else preprocessing, size, crop, image_column, label_column)
+    reading = Reading(batch_size, workers, strict)
+    task = plan_run(model, layers, inputs, find_quantities(what), dtype, block, reading)
+    return _run(model, task, Store(out), describe(model, task, name), engine, report)
+
+
+def _run(model: nn.Module, task: Task, store: Store, facts: Facts, engine: Engine, report: Report) -> Summary:
+    """Do what is left to do of a task, as the one of several processes that this is."""
+    ranks, meter = Ranks.here(), _Meter(report)
+    with ranks.if_first(lambda: hold_store(store.where)):
+        done = ranks.from_first(lambda: _begin(store, task, facts))
+        if not ranks.is_first:
+            check_same_run((store.find_facts() or {}).get("run", {}), facts["run"], store.where)
+        pending = [number for number, is_done in enumerate(done) if not is_done]
+        engine(Job(model, task, store, pending[ranks.rank :: ranks.count], meter.add))
+        ranks.wait()
+        status = store.status()
+    resumed = sum(
+        stop - start for start, stop in (task.layout.range_of(number) for number, is_done in enumerate(done) if is_done)
+    )
+    taken, broken = (int((status == kind).sum()) for kind in (TAKEN, BROKEN))
+    return Summary(task.layout.images, taken, broken, resumed, meter.seconds, meter.waited / (meter.seconds or 1.0))
+
+
+class _Meter:
+    """Adds up what batches took, and passes it on."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self.seconds, self.waited = report, 0.0, 0.0
+
+    def add(self, step: Step) -> None:
+        self.seconds += step.seconds
+        self.waited += step.waited
+        self._report(step)
+
+
+def _begin(store: Store, task: Task, facts: Facts) -> list[bool]:
+    """Make the store, or check that it is this run's; which of its blocks are there."""
+    there = store.find_facts()
+    if there is None:
+        store.create(task.layout, find_coordinates(task), {**facts, "versions": [list_versions()]})
+    else:
+        check_same_run(there["run"], facts["run"], store.where)
+        store.remove_leftovers()
+        if (versions := list_versions()) not in there["versions"]:
+            store.note({**there, "versions": [*there["versions"], versions]})
+    return store.find_done(task.layout)

@@ -1,0 +1,167 @@
+"""What a model is shown: photos as it was trained to see them, or what a data set of torch makes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookattnError
+from ..image.photo import Photo
+from ..image.preprocessing import Crop, Preprocessing, preprocessing_of
+from ..image.tokens import Size
+from .sources import Images, open_images
+
+
+class Input(NamedTuple):
+    """One image as a model is shown it.
+
+    Attributes:
+        tensor: (channels, height, width).
+        label: "" where there is none.
+        sha256: of the bytes it was made of.
+    """
+
+    tensor: Tensor
+    label: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Encoded photos, prepared for a model as `Photo.open` does it.
+
+    Attributes:
+        images: where they come from.
+        preprocessing: how the model wants them.
+        size, crop: as in `Photo.open`.
+    """
+
+    images: Images
+    preprocessing: Preprocessing
+    size: Size | int | None = None
+    crop: Crop | None = "center"
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the images."""
+        return self.images.names
+
+    @property
+    def varies(self) -> bool:
+        """Whether images come in shapes of their own."""
+        crop = self.crop or ("none" if self.preprocessing.any_size else "center")
+        return crop == "none" and not isinstance(self.size, tuple)
+
+    def load(self, index: int) -> Input:
+        """Read and prepare one.
+
+        Raises:
+            HookattnError: it cannot be read, or the model takes none of its shape.
+        """
+        encoded = self.images.read(index)
+        photo = Photo.open(encoded, self.preprocessing, size=self.size, crop=self.crop)
+        return Input(photo.tensor, self.images.labels[index], hashlib.sha256(encoded).hexdigest())
+
+    def describe(self) -> dict[str, Any]:
+        """How photos are shown, in plain values: two runs in which it is the same show them alike."""
+        told = {name: list(v) if isinstance(v, tuple) else v for name, v in self.preprocessing._asdict().items()}
+        return {**told, "size": list(self.size) if isinstance(self.size, tuple) else self.size, "crop": self.crop}
+
+
+class DataSet:
+    """Images that a data set of torch makes, by number.
+
+    Args:
+        dataset: one that has a length and gives, by number, an image (channels, height, width), a tuple that begins with one
+            (its second part, a number or a word, is the label), or a dict with one under "pixel_values", "image" or "images".
+
+    Raises:
+        HookattnError: it has no length, or cannot be asked by number.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise HookattnError(
+                f"{type(dataset).__name__} cannot be asked for an image by number, so that a run could be resumed: give a data "
+                "set with __getitem__ and __len__, or the folder, archive or table it reads."
+            )
+        self._dataset = dataset
+        self.names = _names_of(dataset)
+
+    def load(self, index: int) -> Input:
+        """Ask for one.
+
+        Raises:
+            HookattnError: what it gives is no image; whatever the data set raises comes as it is.
+        """
+        found = self._dataset[index]
+        label = ""
+        if isinstance(found, (tuple, list)):
+            label = str(_plain(found[1])) if len(found) > 1 else ""
+            found = found[0] if found else None
+        elif isinstance(found, Mapping):
+            label = str(_plain(found.get("label", found.get("labels", ""))))
+            found = next((found[key] for key in ("pixel_values", "image", "images") if key in found), None)
+        if not isinstance(found, Tensor) or found.dim() != 3 or not found.is_floating_point():
+            what = f"a tensor {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            raise HookattnError(
+                f"image {index} of {type(self._dataset).__name__} is {what}: a data set gives (channels, height, width) in "
+                'floating point, as the model is called with, alone, first in a tuple, or as "pixel_values" in a dict.'
+            )
+        found = found.detach().cpu().contiguous()
+        return Input(found, label, hashlib.sha256(found.view(torch.uint8).numpy().data).hexdigest())
+
+    def describe(self) -> dict[str, Any]:
+        """What is known of how images are made: the kind of data set, and its transform in words."""
+        transform = getattr(self._dataset, "transform", None)
+        return {"dataset": type(self._dataset).__qualname__, "transform": None if transform is None else repr(transform)}
+
+
+Inputs = Union[Photos, DataSet]
+Source = Union[str, "os.PathLike[str]", Sequence[Any], Images, Any]
+"""Whatever `open_images` takes, `Images`, or a data set of torch."""
+
+
+def find_inputs(
+    source: Source,
+    model: nn.Module | Mapping[str, Any],
+    size: Size | int | None,
+    crop: Crop | None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Inputs:
+    """The images of a source, as a model is shown them.
+
+    Raises:
+        HookattnError: there are none.
+        TokenError: the model does not tell how it wants photos.
+    """
+    if isinstance(source, (str, os.PathLike, list, tuple)):
+        source = open_images(source, image=image_column, label=label_column)
+    found: Inputs = Photos(source, preprocessing_of(model), size, crop) if isinstance(source, Images) else DataSet(source)
+    if not len(found.names):
+        raise HookattnError("there are no images in it.")
+    return found
+
+
+def _names_of(dataset: Any) -> list[str]:
+    """Paths, where it is known of each image which file it is of; else numbers."""
+    samples = getattr(dataset, "samples", None)  # as torchvision's folders have it
+    root = getattr(dataset, "root", None)
+    if isinstance(samples, list) and len(samples) == len(dataset) and all(isinstance(each, tuple) for each in samples[:1]):
+        paths = [Path(each[0]) for each in samples]
+        names = [str(path.relative_to(root)) if root and path.is_relative_to(root) else str(path) for path in paths]
+        if len({*names}) == len(names):
+            return names
+    return [f"{index:08d}" for index in range(len(dataset))]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -1,0 +1,134 @@
+"""What a run is: what is taken of which images, and how it is laid out in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import nn
+
+from ..errors import HookattnError
+from ..image.preprocessing import most_cells
+from ..recording.maps import name_model
+from ..recording.selection import Layers
+from .inputs import Input, Inputs, Photos
+from .layout import Array, Layout, Spec
+from .manifest import FORMAT, hash_names, hash_weights
+from .quantities import Quantity
+from .store import Facts
+from .taking import Shapes, Taker
+from .work import Task
+
+_BLOCK_BYTES, _BLOCK_IMAGES = 2**27, 1024  # of what is stored; in memory there are up to three blocks, in float32
+_TRIED = 64  # images that are tried to find one that can be read
+_KINDS = ("float16", "float32", "uint8")
+
+
+class Reading(NamedTuple):
+    """How images are read.
+
+    Attributes:
+        batch_size: images in a forward.
+        workers: processes that read ahead.
+        strict: whether an image that cannot be read ends the run.
+    """
+
+    batch_size: int
+    workers: int
+    strict: bool
+
+
+def plan_run(
+    model: nn.Module,
+    layers: Layers,
+    inputs: Inputs,
+    quantities: Sequence[Quantity],
+    dtype: str,
+    block: int | None,
+    reading: Reading,
+) -> Task:
+    """Run the model on one image, and lay out what all will give.
+
+    Raises:
+        HookattnError: no image can be read, something cannot be had of the model, or a number or dtype makes no sense.
+    """
+    if dtype not in _KINDS:
+        raise HookattnError(f"dtype={dtype!r} is not stored: {', '.join(_KINDS)}.")
+    if reading.batch_size < 1 or reading.workers < 0 or (block is not None and block < 1):
+        raise HookattnError(
+            "batch_size and block are numbers of images from 1 on, and workers a number of processes from 0 on."
+        )
+    first = _find_readable(inputs, reading.strict)
+    shapes = Taker(model, layers, quantities).probe(first.tensor[None])
+    if isinstance(inputs, Photos) and inputs.varies:
+        shapes = shapes.with_room_for(most_cells(inputs.size, inputs.preprocessing), quantities)
+    specs = [_specify(quantity, shapes, dtype) for quantity in quantities]
+    layout = Layout(len(inputs.names), block or _choose_block(specs, reading.batch_size), specs)
+    return Task(inputs, quantities, shapes, layout, *reading)
+
+
+def describe(model: nn.Module, task: Task, name: str | None) -> Facts:
+    """What a run is, in plain values: `run` is what has to be the same to go on with it."""
+    layout, shapes = task.layout, task.shapes
+    run = {
+        "model": {"name": name or name_model(model), "class": type(model).__name__, "weights": hash_weights(model)},
+        "dtype": str(next((p.dtype for p in model.parameters()), None)).removeprefix("torch."),
+        "preprocessing": task.inputs.describe(),
+        "layers": list(shapes.layers),
+        "what": {spec.name: {"dims": list(spec.dims), "shape": list(spec.shape), "dtype": spec.dtype} for spec in layout.specs},
+        "block": layout.block,
+        "images": {"count": layout.images, "names": hash_names(task.inputs.names)},
+    }
+    varies = isinstance(task.inputs, Photos) and task.inputs.varies
+    return {"format": FORMAT, "run": run, "missing": shapes.missing, "layers": shapes.layers, "varies": varies}
+
+
+def find_coordinates(task: Task) -> dict[str, tuple[tuple[str, ...], Array]]:
+    """Arrays that are known before the first image, with the names of their axes."""
+    shapes = task.shapes
+    found: dict[str, tuple[tuple[str, ...], Array]] = {
+        "image": (("image",), np.array([_storable(name) for name in task.inputs.names], object)),
+        "layer": (("layer",), np.array(list(shapes.layers), object)),
+    }
+    axes = {dim: size for spec in task.layout.specs for dim, size in zip(spec.dims, spec.shape)}
+    if "head" in axes:
+        found["head"] = (("head",), np.arange(axes["head"]))
+    tokens = shapes.tokens
+    if tokens is not None and axes.get("key") == len(tokens):
+        rows, columns = np.divmod(np.arange(len(tokens) - len(tokens.prefix)), tokens.grid_size[1])
+        nowhere = np.full(len(tokens.prefix), np.nan)
+        kinds = [*tokens.prefix, *["patch"] * len(rows)]
+        found["key_token"] = (("key",), np.array(kinds, object))
+        found["key_row"], found["key_col"] = ((("key",), np.concatenate([nowhere, each])) for each in (rows, columns))
+    return found
+
+
+def _find_readable(inputs: Inputs, strict: bool) -> Input:
+    """The first image that can be read."""
+    reasons = []
+    for index in range(min(_TRIED, len(inputs.names))):
+        try:
+            return inputs.load(index)
+        except Exception as error:  # of a file, of its decoder, or of somebody's data set
+            reasons.append(f"{inputs.names[index]}: {error}")
+            if strict:
+                break
+    raise HookattnError(f"{'none' if len(reasons) > 1 else 'no image'} of the images can be read. {'; '.join(reasons[:3])}")
+
+
+def _specify(quantity: Quantity, shapes: Shapes, dtype: str) -> Spec:
+    kind = "float32" if not quantity.is_large else "float16" if dtype == "uint8" and not quantity.bounded else dtype
+    dims = ("layer", *quantity.dims) if quantity.per_layer else quantity.dims
+    return Spec(quantity.name, dims, shapes.shapes[quantity.name], kind)
+
+
+def _choose_block(specs: Sequence[Spec], batch_size: int) -> int:
+    """As many images as are held until they are written together, whole batches if there is room for one."""
+    count = max(1, min(_BLOCK_IMAGES, _BLOCK_BYTES // max(1, sum(spec.bytes for spec in specs))))
+    return count - count % batch_size if count >= batch_size else count
+
+
+def _storable(name: str) -> str:
+    # bytes of a file's name that are no letters are written as escapes
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,153 @@
+"""A store that is read: images by name or number, and their maps as if they had just been recorded."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attention.sources import Dense
+from ..errors import HookattnError, StoreError, did_you_mean, listed
+from ..maps.attention_map import AttentionMap
+from ..maps.lazy import Delivery
+from ..maps.reading import Loaded
+from ..maps.rows import SomeRows
+from ..recording.maps import Maps
+from .geometry import read_places
+from .layout import BROKEN, PENDING, Array, Spec, decode
+from .manifest import FORMAT
+from .store import Facts, Store
+
+
+class Run:
+    """What a run has written, or has written so far.
+
+        run = hookattn.extraction.open("run.zarr")
+        run.maps("dog.jpg")["blocks.11.attn"].image("cls")     # slices, pictures, pages, as of recorded maps
+        run.read("entropy", 17)                                 # (layers, heads)
+
+    For all images at once `xarray.open_zarr` is the way.
+
+    Attributes:
+        facts: what the run is: model, weights, preprocessing, versions, what was asked.
+        names, labels: of the images.
+        layers: names of the maps.
+    """
+
+    def __init__(self, store: Store, facts: Facts) -> None:
+        self._store, self.facts = store, facts
+        self.names: list[str] = [str(name) for name in store.group["image"][:]]
+        self.layers: list[str] = list(facts["layers"])
+        what = facts["run"]["what"]
+        self.specs = {name: Spec(name, tuple(w["dims"]), tuple(w["shape"]), w["dtype"]) for name, w in what.items()}
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Of the images; "" where there is none, or it is not there yet."""
+        return [str(label) for label in self._store.group["label"][:]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        status = self._store.status()
+        done, broken = int((status != PENDING).sum()), int((status == BROKEN).sum())
+        return f"Run({self._store.where}: {', '.join(self.specs)} of {done} of {len(self)} images, {broken} of them broken)"
+
+    def find(self, image: int | str) -> int:
+        """The number of an image by its name, or by its number, negative from the end.
+
+        Raises:
+            HookattnError: there is none, it is not there yet, or it could not be read.
+        """
+        if isinstance(image, str):
+            if image not in self._numbers:
+                raise HookattnError(f"{self._store.where} has no image {image!r}. {did_you_mean(image, self.names[:10_000])}")
+            number = self._numbers[image]
+        else:
+            if not -len(self) <= image < len(self):
+                raise HookattnError(f"there is no image {image}: {self._store.where} has {len(self)}.")
+            number = image % len(self)
+        status = int(self._store.group["status"][number])
+        if status == PENDING:
+            raise HookattnError(f"image {image} is not there yet; the same extract again goes on with the run.")
+        if status == BROKEN:
+            raise HookattnError(f"image {image} could not be read: {self._store.group['error'][number]}")
+        return number
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    def read(self, quantity: str, image: int | str) -> Tensor:
+        """What was taken of an image, (layers, ...) in float32; NaN where a layer or the image has less than others.
+
+        Raises:
+            HookattnError: there is no such quantity or image.
+        """
+        if quantity not in self.specs:
+            raise HookattnError(f"{self._store.where} has no {quantity!r}. {did_you_mean(quantity, self.specs)}")
+        return torch.from_numpy(self._read(self.specs[quantity], self.find(image)))
+
+    def maps(self, image: int | str) -> Maps:
+        """The maps of an image: whole where `maps` were stored, else with the row of the class token where `cls` was.
+
+        Raises:
+            HookattnError: there is no such image, or neither was stored.
+        """
+        number = self.find(image)
+        kind = next((kind for kind in ("maps", "cls") if kind in self.specs), None)
+        if kind is None:
+            raise HookattnError(
+                f"{self._store.where} has neither maps nor rows of maps, but {listed(self.specs)}: run.read(NAME, image)."
+            )
+        values = torch.from_numpy(self._read(self.specs[kind], number))
+        rows, cols = (int(self._store.group[name][number]) for name in ("grid_rows", "grid_cols"))
+        grid, missing = (rows, cols) if self.facts["varies"] else None, self.facts["missing"].get(kind, {})
+        found = {
+            name: _make_map(name, kind, values[place], layer, grid)
+            for place, (name, layer) in enumerate(self.facts["layers"].items())
+            if name not in missing
+        }
+        maps = Maps(found, model=self.facts["run"]["model"]["name"])
+        maps.skipped = dict(missing)
+        return maps
+
+    def _read(self, spec: Spec, number: int) -> Array:
+        names = [spec.name, *([f"{spec.name}_max"] if spec.dtype == "uint8" else [])]
+        return decode(spec, {name: np.asarray(self._store.group[name][number]) for name in names})
+
+
+def open_run(where: str | os.PathLike[str]) -> Run:
+    """Open the store of a run, also of one that has not ended.
+
+    Raises:
+        StoreError: there is none, it is damaged, or it was written by a later hookattn.
+        MissingExtraError: zarr is not installed.
+    """
+    store = Store(where)
+    facts = store.find_facts(mode="r")
+    if facts is None:
+        raise StoreError(f"there is no store {store.where}; hookattn extract makes one.")
+    if facts["format"] > FORMAT:
+        raise StoreError(
+            f"{store.where} is of format {facts['format']}, and this hookattn reads up to {FORMAT}: pip install --upgrade "
+            "hookattn."
+        )
+    return Run(store, facts)
+
+
+def _make_map(name: str, kind: str, values: Tensor, layer: Facts, grid: tuple[int, int] | None) -> AttentionMap:
+    places = read_places(layer, grid)
+    heads, queries, keys = layer["shape"]
+    if grid is not None and not isinstance(places.tokens, str):
+        queries, keys = (len(each) for each in places.tokens)
+    if kind == "maps":
+        source: Dense = Dense(values[None, :heads, :queries, :keys])
+    else:
+        row = 0 if isinstance(places.tokens, str) else places.tokens[0].index("cls")
+        source = SomeRows(values[None, :heads, None, :keys], name, (row,), queries)
+    return AttentionMap(name, Loaded(name, source), places, Delivery())

@@ -1,0 +1,202 @@
+"""The store of a run: arrays of Zarr v3 with names and coordinates, written a block of images at a time."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import MissingExtraError, StoreError
+from .layout import PENDING, Array, Block, Layout, Spec, encode
+
+Facts = dict[str, Any]
+_CHUNK = 2**20  # bytes that are compressed together, and have to be read for one image
+_MARK = "hookattn"
+
+
+class Store:
+    """A store that is there.
+
+    Beside an array for each quantity it has, for each image, `status` (0 not there yet, 1 taken, 2 not to be read),
+    `label`, `sha256` of what it was made of, `error`, and `grid_rows` and `grid_cols` of its patches.
+
+    A block is there once its `status` is, which is written last; each file of a block is replaced as a whole. So a run that is
+    killed leaves blocks that are whole, and others that count for nothing and are written again.
+
+    Args:
+        where: a folder, or an address that fsspec knows (s3://, gs://).
+    """
+
+    def __init__(self, where: str | os.PathLike[str]) -> None:
+        self.where = os.fspath(where)
+        self.group: Any = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder it is in; None for one at an address."""
+        return None if "://" in self.where else Path(self.where)
+
+    def find_facts(self, mode: Literal["r", "r+"] = "r+") -> Facts | None:
+        """What a run has noted there; None where there is no store, or one that was not finished being made.
+
+        Raises:
+            StoreError: there is something else.
+        """
+        zarr = import_zarr()
+        if self.folder is not None and not self.folder.exists():
+            return None
+        try:
+            self.group = zarr.open_group(self.where, mode=mode, zarr_format=3)
+        except FileNotFoundError as error:
+            if self.folder is None or (self.folder.is_dir() and not any(self.folder.iterdir())):
+                return None
+            raise StoreError(f"{self.where} is there, and is no store of Zarr v3; name another.") from error
+        except Exception as error:  # whatever zarr, fsspec and a store's client raise
+            raise StoreError(f"{self.where} cannot be opened ({type(error).__name__}: {_first_line(error)}).") from error
+        facts = self.group.attrs.get(_MARK)
+        if facts is None:
+            raise StoreError(f"{self.where} is a Zarr group that hookattn has not written; name another.")
+        return None if facts.get("state") == "being made" else dict(facts)
+
+    def create(self, layout: Layout, coordinates: Mapping[str, tuple[tuple[str, ...], Array]], facts: Facts) -> None:
+        """Make the arrays, those of coordinates filled; facts are noted last: a store which is only half made is seen to be.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        zarr = import_zarr()
+        with answering_full(self.where):
+            attributes = {_MARK: {"state": "being made"}}
+            self.group = zarr.create_group(self.where, overwrite=True, zarr_format=3, attributes=attributes)
+            for spec in layout.specs:
+                self._create(spec, layout)
+            for name, kind, fill in _OF_IMAGES:
+                self._create_small(name, kind, fill, layout)
+            for name, (dims, values) in coordinates.items():
+                self._put(name, dims, values)
+        self.note(facts)
+
+    def note(self, facts: Facts) -> None:
+        """Note facts of the run, and put the metadata of all arrays beside them, where readers find it in one piece."""
+        zarr = import_zarr()
+        coordinates = [name for name in ("label", "status", "sha256", "error", "grid_rows", "grid_cols") if name in self.group]
+        coordinates += [name for name in ("key_token", "key_row", "key_col") if name in self.group]
+        with answering_full(self.where), warnings.catch_warnings():
+            warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)  # that other implementations may not look for it
+            self.group.attrs.update({_MARK: facts, "coordinates": " ".join(coordinates)})
+            zarr.consolidate_metadata(self.group.store)
+
+    def status(self) -> Array:
+        """What became of each image."""
+        found: Array = self.group["status"][:]
+        return found
+
+    def find_done(self, layout: Layout) -> list[bool]:
+        """Which blocks are there."""
+        status = self.status()
+        return [bool((status[slice(*layout.range_of(number))] != PENDING).all()) for number in range(layout.blocks)]
+
+    def write(self, block: Block, specs: Sequence[Spec]) -> None:
+        """Write a block; it counts once all of it is there.
+
+        Raises:
+            StoreError: it cannot be written, as where the disk is full.
+        """
+        rows = slice(block.start, block.start + len(block.status))
+        with answering_full(self.where):
+            for spec in specs:
+                for name, values in encode(spec, block.values[spec.name]).items():
+                    self.group[name][rows] = values
+            for name in ("label", "sha256", "error"):
+                self.group[name][rows] = getattr(block, name)
+            self.group["grid_rows"][rows], self.group["grid_cols"][rows] = block.grid.T
+            self.group["status"][rows] = block.status  # last
+
+    def remove_leftovers(self) -> None:
+        """Remove files that a run which was killed had not finished."""
+        if self.folder is not None:
+            for path in self.folder.rglob("*.partial"):
+                path.unlink(missing_ok=True)
+
+    def _create(self, spec: Spec, layout: Layout) -> None:
+        chunk = _divisor(layout.block, max(1, _CHUNK // max(1, spec.bytes)))
+        codecs = import_zarr().codecs
+        self.group.create_array(
+            spec.name,
+            shape=(layout.images, *spec.shape),
+            chunks=(chunk, *_at_least_one(spec.shape)),
+            shards=(layout.block, *_at_least_one(spec.shape)),
+            dtype=spec.dtype,
+            fill_value=0 if spec.dtype == "uint8" else np.nan,
+            compressors=codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+            dimension_names=("image", *spec.dims),
+        )
+        if spec.dtype == "uint8":
+            self._create(Spec(f"{spec.name}_max", spec.dims[:-1], spec.shape[:-1], "float32"), layout)
+
+    def _create_small(self, name: str, kind: Any, fill: Any, layout: Layout) -> None:
+        self.group.create_array(
+            name,
+            shape=(layout.images,),
+            chunks=(layout.block,),
+            dtype=kind,
+            fill_value=fill,
+            dimension_names=("image",),
+        )
+
+    def _put(self, name: str, dims: tuple[str, ...], values: Array) -> None:
+        kind = str if values.dtype == object else values.dtype
+        # names of many images in pieces, since a reader takes whole pieces
+        chunks = tuple(max(1, min(size, 2**16)) for size in values.shape)
+        self.group.create_array(name, shape=values.shape, chunks=chunks, dtype=kind, dimension_names=dims)[...] = values
+
+
+_OF_IMAGES = (
+    ("status", "uint8", PENDING),
+    ("label", str, ""),
+    ("sha256", str, ""),
+    ("error", str, ""),
+    ("grid_rows", "int32", 0),
+    ("grid_cols", "int32", 0),
+)
+
+
+def import_zarr() -> Any:
+    """The module `zarr`, imported when the first store is opened."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise MissingExtraError('stores need zarr 3, and it Python 3.11: pip install "hookattn[store]".') from error
+    if int(zarr.__version__.split(".")[0]) < 3:
+        raise MissingExtraError(f'stores need zarr 3, and this is {zarr.__version__}: pip install "hookattn[store]".')
+    return zarr
+
+
+@contextmanager
+def answering_full(where: str) -> Iterator[None]:
+    """Turn what a file system says while something is written into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{where} cannot be written ({error.strerror or _first_line(error)}). What is there is whole: make room, and "
+            "run the same again to go on from there."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).split("\n") or [""])[0]
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest number up to `most` that divides another."""
+    return next(each for each in range(min(number, most), 0, -1) if number % each == 0)
+
+
+def _at_least_one(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(max(1, size) for size in shape)
