@@ -59,9 +59,11 @@ def _hold_folder(where: str) -> Iterator[None]:
         # the one before may have removed the file between our opening and our locking it
         if not _lock(file) or not (beside.exists() and os.path.samestat(os.fstat(file), os.stat(beside))):
             raise _taken(where, "of another process")
-        yield
-        with suppress(OSError):  # the next run makes it again
-            beside.unlink()
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the next run makes it again
+                beside.unlink()
     finally:
         os.close(file)
 

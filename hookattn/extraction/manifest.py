@@ -13,7 +13,6 @@ from torch import nn
 
 from ..errors import StoreError
 
-FORMAT = 1  # counted up when a reader of the one before would misread what is written
 Facts = dict[str, Any]
 _PACKAGES = ("hookattn", "torch", "timm", "zarr", "numpy", "pillow")
 

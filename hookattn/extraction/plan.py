@@ -14,9 +14,9 @@ from ..recording.maps import name_model
 from ..recording.selection import Layers
 from .inputs import Input, Inputs, Photos
 from .layout import Array, Layout, Spec
-from .manifest import FORMAT, hash_names, hash_weights
+from .manifest import hash_names, hash_weights
 from .quantities import Quantity
-from .store import Facts
+from .store import FORMAT, Facts
 from .taking import Shapes, Taker
 from .work import Task
 

@@ -18,7 +18,6 @@ from ..maps.rows import SomeRows
 from ..recording.maps import Maps
 from .geometry import read_places
 from .layout import BROKEN, PENDING, Array, Spec, decode
-from .manifest import FORMAT
 from .store import Facts, Store
 
 
@@ -132,11 +131,6 @@ def open_run(where: str | os.PathLike[str]) -> Run:
     facts = store.find_facts(mode="r")
     if facts is None:
         raise StoreError(f"there is no store {store.where}; hookattn extract makes one.")
-    if facts["format"] > FORMAT:
-        raise StoreError(
-            f"{store.where} is of format {facts['format']}, and this hookattn reads up to {FORMAT}: pip install --upgrade "
-            "hookattn."
-        )
     return Run(store, facts)
 
 

@@ -15,6 +15,7 @@ from ..errors import MissingExtraError, StoreError
 from .layout import PENDING, Array, Block, Layout, Spec, encode
 
 Facts = dict[str, Any]
+FORMAT = 1  # counted up when a reader of the one before would misread what is written
 _CHUNK = 2**20  # bytes that are compressed together, and have to be read for one image
 _MARK = "hookattn"
 
@@ -33,7 +34,7 @@ class Store:
     """
 
     def __init__(self, where: str | os.PathLike[str]) -> None:
-        self.where = os.fspath(where)
+        self.where = os.fspath(where).removeprefix("file://").removeprefix("local://")
         self.group: Any = None
 
     @property
@@ -61,7 +62,14 @@ class Store:
         facts = self.group.attrs.get(_MARK)
         if facts is None:
             raise StoreError(f"{self.where} is a Zarr group that hookattn has not written; name another.")
-        return None if facts.get("state") == "being made" else dict(facts)
+        if facts.get("state") == "being made":
+            return None
+        if facts["format"] > FORMAT:
+            raise StoreError(
+                f"{self.where} is of format {facts['format']}, and this hookattn knows up to {FORMAT}: pip install --upgrade "
+                "hookattn."
+            )
+        return dict(facts)
 
     def create(self, layout: Layout, coordinates: Mapping[str, tuple[tuple[str, ...], Array]], facts: Facts) -> None:
         """Make the arrays, those of coordinates filled; facts are noted last: a store which is only half made is seen to be.

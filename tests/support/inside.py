@@ -26,6 +26,7 @@ from hookattn.conditions.cuda_graphs import is_capturing as is_capturing
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
+from hookattn.extraction.sources import Images
 from hookattn.image.sizes import size_after
 from hookattn.maps import comparison, established, lazy, reading
 from hookattn.maps.comparison import compare_runs
@@ -38,6 +39,7 @@ from hookattn.recording import edits
 from support.oracle import own_softmax
 
 __all__ = [
+    "Images",
     "Projected",
     "Scores",
     "Sum",

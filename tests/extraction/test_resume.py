@@ -1,0 +1,239 @@
+"""A run that stops anywhere is gone on with, or refused if it is another; what was written is whole, or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support.drawn import Drawn, small_vit
+
+from hookattn import HookattnError
+from hookattn.errors import StoreError
+
+extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
+zarr, fsspec = pytest.importorskip("zarr"), pytest.importorskip("fsspec")
+KILLED = Path(__file__).parents[1] / "support" / "killed.py"
+
+
+def everything(where: Path | str) -> dict[str, Any]:
+    """All arrays of a store."""
+    return {name: array[...] for name, array in zarr.open_group(where, mode="r").arrays()}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two stores hold the same, bit for bit."""
+
+    def alike(a: Any, b: Any) -> bool:
+        return a.dtype == b.dtype and bool((a == b).all() if a.dtype.kind in "TO" else a.tobytes() == b.tobytes())
+
+    return one.keys() == other.keys() and all(alike(array, other[name]) for name, array in one.items())
+
+
+def test_kill_9_at_random_moments_tears_nothing_and_repeats_little(tmp_path: Path) -> None:
+    # one process imports torch once; each run is a fork of it, killed after a random while, and looked at by another fork
+    done = subprocess.run(
+        [sys.executable, str(KILLED), str(tmp_path), "24"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["kills"] >= 20
+    assert told["begun"] >= 10, "too many were killed before there was a store"
+    assert told["torn"] == []
+    assert told["done_again"] == []
+    # of 3 images each: the block in work, the one that waits and the one that is written
+    assert max(told["lost"]) <= 9
+    assert same(everything(tmp_path / "killed.zarr"), everything(tmp_path / "whole.zarr"))
+    assert not [*tmp_path.rglob("*.partial")]
+    assert not [*tmp_path.glob(".*lock")]
+
+
+def run(out: Path, model: Any = None, images: Any = None, **options: Any) -> Any:
+    asked = {"what": "cls,entropy", "batch_size": 2, "block": 4, "dtype": "float32", **options}
+    return extraction.extract(small_vit() if model is None else model, Drawn(10) if images is None else images, out, **asked)
+
+
+class StoppedError(Exception):
+    """What ends a run in these tests."""
+
+
+def stop_after(batches: int) -> Callable[[Any], None]:
+    left = iter(range(batches))
+
+    def report(_: Any) -> None:
+        if next(left, None) is None:
+            raise StoppedError
+
+    return report
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    model, read = small_vit(), list[int]()
+    whole = run(tmp_path / "whole.zarr", model)
+    with pytest.raises(StoppedError):
+        run(tmp_path / "x.zarr", model, report=stop_after(4))
+    assert extraction.open(tmp_path / "x.zarr").read("entropy", 3).shape == (2, 3)
+    with pytest.raises(HookattnError, match=r"image 9 is not there yet; the same extract again goes on"):
+        extraction.open(tmp_path / "x.zarr").maps(9)
+    summary = run(tmp_path / "x.zarr", model, Drawn(10, account=read.append))
+    assert sorted(set(read)) == [0, *range(summary.resumed, 10)]  # the first, to see what the model gives
+    assert summary.resumed in (4, 8)  # what was done when it was stopped has been written
+    assert (summary.taken, whole.taken) == (10, 10)
+    assert same(everything(tmp_path / "x.zarr"), everything(tmp_path / "whole.zarr"))
+    again = run(tmp_path / "x.zarr", model)
+    assert (again.resumed, again.seconds) == (10, 0.0)
+
+
+def other_weights(model: Any) -> Any:
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.bias[3] += 1e-3
+    return model
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "weights": (r"model\.weights: \w+\.\.\.\w+ \| \w+", {"model": other_weights}),
+    "name": (r"model\.name: \w+ \| mine", {"name": "mine"}),
+    "precision": (r"dtype: float32 \| float64", {"model": lambda model: model.double()}),
+    "size": (r"preprocessing\.size: None \| 64", {"size": 64}),
+    "colours": (r"preprocessing\.mean: .* \| \[0\.4, 0\.5, 0\.5\]", {"preprocessing": {"mean": (0.4, 0.5, 0.5)}}),
+    "quantities": (r"what\.distance: None \|", {"what": "cls,entropy,distance"}),
+    "dtype": (r"what\.cls\.dtype: float32 \| float16", {"dtype": "float16"}),
+    "layers": (r"layers: \['blocks\.0\.attn', 'blocks\.1\.attn'\] \| \['blocks\.1\.attn'\]", {"layers": -1}),
+    "blocks": (r"block: 4 \| 8", {"block": 8}),
+    "more images": (r"images\.count: 10 \| 11", {"images": Drawn(11)}),
+    "other images": (r"images\.names: ", {"images": "renamed"}),
+}
+
+
+@pytest.mark.parametrize("which", OTHERS)
+def test_a_run_with_other_settings_is_refused_and_says_what_differs(tmp_path: Path, which: str) -> None:
+    model = small_vit()
+    with pytest.raises(StoppedError):
+        run(tmp_path / "x.zarr", model, report=stop_after(2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    message, options = OTHERS[which]
+    options = {**options}
+    if "model" in options:
+        model = options.pop("model")(model)
+    if options.get("images") == "renamed":
+        options["images"] = Drawn(10)
+        options["images"].names[4] = "another.png"
+    if "preprocessing" in options:
+        options["preprocessing"] = {**model.pretrained_cfg, **options["preprocessing"], "input_size": (3, 64, 64)}
+    with pytest.raises(StoreError, match=message) as refused:
+        run(tmp_path / "x.zarr", model, **options)
+    assert "Ask for the same to go on with it, or name another store." in str(refused.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_batches_and_workers_may_be_others(tmp_path: Path) -> None:
+    model = small_vit()
+    with pytest.raises(StoppedError):
+        run(tmp_path / "x.zarr", model, report=stop_after(2))
+    assert run(tmp_path / "x.zarr", model, batch_size=3, workers=1).taken == 10
+
+
+def test_versions_of_later_runs_are_noted(tmp_path: Path) -> None:
+    model = small_vit()
+    with pytest.raises(StoppedError):
+        run(tmp_path / "x.zarr", model, report=stop_after(2))
+    with mock.patch("hookattn.extraction.extract.list_versions", return_value={"torch": "9.9"}):
+        run(tmp_path / "x.zarr", model)
+    noted = extraction.open(tmp_path / "x.zarr").facts["versions"]
+    assert [each["torch"] for each in noted] == [metadata.version("torch"), "9.9"]
+    assert (everything(tmp_path / "x.zarr")["status"] == 1).all()
+    consolidated = zarr.open_consolidated(tmp_path / "x.zarr")
+    assert consolidated.attrs["hookattn"]["versions"][1]["torch"] == "9.9"
+    assert {"cls", "entropy", "image", "layer", "status"} <= {*consolidated.array_keys()}
+
+
+def full_after(writes: int) -> Any:
+    """A disk on which so many files find room, until the test makes some."""
+    from zarr.storage import LocalStore
+
+    whole, left = LocalStore.set, iter(range(writes))
+
+    async def set_or_fail(store: Any, key: str, value: Any) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await whole(store, key, value)
+
+    return mock.patch.object(LocalStore, "set", set_or_fail)
+
+
+@pytest.mark.parametrize("writes", [0, 3, 14, 30, 36, 41])
+def test_a_full_disk_is_an_error_that_says_so_and_the_run_goes_on_later(tmp_path: Path, writes: int) -> None:
+    model = small_vit()
+    run(tmp_path / "whole.zarr", model)
+    with full_after(writes), pytest.raises(StoreError, match=r"No space left on device.*make room, and run the same again"):
+        run(tmp_path / "x.zarr", model)
+    assert run(tmp_path / "x.zarr", model).taken == 10
+    assert same(everything(tmp_path / "x.zarr"), everything(tmp_path / "whole.zarr"))
+
+
+def test_a_store_that_was_half_made_is_made_again(tmp_path: Path) -> None:
+    with full_after(6), pytest.raises(StoreError):
+        run(tmp_path / "x.zarr")
+    with pytest.raises(StoreError, match="there is no store"):
+        extraction.open(tmp_path / "x.zarr")
+    assert run(tmp_path / "x.zarr").taken == 10
+
+
+def test_what_is_no_store_of_ours_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dog.jpg").write_bytes(b"a dog")
+    (tmp_path / "file").write_bytes(b"a file")
+    zarr.create_group(tmp_path / "group", attributes={"whose": "mine"})
+    zarr.create_array(tmp_path / "array", shape=(3,), dtype="int8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, message in {
+        "photos": "no store of Zarr v3; name another",
+        "file": "name another|cannot be opened",
+        "group": "a Zarr group that hookattn has not written",
+        "array": "name another|cannot be opened",
+    }.items():
+        with pytest.raises(StoreError, match=message):
+            run(tmp_path / name)
+        with pytest.raises(StoreError, match=message):
+            extraction.open(tmp_path / name)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_an_empty_folder_takes_a_store(tmp_path: Path) -> None:
+    (tmp_path / "x.zarr").mkdir()
+    assert run(tmp_path / "x.zarr").taken == 10
+
+
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "x.zarr")
+    group = zarr.open_group(tmp_path / "x.zarr", mode="r+")
+    group.attrs["hookattn"] = {**group.attrs["hookattn"], "format": 99}
+    for go_on in (lambda: extraction.open(tmp_path / "x.zarr"), lambda: run(tmp_path / "x.zarr")):
+        with pytest.raises(StoreError, match=r"is of format 99.*pip install --upgrade hookattn"):
+            go_on()
+
+
+def test_an_address_in_place_of_a_folder(tmp_path: Path) -> None:
+    where, model = "memory://folder/x.zarr", small_vit()
+    with pytest.raises(StoppedError):
+        run(where, model, report=stop_after(4))
+    assert run(where, model).taken == 10
+    run(tmp_path / "whole.zarr", model)
+    assert same(everything(where), everything(tmp_path / "whole.zarr"))
+    assert extraction.open(where).maps(2)[0][:, :, 0].shape == (1, 3, 17)
+    with pytest.raises(StoreError, match="there is no store memory://folder/y"):
+        extraction.open("memory://folder/y.zarr")
+    fsspec.filesystem("memory").rm("/folder", recursive=True)
+
+
+def test_the_address_of_a_folder_is_that_folder(tmp_path: Path) -> None:
+    assert run(f"file://{tmp_path}/x.zarr").taken == 10
+    assert extraction.open(tmp_path / "x.zarr").find(3) == 3
