@@ -1,4 +1,4 @@
-"""The command line: `hookattn demo`, `hookattn record`, `hookattn explore`, `hookattn analyze`, `hookattn inspect`."""
+"""The command line: `hookattn demo`, `record`, `explore`, `analyze`, `extract`, `show` and `inspect`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ try:
     import typer
     from typer.core import TyperGroup
 
-    from .commands import analyze, demo, explore, inspect, record
+    from .commands import analyze, demo, explore, extract, inspect, record, show
     from .output import print_error
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich", "PIL"):
@@ -74,4 +74,6 @@ app.command(epilog="Example: hookattn demo --seed 3 -o scene.png")(demo)
 app.command(epilog="Example: hookattn record dog.jpg --query 0.4,0.6 --layers blocks.1*.attn -o dog.png")(record)
 app.command(epilog="Example: hookattn explore dog.jpg cat.jpg --model vit_base_patch16_224 -o pets.html")(explore)
 app.command(epilog="Example: hookattn analyze photos/ --model vit_base_patch16_224 -o heads.csv")(analyze)
+app.command(epilog="Example: hookattn extract photos/ --model vit_base_patch16_224 -o run.zarr")(extract)
+app.command(epilog="Example: hookattn show run.zarr --image 17 -o dog.png")(show)
 app.command(epilog="Example: hookattn inspect vit_base_patch16_224 --batch 64")(inspect)

@@ -106,6 +106,73 @@ def analyze(
         analyze_photos(photos, asked, out, per_photo=per_photo, as_json=as_json)
 
 
+def extract(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            help="A folder, photos, a list of them (.txt), archives (.tar, WebDataset), tables (.parquet), datasets:NAME:SPLIT "
+            "of Hugging Face, or addresses (s3://) of these."
+        ),
+    ],
+    model: Model = DEFAULT_MODEL,
+    checkpoint: Checkpoint = None,
+    what: Annotated[
+        str, typer.Option(help="Any of cls, rollout, entropy, distance, received, keys, maps; comma separated.")
+    ] = "cls,entropy,distance",
+    layers: Layers = None,
+    img_size: ImgSize = None,
+    crop: Annotated[
+        Union[str, None],
+        typer.Option(metavar="none|center", help="The middle of each photo, or all of it: then each has a grid of its own."),
+    ] = "center",
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    store_dtype: Annotated[
+        str, typer.Option(help="What maps, rows and keys are stored as: float16, float32, or uint8 with a scale for each row.")
+    ] = "float16",
+    batch: Annotated[int, typer.Option(help="Images in a forward.", min=1)] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that read images ahead.", min=0)] = 2,
+    block: Annotated[
+        Union[int, None], typer.Option(help="Images that are written together; up to 1,024 in 128 MB if not given.", min=1)
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
+    image_column: Annotated[Union[str, None], typer.Option(help="Of a table: which column holds images.")] = None,
+    label_column: Annotated[Union[str, None], typer.Option(help="Of a table: which column holds labels.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",
+    address: Annotated[Union[str, None], typer.Option(help="Of a Ray cluster; one is started here if not given.")] = None,
+    actors: Annotated[str, typer.Option(help="How many models run at once under Ray: 4, or 1,8 to let Ray choose.")] = "1",
+    gpus: Annotated[float, typer.Option(help="GPUs of each of them.", min=0.0)] = 0.0,
+    as_json: Json = False,
+    out: Annotated[str, typer.Option("--out", "-o", help="The store: a folder, or an address (s3://).")] = "attention.zarr",
+) -> None:
+    """Extract attention of a data set into a Zarr store. Stopped, it goes on by the same command; torchrun splits it."""
+    with answering_errors(as_json):
+        from .extract import Wanted, Where, extract_images
+
+        asked = Asked(model, checkpoint, layers, img_size, crop, device, dtype)
+        where = Where(engine, address, actors, gpus)
+        wanted = Wanted(what, store_dtype, batch, workers, block, strict, image_column, label_column, where)
+        extract_images(source, asked, wanted, out, as_json)
+
+
+def show(
+    store: Annotated[str, typer.Argument(help="A store that extract has written, or a .safetensors file of record.")],
+    image: Annotated[Union[str, None], typer.Option(help="Name or number of an image; without, what there is is told.")] = None,
+    query: Annotated[Union[str, None], typer.Option(help="As for record.")] = None,
+    photo: Annotated[Union[Path, None], typer.Option(help="The photo, where it is not found again.")] = None,
+    budget: Annotated[str, typer.Option(help="How large a page may be, as for explore.")] = "20MB",
+    as_json: Json = False,
+    out: Annotated[
+        Union[Path, None], typer.Option("--out", "-o", help="A picture, attention.png if not given, or a page (.html).")
+    ] = None,
+) -> None:
+    """Say what is in a store or a file of maps, and draw one of its images, as a picture or a page to explore."""
+    with answering_errors(as_json):
+        from .show import Wanted, show_stored
+
+        show_stored(store, Wanted(image, query, photo, budget, out), as_json)
+
+
 def inspect(
     model: Annotated[str, typer.Argument(help=NAMES)] = DEFAULT_MODEL,
     batch: Annotated[int, typer.Option(help="Batch size the maps' bytes are told for.", min=1)] = 1,

@@ -146,14 +146,16 @@ def describe(path: Path, photo: Photo) -> str:
     return f"{printable(path.name)}, {join_sizes(photo.size)}: {'; '.join(photo.steps) or 'as it is'} (crop {photo.crop})"
 
 
-class _Rate(ProgressColumn):
+class Rate(ProgressColumn):
+    """How many a second."""
+
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
 def _tracked(photos: Sequence[Path]) -> Iterator[Path]:
     """The same, with a bar that tells how far it is, how fast, and how long it still takes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     hidden = len(photos) < 2 or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         yield from bar.track(photos, description="photos")

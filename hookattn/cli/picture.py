@@ -10,19 +10,20 @@ from ..errors import TokenError
 from ..image.photo import Photo
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
-from ..recording.recorder import AttentionRecorder
+from ..recording.maps import Maps
 from .files import write_out
 from .output import printable, say
 
 
 def save_picture(
-    image: np.typing.ArrayLike | Photo, rec: AttentionRecorder, query: Query | None, out: Path, title: str
+    image: np.typing.ArrayLike | Photo | None, maps: Maps, query: Query | None, out: Path, title: str, index: int = 0
 ) -> None:
+    """Draw all maps of an image that lie on it, and say which do not."""
     from ..figures.plot import overview
 
     # with no map to draw, the last one is tried all the same: its error says why
-    drawn = [m for m in rec.maps.values() if _has_a_grid(m)] or rec.maps[-1:]
-    left_out = [m.name for m in rec.maps.values() if m not in drawn]
+    drawn = [m for m in maps.values() if _has_a_grid(m)] or maps[-1:]
+    left_out = [m.name for m in maps.values() if m not in drawn]
     if left_out:
         say(f"left out of the picture, no grid of patches over the whole image: {', '.join(left_out)}")
     if query is None:
@@ -32,7 +33,7 @@ def save_picture(
         others = ", ".join(m.name for m in drawn if m not in asked)
         say(f"left out of the picture, query {query!r} is not among theirs: {others}")
     drawn = asked
-    figure = overview(drawn, query, image=image, title=title)
+    figure = overview(drawn, query, image=image, title=title, index=index)
     write_out(out, figure.savefig)
     say(f"\nwrote {printable(out)}")
 

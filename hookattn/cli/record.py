@@ -40,7 +40,7 @@ def _draw(recorded: Recorded, name: str, query: Query | None, out: Path) -> dict
         write_out(out, lambda beside: rec.save(beside, rows=query))
         say(f"wrote {printable(out)}, {name_bytes(out.stat().st_size)}; hookattn.load takes it")
     else:
-        save_picture(photo, rec, query, out, f"{printable(path.name)}, {name}")
+        save_picture(photo, rec.maps, query, out, f"{printable(path.name)}, {name}")
     return {
         "photo": str(path),
         "picture": str(out),

@@ -29,4 +29,4 @@ def run_demo(out: Path, seed: int) -> None:
         times = on_shape / scene.mask.mean()
         table.add_row(m.name, join_sizes(m.shape), f"{m.verify():.1e}", f"{on_shape:.0%}, {times:.1f} x its area")
     console.print(table)
-    save_picture(scene.image, rec, "cls", out, f"a {guess}, seen by 5 layers of 4 heads")
+    save_picture(scene.image, rec.maps, "cls", out, f"a {guess}, seen by 5 layers of 4 heads")

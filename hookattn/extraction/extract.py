@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import compress, count
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,7 +15,7 @@ from ..image.preprocessing import Crop
 from ..image.tokens import Size
 from ..recording.selection import Layers
 from .engines import Engine, Job, run_here
-from .inputs import Source, find_inputs
+from .inputs import Source, describe_source, find_inputs
 from .layout import BROKEN, TAKEN
 from .locks import hold_store
 from .manifest import check_same_run, list_versions
@@ -24,7 +25,26 @@ from .ranks import Ranks
 from .store import Facts, Store, import_zarr
 from .work import Step, Task
 
-Report = Callable[[Step], None]
+
+class Progress(NamedTuple):
+    """How far a run is, after a batch.
+
+    Attributes:
+        done: images that are done with, those of runs before this one too; under torchrun, of this process.
+        images: in the data set.
+        broken: images of the batch that could not be read, by name, with the reason.
+        seconds: since the first batch was asked for.
+        waited: the part of them in which the model waited for images.
+    """
+
+    done: int
+    images: int
+    broken: Mapping[str, str]
+    seconds: float
+    waited: float
+
+
+Report = Callable[[Progress], None]
 
 
 class Summary(NamedTuple):
@@ -125,37 +145,39 @@ def extract(
     inputs = find_inputs(source, model if preprocessing is None else preprocessing, size, crop, image_column, label_column)
     reading = Reading(batch_size, workers, strict)
     task = plan_run(model, layers, inputs, find_quantities(what), dtype, block, reading)
-    return _run(model, task, Store(out), describe(model, task, name), engine, report)
+    facts = describe(model, task, name, describe_source(source, image_column, label_column))
+    return _run(model, task, Store(out), facts, engine, report)
 
 
 def _run(model: nn.Module, task: Task, store: Store, facts: Facts, engine: Engine, report: Report) -> Summary:
     """Do what is left to do of a task, as the one of several processes that this is."""
-    ranks, meter = Ranks.here(), _Meter(report)
+    ranks = Ranks.here()
     with ranks.if_first(lambda: hold_store(store.where)):
         done = ranks.from_first(lambda: _begin(store, task, facts))
         if not ranks.is_first:
             check_same_run((store.find_facts() or {}).get("run", {}), facts["run"], store.where)
+        resumed = sum(stop - start for start, stop in map(task.layout.range_of, compress(count(), done)))
+        meter = _Meter(report, resumed, task.layout.images)
         pending = [number for number, is_done in enumerate(done) if not is_done]
         engine(Job(model, task, store, pending[ranks.rank :: ranks.count], meter.add))
         ranks.wait()
         status = store.status()
-    resumed = sum(
-        stop - start for start, stop in (task.layout.range_of(number) for number, is_done in enumerate(done) if is_done)
-    )
     taken, broken = (int((status == kind).sum()) for kind in (TAKEN, BROKEN))
     return Summary(task.layout.images, taken, broken, resumed, meter.seconds, meter.waited / (meter.seconds or 1.0))
 
 
 class _Meter:
-    """Adds up what batches took, and passes it on."""
+    """Adds up what batches took, and tells how far the run is."""
 
-    def __init__(self, report: Report) -> None:
-        self._report, self.seconds, self.waited = report, 0.0, 0.0
+    def __init__(self, report: Report, done: int, images: int) -> None:
+        self._report, self._done, self._images = report, done, images
+        self.seconds = self.waited = 0.0
 
     def add(self, step: Step) -> None:
+        self._done += step.images
         self.seconds += step.seconds
         self.waited += step.waited
-        self._report(step)
+        self._report(Progress(self._done, self._images, step.broken, self.seconds, self.waited))
 
 
 def _begin(store: Store, task: Task, facts: Facts) -> list[bool]:

@@ -151,6 +151,15 @@ def find_inputs(
     return found
 
 
+def describe_source(source: Source, image_column: str | None, label_column: str | None) -> dict[str, Any] | None:
+    """Where photos can be found again; None for what is no path, address or name, or a list of these."""
+    paths: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
+    if not all(isinstance(path, (str, os.PathLike)) for path in paths):
+        return None
+    found = [os.path.abspath(path) if os.path.exists(path) else os.fspath(path) for path in paths]
+    return {"paths": found, "image": image_column, "label": label_column}
+
+
 def _names_of(dataset: Any) -> list[str]:
     """Paths, where it is known of each image which file it is of; else numbers."""
     samples = getattr(dataset, "samples", None)  # as torchvision's folders have it

@@ -68,7 +68,7 @@ def plan_run(
     return Task(inputs, quantities, shapes, layout, *reading)
 
 
-def describe(model: nn.Module, task: Task, name: str | None) -> Facts:
+def describe(model: nn.Module, task: Task, name: str | None, source: Facts | None) -> Facts:
     """What a run is, in plain values: `run` is what has to be the same to go on with it."""
     layout, shapes = task.layout, task.shapes
     run = {
@@ -81,7 +81,8 @@ def describe(model: nn.Module, task: Task, name: str | None) -> Facts:
         "images": {"count": layout.images, "names": hash_names(task.inputs.names)},
     }
     varies = isinstance(task.inputs, Photos) and task.inputs.varies
-    return {"format": FORMAT, "run": run, "missing": shapes.missing, "layers": shapes.layers, "varies": varies}
+    found = {"layers": shapes.layers, "missing": shapes.missing, "varies": varies}
+    return {"format": FORMAT, "run": run, **found, "source": source}
 
 
 def find_coordinates(task: Task) -> dict[str, tuple[tuple[str, ...], Array]]:

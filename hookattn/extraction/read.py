@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +12,26 @@ from torch import Tensor
 
 from ..attention.sources import Dense
 from ..errors import HookattnError, StoreError, did_you_mean, listed
+from ..image.photo import Photo
+from ..image.preprocessing import Preprocessing
 from ..maps.attention_map import AttentionMap
 from ..maps.lazy import Delivery
 from ..maps.reading import Loaded
 from ..maps.rows import SomeRows
 from ..recording.maps import Maps
 from .geometry import read_places
-from .layout import BROKEN, PENDING, Array, Spec, decode
+from .layout import BROKEN, PENDING, TAKEN, Array, Spec, decode
+from .manifest import hash_names
+from .sources import Images, open_images
 from .store import Facts, Store
+
+
+class Counts(NamedTuple):
+    """Of the images of a run, how many are there, could not be read, and are not there yet."""
+
+    taken: int
+    broken: int
+    pending: int
 
 
 class Run:
@@ -52,9 +65,8 @@ class Run:
         return len(self.names)
 
     def __repr__(self) -> str:
-        status = self._store.status()
-        done, broken = int((status != PENDING).sum()), int((status == BROKEN).sum())
-        return f"Run({self._store.where}: {', '.join(self.specs)} of {done} of {len(self)} images, {broken} of them broken)"
+        what, counts = ", ".join(self.specs), self.count()
+        return f"Run({self._store.where}: {what} of {counts.taken} of {len(self)} images, {counts.broken} broken)"
 
     def find(self, image: int | str) -> int:
         """The number of an image by its name, or by its number, negative from the end.
@@ -80,6 +92,41 @@ class Run:
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names)}
+
+    def count(self) -> Counts:
+        """How many images are there, could not be read, and are not there yet."""
+        status = self._store.status()
+        return Counts(*(int((status == kind).sum()) for kind in (TAKEN, BROKEN, PENDING)))
+
+    def photo(self, image: int | str, photo: Any = None) -> Photo:
+        """The photo of an image as the model was shown it, read again from where the run read it.
+
+        Args:
+            image: name or number.
+            photo: the photo itself, where it has moved: whatever `Photo.open` takes.
+
+        Raises:
+            HookattnError: it is not there any more, or images were no photos.
+        """
+        number, shown = self.find(image), dict(self.facts["run"]["preprocessing"])
+        if "dataset" in shown:
+            raise HookattnError(f"images of {self._store.where} came from a data set of torch ({shown['dataset']})")
+        if photo is None:
+            photo = self._images.read(number)
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in shown.items()}
+        size, crop = values.pop("size"), values.pop("crop")
+        return Photo.open(photo, Preprocessing(**values), size=size, crop=crop)
+
+    @cached_property
+    def _images(self) -> Images:
+        """Where the run read its images from."""
+        source = self.facts["source"]
+        if source is None:
+            raise HookattnError("images came from no file")
+        images = open_images(source["paths"], image=source["image"], label=source["label"])
+        if hash_names(images.names) != self.facts["run"]["images"]["names"]:
+            raise HookattnError(f"there are other images in {listed(source['paths'])} now")
+        return images
 
     def read(self, quantity: str, image: int | str) -> Tensor:
         """What was taken of an image, (layers, ...) in float32; NaN where a layer or the image has less than others.

@@ -15,7 +15,7 @@ from typing import Any, Union
 
 import numpy as np
 
-from ..errors import MissingExtraError, TokenError
+from ..errors import MissingExtraError, TokenError, UnreadableError
 from ..image.tokens import Query, Size
 from ..maps.attention_map import AttentionMap
 
@@ -253,7 +253,10 @@ def _roll_out(maps: Sequence[AttentionMap], query: Query, index: int) -> Panel |
     """The row of the query in the rollout of all maps; None where they do not follow each other, from all tokens to all."""
     if not (chain := find_chain(maps)):
         return None
-    panel = row_of_rollout(chain, query, index)
+    try:
+        panel = row_of_rollout(chain, query, index)
+    except UnreadableError:  # rows that were saved without the others
+        return None
     return replace(panel, name=f"rollout, {_short(chain[0].name)} to {_short(chain[-1].name)}")
 
 

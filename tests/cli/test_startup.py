@@ -35,13 +35,15 @@ for args, env in calls:
     print(json.dumps(said))
 """
 COMPLETE = {"_HOOKATTN_COMPLETE": "complete_bash", "_TYPER_COMPLETE_TESTING": "1"}
+COMMANDS = ("demo", "record", "explore", "analyze", "extract", "show", "inspect")
 CALLS: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
-    "help": (["--help"], {}, ["demo", "record", "explore", "analyze", "inspect", "--version", "--install-completion"]),
+    "help": (
+        ["--help"],
+        {},
+        [*COMMANDS, "--version", "--install-completion"],
+    ),
     "version": (["--version"], {}, [f"hookattn {hookattn.__version__}"]),
-    **{
-        f"help of {name}": ([name, "--help"], {}, [f"Example: hookattn {name} ", "--help"])
-        for name in ("demo", "record", "explore", "analyze", "inspect")
-    },
+    **{f"help of {name}": ([name, "--help"], {}, [f"Example: hookattn {name} ", "--help"]) for name in COMMANDS},
     "commands": ([], {**COMPLETE, "COMP_WORDS": "hookattn in", "COMP_CWORD": "1"}, ["inspect"]),
     "options": ([], {**COMPLETE, "COMP_WORDS": "hookattn record --che", "COMP_CWORD": "2"}, ["--checkpoint"]),
 }

@@ -12,6 +12,7 @@ import timm
 import torch
 from support import reference
 from support.drawn import Drawn, shown, small_vit
+from support.inside import cells_of_whole_photos
 from support.models import randomise
 from support.oracle import unfused
 from torch import Tensor, nn
@@ -91,12 +92,9 @@ def test_images_of_other_shapes_have_grids_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cells", [1, 2, 7, 16, 196, 1369])
 def test_there_is_room_for_a_photo_of_any_shape(cells: int) -> None:
-    from hookattn.image.preprocessing import Preprocessing, most_cells, plan_whole
-
-    model = Preprocessing((3, 1, cells))
-    most = most_cells(None, model)
-    sizes = [plan_whole((height, width), None, model).size for height in range(1, 60) for width in range(1, 700, 3)]
-    assert max(rows * columns for rows, columns in sizes) <= most <= 2 * cells
+    shapes = [(height, width) for height in range(1, 60) for width in range(1, 700, 3)]
+    most, found = cells_of_whole_photos(cells, shapes)
+    assert max(found) <= most <= 2 * cells
 
 
 def test_layers_with_other_heads_and_windows_stand_beside_each_other(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ FACES = {
     "hookattn.figures.plot",
     "hookattn.image",
 }
-FACES |= {"hookattn.testing"}
+FACES |= {"hookattn.testing", "hookattn.extraction"}
 
 
 def imports_of(path: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hookattn.image.photo import Photo
+from hookattn.image import Photo
 from support.inside import Images
 from support.models import randomise
 

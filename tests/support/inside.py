@@ -27,6 +27,7 @@ from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
 from hookattn.extraction.sources import Images
+from hookattn.image import preprocessing
 from hookattn.image.sizes import size_after
 from hookattn.maps import comparison, established, lazy, reading
 from hookattn.maps.comparison import compare_runs
@@ -56,6 +57,13 @@ __all__ = [
 ]
 may_be_tf32, steps_of_rounding = comparison._may_be_tf32, comparison._steps
 REMEMBERED = "hookattn.calls.callsite.WeakTensorKeyDictionary"  # by tensor, who made it
+
+
+def cells_of_whole_photos(cells: int, shapes: list[tuple[int, int]]) -> tuple[int, list[int]]:
+    """How many cells whole photos of any shape become at most, and those of some shapes, for a model of so many cells."""
+    model = preprocessing.Preprocessing((3, 1, cells))
+    sizes = [preprocessing.plan_whole(shape, None, model).size for shape in shapes]
+    return preprocessing.most_cells(None, model), [rows * columns for rows, columns in sizes]
 
 
 def call_of(m: AttentionMap) -> tuple[Any, Any, Any]:
