@@ -16,7 +16,8 @@ from ..errors import HookattnError
 from ..image.photo import Photo
 from ..image.preprocessing import Crop, Preprocessing, preprocessing_of
 from ..image.tokens import Size
-from .sources import Images, open_images
+from .sources.images import Images
+from .sources.open_images import open_images
 
 
 class Input(NamedTuple):

@@ -22,7 +22,8 @@ from ..recording.maps import Maps
 from .geometry import read_places
 from .layout import BROKEN, PENDING, TAKEN, Array, Spec, decode
 from .manifest import hash_names
-from .sources import Images, open_images
+from .sources.images import Images
+from .sources.open_images import open_images
 from .store import Facts, Store
 
 

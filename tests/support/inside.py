@@ -26,7 +26,8 @@ from hookattn.conditions.cuda_graphs import is_capturing as is_capturing
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
-from hookattn.extraction.sources import Images
+from hookattn.extraction.sources.images import Images
+from hookattn.extraction.sources.open_images import open_images
 from hookattn.image import preprocessing
 from hookattn.image.sizes import size_after
 from hookattn.maps import comparison, established, lazy, reading
@@ -50,6 +51,7 @@ __all__ = [
     "is_reading",
     "list_recipes",
     "load_model",
+    "open_images",
     "project_heads",
     "registry",
     "restoring",

@@ -1,0 +1,49 @@
+"""The base of all sources: images in a fixed order, with names and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...errors import HookattnError
+
+
+class Images:
+    """Images in a fixed order, that can be had by number: what is extracted from.
+
+    Made once, looked at by several processes: it can be pickled, and opens no file before an image is read.
+
+    Attributes:
+        names: of the images, each there once.
+        labels: of the images, "" where there is none.
+    """
+
+    names: Sequence[str]
+    labels: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> bytes:
+        """The encoded image, as it is in its file.
+
+        Raises:
+            HookattnError: it cannot be read.
+        """
+        raise NotImplementedError
+
+
+def readable(name: str) -> str:
+    """A name that can be written in any encoding of Unicode: bytes that are no text in it become `\\xff`."""
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def check_names(names: Sequence[str], advice: str) -> None:
+    """Check that each name is there once, since a store finds an image by its name.
+
+    Raises:
+        HookattnError: one is there twice.
+    """
+    if len(set(names)) < len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise HookattnError(f"the name {twice!r} is there twice: {advice}.")
