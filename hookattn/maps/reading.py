@@ -225,17 +225,20 @@ def source_of(call: Call) -> Source:
 def _spec_of(call: Call) -> Spec:
     """Shape, dtype and device of a map, without its values where they need not be looked at."""
     call.check_fresh()
-    # A replay needs values, since forwards branch on them, and so do hooks of others and train mode, with its random streams.
-    layer = call.layer
-    needs_values = find_recipe(layer.module) is None or any(layer.hooks) or any(call.modes.training)
-    if not needs_values and (found := _spec_without_values(call)) is not None:
+    if not needs_values(call) and (found := spec_without_values(call)) is not None:
         return found
     with call.in_its_modes():
         source = source_of(call)
     return Spec(source.shape, source.dtype, call.x.device)
 
 
-def _spec_without_values(call: Call) -> Spec | None:
+def needs_values(call: Call) -> bool:
+    """Whether shape, dtype and device of a map are not to be had without running what looks at values."""
+    # A replay needs values, since forwards branch on them, and so do hooks of others and train mode, with its random streams.
+    return find_recipe(call.layer.module) is None or any(call.layer.hooks) or any(call.modes.training)
+
+
+def spec_without_values(call: Call) -> Spec | None:
     """The same by recipe, remembered for calls of the module with arguments of the same sizes; None where it declines one."""
     structure, known = _SPECS.get(call.layer.module, (None, {}))
     if structure != call.layer.structure:  # it has become another module

@@ -8,7 +8,9 @@ From top to bottom, an import may only point down:
     record       the hooks that keep what each attention module was called with
     keep_maps    maps made while a module runs, of the queries and keys it makes itself
     follow       gradients that are followed through backward
+    stems        hooks that note images, how they are cut, and what blocks of windows are given
     edits        other maps in place of a module's own
+    reduce       what a function makes of maps while the model runs, in place of them
     passes       what counts as one forward, and its maps
     saving       base of the recorder: its maps into a file
     maps         the maps of one forward: those that can be read, and why the others cannot

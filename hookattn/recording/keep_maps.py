@@ -68,12 +68,25 @@ class KeepMaps:
     def end(self, awaited: Awaited, output: Any) -> None:
         """Make the map of a module that has run, if it was watched or still waits for a layer that was not called."""
         if awaited.watch is not None and self._watched is not None:
-            self._watched.discard(awaited.watch)
+            self.leave(awaited.watch)
             if output is not None:  # it did not raise
                 _make_of_what_was_formed(awaited, awaited.watch)
         if awaited in self._waiting:
             self._waiting.discard(awaited)
             _compute(awaited)
+
+    def watch(self) -> Watch | None:
+        """Note what a module forms that is about to run, until `leave`; None where models are not watched."""
+        if not self._watches:
+            return None
+        watch = Watch(as_called=True)
+        self._watching().add(watch)
+        return watch
+
+    def leave(self, watch: Watch) -> None:
+        """Note no more of what runs."""
+        if self._watched is not None:
+            self._watched.discard(watch)
 
     def _go_on(self, awaited: Awaited) -> None:
         m, call = awaited.m, awaited.call
@@ -94,9 +107,8 @@ class KeepMaps:
                 awaited.layer = None
                 del self._waits_for[call.layer.module]
                 self._waiting.add(awaited)
-            elif self._watches:
-                awaited.watch = Watch(as_called=True)
-                self._watching().add(awaited.watch)
+            elif (watch := self.watch()) is not None:
+                awaited.watch = watch
             else:
                 _compute(awaited)
 

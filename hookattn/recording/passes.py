@@ -163,13 +163,13 @@ class ForwardPasses(Around):
         for forward in self.all[::-1]:
             yield [gradient for m in forward.maps_of(name) if (gradient := m._gradient) is not None]
 
-    def close(self, *, compute: bool = False) -> None:
-        """Let go of the frame that a forward is a call of, and of the model where maps are kept, computed now if they wait."""
+    def close(self, finish: Callable[[AttentionMap], AttentionMap] = lambda m: m) -> None:
+        """Let go of the frame that a forward is a call of, and of the model where maps are kept, finished now if they wait."""
         super().close()
         self._call = self._announced = None
         for forward in self.all:
             for name, m in forward.maps.items():
-                forward.maps[name] = (m.computed() if compute and m.is_pending else m).settled()
+                forward.maps[name] = finish(m).settled()
 
     def _begin_pass(self, call: Running | None, called: str) -> ForwardPass:
         if not self._keep_all:

@@ -16,30 +16,40 @@ from ..calls.hooks import Args, Around, Kwargs
 from ..calls.layer import Layer
 from ..conditions.checkpoints import in_backward
 from ..image.geometry import Geometry, measure_arguments
-from ..image.images import images_in
 from ..image.snapshot import read_settings
-from ..image.trunk import cut_of, stems_of
+from ..image.trunk import stems_of
 from ..maps.attention_map import AttentionMap
 from ..maps.established import deferring
 from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
 from ..maps.reading import Captured, Lost, reason_of
+from ..maps.sites import Watch
 from ..recipes.registry import find_recipe
 from .edits import edit_before_others, is_edited
 from .follow import match_recomputed
 from .keep_maps import Awaited, KeepMaps
 from .passes import ForwardPass, ForwardPasses
+from .reduce import Reduction, is_described, read_after_call
+from .stems import Block, Stem
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a recorder was told to keep of each call; `maps` is keep="maps", the others are its arguments of these names."""
+    """What a recorder was told to keep of each call: maps, where they are made while the model runs, what a function makes of
+    them, and its arguments of these names."""
 
     maps: bool
+    reduction: Reduction | None
     detach: bool
     gradients: bool
     verify: bool
     deliver: Delivery
+
+    def finish(self, m: AttentionMap) -> AttentionMap:
+        """What is kept of a map at the end of the block."""
+        if self.reduction is not None:
+            return self.reduction(m)
+        return m.computed() if self.maps and m.is_pending else m
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +69,9 @@ class Recording:
         """Put hooks on layers, on what images go into first and on blocks that cut windows; they come off with the stack."""
         arounds: list[Around] = [_RecordedLayer(layer, self) for layer in layers]
         trunks = [layer.trunk for layer in layers if layer.trunk is not None]
-        arounds += [_Stem(stem, of, self.passes) for stem, of in stems_of(trunks).items()]
+        arounds += [Stem(stem, of, self.passes) for stem, of in stems_of(trunks).items()]
         blocks = dict.fromkeys(layer.block for layer in layers if layer.block is not None)
-        arounds += [_Block(block, self.passes) for block in blocks]
+        arounds += [Block(block, self.passes) for block in blocks]
         stack.callback(_close, arounds)
         for around in arounds:
             # most recorded calls need no second hook; one is put on when a first call does
@@ -83,13 +93,15 @@ class Recording:
             gradient.follow(call, output)
 
     def compute(self, m: AttentionMap) -> AttentionMap:
-        """The map computed now, inside the user's forward, if maps are to be kept.
+        """The map computed now, inside the user's forward, if maps are to be kept, or what a function makes of it.
 
         One whose axes would have to be established first stays as it is, and is computed at the end of the block.
         """
         if not self.wanted.maps:
             return m
         # in a graph it is computed whatever it costs: a checkpoint that runs the forward again must find it do the same
+        if (reduction := self.wanted.reduction) is not None:
+            return reduction.in_forward(m) if self.wanted.detach else reduction(m)
         with deferring() if self.wanted.detach else nullcontext():
             return m.computed()
 
@@ -145,12 +157,14 @@ class _Begun(NamedTuple):
         gradient: to be told of its output.
         m: its map, and the forward it belongs to; None for a call that a checkpoint makes again.
         awaited: its map if it is made while the module runs.
+        watch: what is noted of it, for a map that a function reduces then.
     """
 
     call: Call
     gradient: Gradient | None
     m: tuple[AttentionMap, ForwardPass] | None = None
     awaited: Awaited | None = None
+    watch: Watch | None = None
 
 
 class _RecordedLayer(Around):
@@ -180,8 +194,11 @@ class _RecordedLayer(Around):
 
     def end(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
         """Finish the map of a call: of what the module really received, and with what backward will bring to its output."""
-        call, gradient, recorded, awaited = state
+        call, gradient, recorded, awaited, _ = state
         recording = self._recording
+        if recording.wanted.reduction is not None:
+            self._end_reducing(state, args, kwargs, changed, output)
+            return
         if recording.keep_maps is not None and awaited is not None:
             recording.keep_maps.end(awaited, output)
         if changed:
@@ -201,6 +218,8 @@ class _RecordedLayer(Around):
         gradient = recording.gradient_of(name, forward) if wanted.gradients else None
         site = None if recording.origins is None else recording.site_of(args, kwargs)
         m = forward.maps[name] = recording.map_of(call, name, forward, site, gradient)
+        if wanted.reduction is not None:
+            return self._begin_reducing(m, forward)
         awaited = None
         # What cannot wait for the module is computed before it runs: in train mode its projections draw other random numbers
         # than a recipe's, and hooks that come later may change what it is called with.
@@ -212,6 +231,28 @@ class _RecordedLayer(Around):
         if gradient is None and awaited is None and not (changes or wanted.verify):  # the usual call: nothing is held on to
             return None
         return _Begun(call, gradient, (m, forward), awaited)
+
+    def _begin_reducing(self, m: AttentionMap, forward: ForwardPass) -> _Begun | None:
+        """Reduce a map before its module runs, or look at its call again when it ends: once, of what the module received."""
+        keep_maps = self._recording.keep_maps
+        watch = None if keep_maps is None or is_described(m.call) else keep_maps.watch()
+        if watch is not None or self.is_followed():
+            return _Begun(m.call, None, (m, forward), watch=watch)
+        forward.maps[m.name] = self._recording.compute(m)
+        return None
+
+    def _end_reducing(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
+        assert state.m is not None
+        (m, forward), recording = state.m, self._recording
+        if recording.keep_maps is not None and state.watch is not None:
+            recording.keep_maps.leave(state.watch)
+        if output is None or forward.maps.get(m.name) is not m:  # it raised; or somebody has asked meanwhile
+            return
+        if changed:
+            call = recaptured(state.call, args, kwargs, detach=recording.wanted.detach)
+            m = recording.map_of(call, m.name, forward, m._called_from, None)
+        m = forward.maps[m.name] = read_after_call(m, state.watch)
+        forward.maps[m.name] = recording.compute(m)
 
     def _put_again(self, call: Call, m: AttentionMap, forward: ForwardPass) -> None:
         """Put the map of what the module received in place of the one of what our hook saw before others changed it."""
@@ -228,37 +269,13 @@ class _RecordedLayer(Around):
         # A checkpoint holds what is saved now against what was, by number and shape. With keep="maps", detach=False the map was
         # computed in the forward too, so it is computed again and thrown away; likewise in forwards of other threads, which are
         # not recorded: when backward runs their checkpoints again, in any thread, it cannot be told whose they are.
+        if saves and wanted.reduction is not None:
+            again = ForwardPass()
+            again.maps[self._layer.name] = m = recording.map_of(call, self._layer.name, again, None, None)
+            return self._begin_reducing(m, again)
         if saves:
             recording.map_of(call, self._layer.name, ForwardPass(), None, None).computed()
         if not follows:
             return None
         gradient = match_recomputed(recording.passes.gradients_of(self._layer.name), call)
         return None if gradient is None else _Begun(call, gradient)
-
-
-class _Stem(Around):
-    """The hook of what images go into first; it notes the pictures that the next maps of some trunks are of."""
-
-    def __init__(self, stem: nn.Module, trunks: list[nn.Module], passes: ForwardPasses) -> None:
-        super().__init__(stem)
-        self._trunks, self._passes = trunks, passes
-
-    def begin(self, args: Args, kwargs: Kwargs) -> None:
-        """Note the images that go in."""
-        if self._passes.is_recorded_here() and (images := images_in(args, kwargs)) is not None:
-            self._passes.images.update(dict.fromkeys(self._trunks, images))
-            for trunk in self._trunks:  # which may be made for images of another size between two forwards
-                self._passes.cuts[trunk] = cut_of(trunk, self._passes.cuts.get(trunk))
-
-
-class _Block(Around):
-    """The hook of a block that cuts windows; it notes what is cut."""
-
-    def __init__(self, block: nn.Module, passes: ForwardPasses) -> None:
-        super().__init__(block)
-        self._passes = passes
-
-    def begin(self, args: Args, kwargs: Kwargs) -> None:
-        """Note the sizes of what the block is called with."""
-        if self._passes.is_recorded_here():
-            self._passes.blocks[self.module] = measure_arguments(args, kwargs)

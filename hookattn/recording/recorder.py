@@ -36,14 +36,14 @@ from .keep_maps import KeepMaps
 from .maps import Maps, name_model
 from .passes import ForwardPass, ForwardPasses, why_empty
 from .record import Recording, Wanted
+from .reduce import Keep, Reducing, reduction_of
 from .saving import Saving
 from .selection import Layers, choose, find_replaced, find_unnamed
 
-Keep = Literal["inputs", "maps"]
 Forwards = Literal["last", "all"]
 
 
-class AttentionRecorder(Saving):
+class AttentionRecorder(Saving, Reducing):
     """Record the attention maps of a model, at the speed of its fused kernel.
 
         with AttentionRecorder(model) as rec:
@@ -62,7 +62,8 @@ class AttentionRecorder(Saving):
         layers: which attention modules: names, globs ("blocks.*.attn", "blocks.3.*"), positions (-1 is the last), a list of
             these, or a predicate of (name, module). None for all. A name is that very module, known as attention or not.
         keep: "inputs" keeps what a module was called with (a reference, no copy) and computes maps when asked; "maps" computes
-            them while the model runs and lets the input go.
+            them while the model runs and lets the input go; a function of a map, which is called with each while the model
+            runs, keeps what it returns, as `rec.reduced`, and lets input and map go.
         passes: "last" keeps the last forward only, "all" keeps each, as `rec.passes[i]`.
         device, dtype: where maps and gradients go and as what; None for where and as what they are computed.
         detach: True cuts maps off from the autograd graph; False leaves them in it.
@@ -75,7 +76,7 @@ class AttentionRecorder(Saving):
         ModelError: the attention of the model forms no maps, or it is a DataParallel, scripted or exported one.
         LayerNotFoundError: `layers` names nothing.
         UnreadableError: `layers` names a module that forms no map.
-        ValueError: `keep` or `passes` is none of the words above, or `dtype` is no floating one.
+        ValueError: `keep` or `passes` is none of the above, or does not go with the rest, or `dtype` is no floating one.
         RecorderError: it is made or opened inside compiled code.
     """
 
@@ -98,8 +99,7 @@ class AttentionRecorder(Saving):
     ) -> None:
         if torch.compiler.is_dynamo_compiling():
             raise RecorderError(INSIDE)
-        if keep not in ("inputs", "maps"):
-            raise ValueError(f'keep={keep!r} is not known: keep="inputs" or keep="maps".')
+        self._reduction = reduction_of(keep, passes=passes, gradients=gradients, verify=verify)
         if passes not in ("last", "all"):
             raise ValueError(f'passes={passes!r} is not known: passes="last" or passes="all".')
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -110,7 +110,7 @@ class AttentionRecorder(Saving):
         self._skipped = found.skipped
         self._modules = dict(found.readable)
         deliver = Delivery(dtype, None if device is None else torch.device(device))
-        self._wanted = Wanted(maps=keep == "maps", detach=detach, gradients=gradients, verify=verify, deliver=deliver)
+        self._wanted = Wanted(keep != "inputs", self._reduction, detach, gradients, verify, deliver)
         self._keep_all, self._called_from = passes == "all", called_from
         self._passes = ForwardPasses(self.model, self._modules, keep_all=self._keep_all)
         self._edits = Edits(self.model)
@@ -147,9 +147,8 @@ class AttentionRecorder(Saving):
         Raises:
             NoMapError: no forward has run, or none that called an attention module.
         """
-        if not self._passes.all or not self._passes.all[-1].maps:
-            raise NoMapError(why_empty(self.model, self._passes, self.layers))
-        return self._maps_of(self._passes.all[-1])
+        self._check_kept()
+        return self._maps_of(self._last_forward())
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -171,6 +170,7 @@ class AttentionRecorder(Saving):
         Raises:
             NoMapError: no forward has run, or none that called an attention module.
         """
+        self._check_kept()
         filled = [self._maps_of(forward) for forward in self._passes.all if forward.maps]
         if not filled:
             raise NoMapError(why_empty(self.model, self._passes, self.layers))
@@ -249,7 +249,7 @@ class AttentionRecorder(Saving):
             recording.hook(self._look_up(), stack)
         else:
             self._detect(recording, stack)
-        stack.callback(self._passes.close, compute=self._wanted.maps)
+        stack.callback(self._passes.close, self._wanted.finish)
         self._passes.hook(outermost=True)
         if origins is not None:
             for module in self.model.modules():
