@@ -234,9 +234,9 @@ class _RecordedLayer(Around):
 
     def _begin_reducing(self, m: AttentionMap, forward: ForwardPass) -> _Begun | None:
         """Reduce a map before its module runs, or look at its call again when it ends: once, of what the module received."""
-        keep_maps = self._recording.keep_maps
-        watch = None if keep_maps is None or is_described(m.call) else keep_maps.watch()
-        if watch is not None or self.is_followed():
+        keep_maps, changes = self._recording.keep_maps, self.is_followed()
+        watch = None if keep_maps is None or changes or is_described(m.call) else keep_maps.watch()
+        if changes or watch is not None:
             return _Begun(m.call, None, (m, forward), watch=watch)
         forward.maps[m.name] = self._recording.compute(m)
         return None

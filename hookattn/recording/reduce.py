@@ -11,9 +11,11 @@ from typing import Any, Literal, Union
 import torch
 
 from ..attention.sources import without_autocast
+from ..calls.arguments import tensors_in
 from ..calls.call import Call
 from ..calls.restore import is_reading, reading
 from ..conditions.training import random_streams
+from ..conditions.transforms import is_left_behind
 from ..errors import LayerNotFoundError, NoMapError, RecorderError, UnreadableError, did_you_mean, listed
 from ..maps.attention_map import AttentionMap
 from ..maps.established import NotEstablishedError, deferring
@@ -90,9 +92,15 @@ class Outcome(Lost):
 
         Raises:
             RecorderError: it raised; its error is the cause.
+            UnreadableError: it returned a tensor of a `torch.vmap` that has returned.
         """
         if self._error is not None:
             raise RecorderError(self._told) from self._error
+        if any(map(is_left_behind, tensors_in([self._value]))):
+            raise UnreadableError(
+                f"{self._name!r} ran under torch.vmap, which has returned: open the recorder inside of what is mapped, and "
+                f"return rec.reduced[{self._name!r}] from there."
+            )
         return self._value
 
 
