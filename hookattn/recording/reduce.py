@@ -135,9 +135,9 @@ class Reduced(Mapping[str, Any]):
     """
 
     def __init__(self, maps: Mapping[str, AttentionMap]) -> None:
-        self._skipped = {name: why for name, m in maps.items() if (why := m.why_unreadable)}
-        made = {name: m._origin for name, m in maps.items() if name not in self._skipped}
-        self._made = {name: origin for name, origin in made.items() if isinstance(origin, Lost)}
+        done = {name: m._origin for name, m in list(maps.items()) if isinstance(m._origin, Lost)}
+        self._skipped = {name: why for name, lost in done.items() if (why := lost.why_unreadable)}
+        self._made = {name: outcome for name, outcome in done.items() if name not in self._skipped}
 
     def __getitem__(self, name: str) -> Any:
         if name in self._skipped:
@@ -189,7 +189,7 @@ class Reducing:
             )
         maps = self._last_forward().maps
         if not is_reading():  # else it is the function itself that asks for what came before
-            maps.update({name: reduction(m) for name, m in maps.items()})
+            maps.update({name: reduction(m) for name, m in list(maps.items())})
         return Reduced(maps)
 
     def _last_forward(self) -> ForwardPass:

@@ -406,6 +406,26 @@ def test_checkpoints_find_the_forward_they_ran_before(reentrant: bool, detach: b
     assert same({n: t.detach() for n, t in rec.reduced.items()}, rows)
 
 
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_module_that_counts_its_calls_is_read_after_the_call(followed: bool) -> None:
+    class Counting(Own):
+        count = 0
+
+        def forward(self, x: Tensor, fails: bool = False) -> Tensor:
+            self.count += 1
+            return super().forward(x, fails)
+
+    model, x = nn.Sequential(Counting(False)).eval(), torch.randn(B, N, C)
+    model(x)  # from now on it is an attribute of its own
+    with AttentionRecorder(model, "0", keep="maps") as rec, torch.no_grad():
+        model(x)
+    with AttentionRecorder(model, "0", keep=lambda m: (m[...], m.v.shape)) as kept, torch.no_grad():
+        if followed:
+            model[0].register_forward_pre_hook(lambda *_: None)
+        model(x)
+    assert same(kept.reduced["0"], (rec.maps["0"][...], (B, H, N, D)))
+
+
 # Axes that are established at the end
 
 
