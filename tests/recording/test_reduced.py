@@ -450,6 +450,28 @@ def test_a_map_whose_axes_are_not_known_yet_is_reduced_when_it_is_asked_for_or_a
         assert same(dict(rec.reduced), late(model, x, layers=layers))
 
 
+def test_what_waits_notes_nothing_of_what_runs_after_its_module() -> None:
+    model, x = nn.Sequential(Own(False), nn.Softmax(-1), nn.Linear(C, C)).eval(), torch.randn(B, N, C)
+    forget_what_was_established()
+    seen: list[weakref.ref[Any]] = []
+    with AttentionRecorder(model, "0", keep=figures) as rec, torch.no_grad():
+        with model[1].register_forward_hook(lambda _, args, output: seen.extend(map(weakref.ref, (*args, output)))):
+            model(x)
+        assert [ref() for ref in seen] == [None, None]
+    assert list(rec.reduced) == ["0"]
+
+
+def test_what_is_asked_for_while_its_module_runs_is_made_then_and_stays() -> None:
+    model, x = nn.Sequential(Own()).eval(), torch.randn(B, N, C)
+    expected = late(model, x, layers="0")
+    calls: list[str] = []
+    with AttentionRecorder(model, "0", keep=lambda m: (calls.append(m.name), figures(m))[1]) as rec, torch.no_grad():
+        model[0].proj.register_forward_hook(lambda *_: [*rec.reduced] and None)  # type: ignore[union-attr]
+        model(x)
+    assert calls == ["0"]
+    assert same(dict(rec.reduced), expected)
+
+
 # What goes wrong
 
 
@@ -577,6 +599,19 @@ def test_a_module_that_raises_has_nothing_and_holds_nothing_after_the_block() ->
     assert held() is None
     with pytest.raises(UnreadableError, match="midway"):
         rec.reduced["0"]
+
+
+def test_nothing_is_made_while_an_error_is_on_its_way() -> None:
+    model, x = tiny("vit")
+    calls: list[str] = []
+    with AttentionRecorder(model, 0, keep=lambda m: calls.append(m.name)) as rec:
+        attn = model.blocks[0].attn  # type: ignore[index,union-attr]
+        attn.register_forward_pre_hook(lambda *_: None)  # so that the map is not made before
+        attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        assert calls == []
+    assert calls == list(rec.reduced) == ["blocks.0.attn"]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # a kernel that PyTorch has no batching rule for
