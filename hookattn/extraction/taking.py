@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..image.tokens import Tokens
 from ..maps.attention_map import AttentionMap
 from ..recording.maps import Maps
 from ..recording.recorder import AttentionRecorder
+from ..recording.reduce import Keep
 from ..recording.selection import Layers
 from .geometry import Facts, describe_layers
 from .layout import Array
@@ -71,6 +73,13 @@ class Taken(NamedTuple):
     grid: tuple[int, int]
 
 
+class _OfLayer(NamedTuple):
+    """What was taken of one layer: by quantity, and what its keys stand for."""
+
+    values: dict[str, Tensor]
+    tokens: Tokens | None
+
+
 class Taker:
     """Takes quantities of batches of images.
 
@@ -97,7 +106,7 @@ class Taker:
             NoMapError: it has no attention that can be read.
             HookattnError: a quantity cannot be had of any layer; the reason is told.
         """
-        maps = self._record(images)
+        maps = self._record(images).maps
         if not maps:
             raise NoMapError(f"no attention of {maps.model} can be read. {'; '.join(list(maps.skipped.values())[:3])}")
         shapes, missing = dict[str, Shape](), dict[str, dict[str, str]]()
@@ -108,7 +117,12 @@ class Taker:
                 raise UnreadableError(f"{quantity.name!r} cannot be had of this model: {reason}")
             shapes[quantity.name] = (len(maps), *(max(lengths) for lengths in zip(*found)))
         shapes |= {quantity.name: tuple(quantity.of(maps).shape[1:]) for quantity in self._of_all}
-        return Shapes(describe_layers(maps), shapes, _common_tokens(maps), {name: why for name, why in missing.items() if why})
+        return Shapes(
+            describe_layers(maps),
+            shapes,
+            _common_tokens([_tokens_of(m) for m in maps.values()]),
+            {name: why for name, why in missing.items() if why},
+        )
 
     def take(self, images: Tensor, known: Shapes) -> Taken:
         """Run the model on a batch; NaN is where an image or a layer has less than others.
@@ -116,21 +130,29 @@ class Taker:
         Raises:
             HookattnError: something that could be had in the probe cannot be had, or is larger.
         """
-        maps = self._record(images)
         out = {name: np.full((len(images), *shape), np.nan, np.float32) for name, shape in known.shapes.items()}
+        if self._of_all:
+            maps = self._record(images).maps
+            layers = {name: self._take(m, len(images), known) for name, m in maps.items()}
+        else:
+            layers = dict(self._record(images, partial(self._take, images=len(images), known=known)).reduced)
         for place, name in enumerate(known.layers):
-            wanted = [each for each in self._of_layers if name not in known.missing.get(each.name, ())]
-            for quantity, values in take_of_map(maps[name], len(images), wanted).items():
+            for quantity, values in layers[name].values.items():
                 _put(out[quantity][:, place], values, quantity)
         for each in self._of_all:
             _put(out[each.name], each.of(maps), each.name)
-        tokens = _common_tokens(maps)
+        tokens = _common_tokens([layer.tokens for layer in layers.values()])
         return Taken(out, (0, 0) if tokens is None else tokens.grid_size)
 
-    def _record(self, images: Tensor) -> Maps:
-        with AttentionRecorder(self.model, self._layers) as rec, torch.no_grad():
+    def _record(self, images: Tensor, keep: Keep = "inputs") -> AttentionRecorder:
+        with AttentionRecorder(self.model, self._layers, keep=keep) as rec, torch.no_grad():
             self.model(images.to(self._like.device, self._like.dtype, non_blocking=True))
-        return rec.maps
+        return rec
+
+    def _take(self, m: AttentionMap, images: int, known: Shapes) -> _OfLayer:
+        """What is taken of one map, while its module runs."""
+        wanted = [each for each in self._of_layers if m.name not in known.missing.get(each.name, ())]
+        return _OfLayer(take_of_map(m, images, wanted), _tokens_of(m))
 
 
 def _try_layers(maps: Maps, images: int, quantity: Quantity) -> tuple[list[Shape], dict[str, str]]:
@@ -144,14 +166,18 @@ def _try_layers(maps: Maps, images: int, quantity: Quantity) -> tuple[list[Shape
     return found, missing
 
 
-def _common_tokens(maps: Mapping[str, AttentionMap]) -> Tokens | None:
-    """What the keys of all maps stand for, if that is one grid of whole images; else None."""
+def _tokens_of(m: AttentionMap) -> Tokens | None:
+    """What the keys of a map stand for; None where that is not known."""
     try:
-        all_tokens = [m.tokens for m in maps.values()]
+        return m.tokens
     except TokenError:
         return None
-    first = all_tokens[0]
-    same = all((t.prefix, t.grid_size, t.places) == (first.prefix, first.grid_size, None) for t in all_tokens)
+
+
+def _common_tokens(found: Sequence[Tokens | None]) -> Tokens | None:
+    """What the keys of all maps stand for, if that is one grid of whole images; else None."""
+    first = found[0]
+    same = all(t and first and (t.prefix, t.grid_size, t.places) == (first.prefix, first.grid_size, None) for t in found)
     return first if same else None
 
 
