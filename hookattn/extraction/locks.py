@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from ..errors import StoreError
+from ..errors import MissingExtraError, StoreError
 
 _HELD: set[str] = set()
 """Stores that runs of this process write to: of itself a process gets a lock of a file again."""
@@ -92,11 +92,14 @@ def _lock(file: int) -> bool:
 
 @contextmanager
 def _hold_address(where: str) -> Iterator[None]:
-    note = _Note(where)
-    if (other := note.read()) is not None and not _is_over(other):
-        raise _taken(where, f"on {other.get('host')} (process {other.get('pid')})")
-    note.write()
-    if (other := note.read() or {}).get("run") != note.run:  # somebody wrote after us
+    try:
+        note = _Note(where)
+        other = note.take()
+    except ImportError as error:
+        raise MissingExtraError(f"{where} needs a package: {error}") from error
+    except Exception as error:  # whatever fsspec and a store's client raise
+        raise StoreError(f"{where} cannot be written ({error}).") from error
+    if other is not None:
         raise _taken(where, f"on {other.get('host')} (process {other.get('pid')})")
     ended = Event()
     renewing = Thread(target=note.renew_until, args=(ended,), name="hookattn lock", daemon=True)
@@ -118,6 +121,14 @@ class _Note:
         self.run = uuid.uuid4().hex
         self._files, path = url_to_fs(where)
         self._path = f"{path.rstrip('/')}.lock"
+
+    def take(self) -> dict[str, Any] | None:
+        """Note that it is us, unless somebody else writes: then what is noted of them."""
+        if (other := self.read()) is not None and not _is_over(other):
+            return other
+        self.write()
+        other = self.read() or {}
+        return None if other.get("run") == self.run else other  # who wrote after us
 
     def read(self) -> dict[str, Any] | None:
         """What it says; None where there is none."""

@@ -26,8 +26,10 @@ from hookattn.conditions.cuda_graphs import is_capturing as is_capturing
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
+from hookattn.extraction.locks import hold_store
 from hookattn.extraction.sources.images import Images
 from hookattn.extraction.sources.open_images import open_images
+from hookattn.extraction.writer import Writer
 from hookattn.image import preprocessing
 from hookattn.image.sizes import size_after
 from hookattn.maps import comparison, established, lazy, reading
@@ -45,9 +47,11 @@ __all__ = [
     "Projected",
     "Scores",
     "Sum",
+    "Writer",
     "compare_runs",
     "establish_axes",
     "find_recipe",
+    "hold_store",
     "is_reading",
     "list_recipes",
     "load_model",

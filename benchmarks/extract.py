@@ -1,0 +1,220 @@
+"""What a data set costs: images a second beside the bare model on the same loader, bytes, memory, going on, two Ray nodes.
+
+usage: python benchmarks/extract.py [--quick] [--model vit_small_patch16_224] [--batch 32] [--rounds 7] [--threads 1]
+           [--parts rate,bytes,many,ray] [--device cpu|cuda] [--append] [--out benchmarks/results/extract-cpu.json]
+
+The bare model and every run are fed by the same loader, one process of which reads ahead, with JPEGs of 500 x 375 pixels that
+are drawn here; they take turns, and rates are over that of the bare model in the same round. Memory is the resident set of the
+process that extracts and of the one that reads ahead, while ten thousand small images go through a small model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from command import measuring_parser, parsed, say, write_results
+from machine import describe_machine, in_words, installed_versions
+from measure import in_turns, spread
+from PIL import Image
+from torch import nn
+
+from hookattn.extraction import QUANTITIES, extract
+from hookattn.extraction.batches import load_batches
+from hookattn.extraction.inputs import find_inputs
+
+CASES = {  # what is asked of each image
+    "class rows": "cls",
+    "entropy, distance": "entropy,distance",
+    "class rows, entropy, distance": "cls,entropy,distance",
+    "class rows, entropy, distance, received": "cls,entropy,distance,received",
+    "rollout": "rollout",
+    "keys": "keys",
+    "maps": "maps",
+}
+DTYPES = ("float32", "float16", "uint8")
+MANY = 10_000
+
+
+def draw_photos(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """JPEGs of coarse noise, as large as photos are."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        coarse = np.random.default_rng(i).integers(0, 255, (15, 20, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        (folder / f"{i:05d}.jpg").write_bytes(file.getvalue())
+    return folder
+
+
+def run_bare(model: nn.Module, photos: Path, batch: int, workers: int) -> float:
+    """Seconds the model alone takes for all photos, after the first batch has been asked for."""
+    inputs = find_inputs(str(photos), model, None, "center")
+    like = next(model.parameters())
+    began = time.perf_counter()
+    with torch.no_grad():
+        for each in load_batches(inputs, {0: (0, len(inputs.names))}, batch, workers, pin=like.is_cuda):
+            for _, images in each.groups:
+                model(images.to(like.device, non_blocking=True)).cpu()
+    return time.perf_counter() - began
+
+
+def run_extract(model: nn.Module, photos: Path, batch: int, workers: int, what: str, **options: Any) -> tuple[float, int]:
+    """Seconds a run takes, after the first batch has been asked for and until all is written, and the bytes it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, ends = Path(folder) / "run.zarr", list[float]()
+        begins = list[float]()
+
+        def note(now: Any) -> None:
+            begins.append(time.perf_counter() - now.seconds) if not begins else None
+            ends.append(now.seconds)
+
+        extract(model, str(photos), out, what, batch_size=batch, workers=workers, report=note, **options)
+        seconds = time.perf_counter() - begins[0]
+        return seconds, sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+
+
+def measure_rates(model: nn.Module, o: Namespace, folder: Path) -> dict[str, Any]:
+    """Images a second of the bare model and of each case, and each case over the bare model of its round."""
+    count, workers = (16 if o.quick else 96), 1
+    photos = draw_photos(folder / "photos", count, (500, 375))
+    turns: dict[str, Callable[[int], float]] = {"bare": lambda _: run_bare(model, photos, o.batch, workers)}
+    for title, what in CASES.items():
+        turns[title] = partial(lambda what, _: run_extract(model, photos, o.batch, workers, what)[0], what)
+    turns["bare"](0)
+    found = in_turns(turns, o.rounds)
+    bare = found["bare"]
+    return {
+        "images": count,
+        "batch": o.batch,
+        "readers": workers,
+        "rounds": len(bare),
+        "bare": spread([count / seconds for seconds in bare.values()]),
+        "cases": {
+            title: {
+                "images_per_second": spread([count / seconds for seconds in times.values()]),
+                "over_bare": spread([bare[turn] / seconds for turn, seconds in times.items()]),
+            }
+            for title, times in found.items()
+            if title != "bare"
+        },
+    }
+
+
+def measure_bytes(model: nn.Module, o: Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """Bytes of an image in the store, compressed, by quantity and dtype."""
+    count = 8 if o.quick else 32
+    photos = draw_photos(folder / "some", count, (500, 375))
+    found: dict[str, dict[str, float]] = {}
+    for name, quantity in QUANTITIES.items():
+        kinds = DTYPES if quantity.bounded else DTYPES[:2] if quantity.is_large else ("float32",)
+        found[name] = {kind: _bytes_of(model, photos, name, kind, o.batch) / count for kind in kinds}
+    return found
+
+
+def _bytes_of(model: nn.Module, photos: Path, name: str, dtype: str, batch: int) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run.zarr"
+        extract(model, str(photos), out, name, batch_size=batch, dtype=dtype)
+        files = [file for part in (name, f"{name}_max") for file in (out / part).rglob("*") if file.name != "zarr.json"]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
+
+SMALL = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
+
+
+def watch_memory(photos: str, out: str) -> None:
+    """In a process of its own: extract, and print the resident bytes as the run goes on."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    held: dict[int, int] = {}
+
+    def note(now: Any) -> None:
+        if now.done % 1_000 < 64 and now.done // 1_000 not in held:
+            held[now.done // 1_000] = _resident()
+
+    began = time.perf_counter()
+    summary = extract(model, photos, out, "cls,entropy,distance,received", batch_size=64, workers=1, block=256, report=note)
+    total = time.perf_counter() - began
+    print(json.dumps({"held": held, "seconds": total, "done": summary.images, "resumed": summary.resumed}))
+
+
+def _resident() -> int:
+    """Bytes that this process and its children hold, what they share counted once for each."""
+    import psutil
+
+    me = psutil.Process()
+    return sum(int(each.memory_info().rss) for each in (me, *me.children(recursive=True)))
+
+
+def measure_many(o: Namespace, folder: Path) -> dict[str, Any]:
+    """Memory over many images, and what the same call costs when all of them are there."""
+    count = 500 if o.quick else MANY
+    photos = draw_photos(folder / "many", count, (80, 64))
+    command = [sys.executable, __file__, "--watch", str(photos), str(folder / "many.zarr")]
+    first, again = (json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(2))
+    return {"images": count, "held": first["held"], "seconds": first["seconds"], "seconds_when_done": again["seconds"]}
+
+
+def measure_ray(model: nn.Module, o: Namespace, folder: Path) -> dict[str, Any]:
+    """Images a second of two Ray nodes with one CPU and one actor each, over one process with one thread; start left out."""
+    raise SystemExit("ray")
+
+
+def main() -> None:
+    parser = measuring_parser(__doc__)
+    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--parts", default="rate,bytes,many,ray")
+    o = parsed(parser, "extract")
+    o.threads = o.threads or (1 if o.device == "cpu" else 0)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    model = timm.create_model(o.model, num_classes=0).eval().to(o.device)
+    results: dict[str, Any] = json.loads(o.out.read_text()) if o.append and o.out.exists() else {}
+    results |= {"machine": describe_machine(o.device), "versions": installed_versions(), "model": o.model}
+    measured: dict[str, Callable[[Path], Any]] = {
+        "rate": partial(measure_rates, model, o),
+        "bytes": partial(measure_bytes, model, o),
+        "many": partial(measure_many, o),
+        "ray": partial(measure_ray, model, o),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for part in o.parts.split(","):
+            say(part)
+            results[part] = measured[part](Path(folder))
+            write_results(results, o.out)
+    print(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in words."""
+    lines = [f"{in_words(results)}\n"]
+    if rate := results.get("rate"):
+        lines += ["| taken of each image | images/s | over the bare model |", "|---|---|---|"]
+        lines.append(f"| nothing: the bare model | {rate['bare']['median']:.3g} | 1 |")
+        for title, case in rate["cases"].items():
+            over = case["over_bare"]
+            cells = f"{case['images_per_second']['median']:.3g} | {over['median']:.2f} ({over['q1']:.2f} to {over['q3']:.2f})"
+            lines.append(f"| {title} | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--watch"]:
+        watch_memory(*sys.argv[2:])
+    else:
+        main()

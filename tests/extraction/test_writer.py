@@ -1,0 +1,73 @@
+"""Writing beside the work: no more waits than is told, all is written at the end, and the first error ends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+import pytest
+from support.inside import Writer
+
+
+def test_all_is_written_in_order_when_the_block_ends() -> None:
+    written: list[int] = []
+    with Writer(written.append) as writer:
+        for number in range(20):
+            writer.put(number)
+    assert written == list(range(20))
+
+
+def test_what_is_put_waits_while_two_are_under_way() -> None:
+    may_write, put = threading.Semaphore(0), list[int]()
+
+    def produce() -> None:
+        with Writer(lambda _: may_write.acquire()) as writer:
+            for number in range(6):
+                writer.put(number)
+                put.append(number)
+                stepped.release()
+
+    stepped = threading.Semaphore(0)
+    producer = threading.Thread(target=produce)
+    producer.start()
+    for _ in range(2):  # one that is written, one that waits
+        assert stepped.acquire(timeout=30)
+    assert not stepped.acquire(timeout=0.3)
+    for ahead in range(3, 7):
+        may_write.release()
+        assert stepped.acquire(timeout=30)
+        assert len(put) == ahead
+    may_write.release(2)
+    producer.join(timeout=30)
+    assert not producer.is_alive()
+
+
+def test_the_first_error_of_the_writer_is_raised_and_nothing_is_written_after_it() -> None:
+    written: list[int] = []
+
+    def write(number: int) -> None:
+        if number == 2:
+            raise OSError("the disk is full")
+        written.append(number)
+
+    with pytest.raises(OSError, match="the disk is full"):
+        put_all(write, range(100))
+    assert written == [0, 1]
+    with pytest.raises(OSError, match="the disk is full"):
+        put_all(write, [2])  # nothing is put after it
+
+
+def put_all(write: Callable[[int], None], numbers: Iterable[int], error: Exception | None = None) -> None:
+    with Writer(write) as writer:
+        for number in numbers:
+            writer.put(number)
+        if error is not None:
+            raise error
+
+
+def test_an_error_of_the_work_is_the_one_that_is_raised_and_what_was_done_is_written() -> None:
+    written: list[int] = []
+    with pytest.raises(KeyError):
+        put_all(written.append, [1, 2], KeyError())
+    assert written == [1, 2]
+    assert not [thread for thread in threading.enumerate() if thread.name == "hookattn writer"]
