@@ -101,8 +101,8 @@ def extract(
 
     The store has an array for each quantity, (image, layer, head, ...), with names of images and layers as coordinates; see
     `hookattn.extraction.open` for maps of it. Images are written a block at a time. A run that was killed, or whose disk was
-    full, is gone on with by the same call, which repeats the blocks that were not written: the one in work, and one or two
-    that waited for the disk. What a store was begun with is noted in it, and what does not agree is refused.
+    full, is gone on with by the same call, which repeats the blocks that were not written: the one in work, and the one
+    that was on its way to the disk. What a store was begun with is noted in it, and what does not agree is refused.
 
     Under `torchrun`, with a process group that is initialised, each process takes its share of the blocks.
 

@@ -20,7 +20,7 @@ from .store import FORMAT, Facts
 from .taking import Shapes, Taker
 from .work import Task
 
-_BLOCK_BYTES, _BLOCK_IMAGES = 2**27, 1024  # of what is stored; in memory there are up to three blocks, in float32
+_BLOCK_BYTES, _BLOCK_IMAGES = 2**27, 1024  # of what is stored; in memory there are two blocks, in float32
 _TRIED = 64  # images that are tried to find one that can be read
 _KINDS = ("float16", "float32", "uint8")
 

@@ -49,8 +49,8 @@ def test_kill_9_at_random_moments_tears_nothing_and_repeats_little(tmp_path: Pat
     assert told["begun"] >= 10, "too many were killed before there was a store"
     assert told["torn"] == []
     assert told["done_again"] == []
-    # of 3 images each: the block in work, the one that waits and the one that is written
-    assert max(told["lost"]) <= 9
+    # of 3 images each: the block in work, and the one that is written
+    assert max(told["lost"]) <= 6
     assert same(everything(tmp_path / "killed.zarr"), everything(tmp_path / "whole.zarr"))
     assert not [*tmp_path.rglob("*.partial")]
     assert not [*tmp_path.glob(".*lock")]

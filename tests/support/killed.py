@@ -74,7 +74,7 @@ class Account:
 
 def extract(out: Path, model: Any, workers: int, read: Account, taken: Account) -> bool:
     images = Drawn(IMAGES, account=read.add)
-    report = lambda step: taken.add(step.images)  # noqa: E731
+    report = lambda now: taken.add(now.done)  # noqa: E731
     extraction.extract(model, images, out, "cls,entropy,maps", batch_size=2, block=BLOCK, workers=workers, report=report)
     return True
 
@@ -114,7 +114,7 @@ def main(folder: Path, wanted: int) -> None:
             told["torn"] += seen["torn"]
             # all but the first, which is read to see what the model gives
             told["done_again"] += sorted({each // BLOCK for each in read.numbers()[1:]} & {*done})
-            told["lost"].append(sum(taken.numbers()) - BLOCK * len({*seen["done"]} - {*done}))
+            told["lost"] += [done_with - BLOCK * len(seen["done"]) for done_with in taken.numbers()[-1:]]
             done = seen["done"]
         if len(done) == IMAGES // BLOCK:
             if enough:
