@@ -60,6 +60,10 @@ class Photos:
         crop = self.crop or ("none" if self.preprocessing.any_size else "center")
         return crop == "none" and not isinstance(self.size, tuple)
 
+    def label_of(self, index: int) -> str:
+        """The label of one that cannot be read, too."""
+        return self.images.labels[index]
+
     def load(self, index: int) -> Input:
         """Read and prepare one.
 
@@ -68,7 +72,7 @@ class Photos:
         """
         encoded = self.images.read(index)
         photo = Photo.open(encoded, self.preprocessing, size=self.size, crop=self.crop)
-        return Input(photo.tensor, self.images.labels[index], hashlib.sha256(encoded).hexdigest())
+        return Input(photo.tensor, self.label_of(index), hashlib.sha256(encoded).hexdigest())
 
     def describe(self) -> dict[str, Any]:
         """How photos are shown, in plain values: two runs in which it is the same show them alike."""
@@ -95,6 +99,10 @@ class DataSet:
             )
         self._dataset = dataset
         self.names = _names_of(dataset)
+
+    def label_of(self, index: int) -> str:
+        """None: it comes with the image."""
+        return ""
 
     def load(self, index: int) -> Input:
         """Ask for one.

@@ -24,12 +24,14 @@ class Spec(NamedTuple):
         dims: names of its axes after "image".
         shape: of one image.
         dtype: "float32", "float16", or "uint8": shares of the largest value of each row, which is in the array `NAME_max`.
+        units: of values; "" where they have none.
     """
 
     name: str
     dims: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
+    units: str = ""
 
     @property
     def bytes(self) -> int:

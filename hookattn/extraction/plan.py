@@ -91,6 +91,7 @@ def find_coordinates(task: Task) -> dict[str, tuple[tuple[str, ...], Array]]:
     found: dict[str, tuple[tuple[str, ...], Array]] = {
         "image": (("image",), np.array([_storable(name) for name in task.inputs.names], object)),
         "layer": (("layer",), np.array(list(shapes.layers), object)),
+        "depth": (("layer",), np.arange(len(shapes.layers))),
     }
     axes = {dim: size for spec in task.layout.specs for dim, size in zip(spec.dims, spec.shape)}
     if "head" in axes:
@@ -121,7 +122,7 @@ def _find_readable(inputs: Inputs, strict: bool) -> Input:
 def _specify(quantity: Quantity, shapes: Shapes, dtype: str) -> Spec:
     kind = "float32" if not quantity.is_large else "float16" if dtype == "uint8" and not quantity.bounded else dtype
     dims = ("layer", *quantity.dims) if quantity.per_layer else quantity.dims
-    return Spec(quantity.name, dims, shapes.shapes[quantity.name], kind)
+    return Spec(quantity.name, dims, shapes.shapes[quantity.name], kind, quantity.units)
 
 
 def _choose_block(specs: Sequence[Spec], batch_size: int) -> int:

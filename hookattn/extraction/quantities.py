@@ -28,6 +28,7 @@ class Quantity:
         statistic: what `of` is given in place of the map: all statistics of a map are taken while it is computed once.
         per_layer: False for what is made of all layers together.
         bounded: True where values lie between 0 and 1, so that 8 bits can hold them.
+        units: of values, for the axes of plots.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Quantity:
     statistic: Statistic | None = None
     per_layer: bool = True
     bounded: bool = False
+    units: str = ""
 
     @property
     def is_large(self) -> bool:
@@ -96,8 +98,8 @@ QUANTITIES = {
     for each in (
         Quantity("cls", ("head", "key"), lambda m: m.rows("cls"), bounded=True),
         Quantity("rollout", ("key",), partial(rollout, query="cls"), per_layer=False, bounded=True),
-        Quantity("entropy", ("head",), lambda rows: rows.mean(-1), entropy),
-        Quantity("distance", ("head",), lambda found: found, mean_attention_distance),
+        Quantity("entropy", ("head",), lambda rows: rows.mean(-1), entropy, units="nats"),
+        Quantity("distance", ("head",), lambda found: found, mean_attention_distance, units="pixels"),
         Quantity("received", ("head", "key"), lambda found: found, received, bounded=True),
         Quantity("keys", ("head", "key", "channel"), lambda m: m.k[...]),
         Quantity("maps", ("head", "query", "key"), lambda m: m[...], bounded=True),

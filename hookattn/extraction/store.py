@@ -93,7 +93,7 @@ class Store:
         """Note facts of the run, and put the metadata of all arrays beside them, where readers find it in one piece."""
         zarr = import_zarr()
         coordinates = [name for name in ("label", "status", "sha256", "error", "grid_rows", "grid_cols") if name in self.group]
-        coordinates += [name for name in ("key_token", "key_row", "key_col") if name in self.group]
+        coordinates += [name for name in ("depth", "key_token", "key_row", "key_col") if name in self.group]
         with answering_full(self.where), warnings.catch_warnings():
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)  # that other implementations may not look for it
             self.group.attrs.update({_MARK: facts, "coordinates": " ".join(coordinates)})
@@ -143,6 +143,7 @@ class Store:
             fill_value=0 if spec.dtype == "uint8" else np.nan,
             compressors=codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
             dimension_names=("image", *spec.dims),
+            attributes={"units": spec.units} if spec.units else {},
         )
         if spec.dtype == "uint8":
             self._create(Spec(f"{spec.name}_max", spec.dims[:-1], spec.shape[:-1], "float32"), layout)

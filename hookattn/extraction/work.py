@@ -107,6 +107,7 @@ def _take_batch(taker: Taker, task: Task, batch: Batch, block: Block) -> None:
         block.label[number - block.start], block.sha256[number - block.start] = label, sha256
     for number, why in batch.broken.items():
         block.error[number - block.start], block.status[number - block.start] = why, BROKEN
+        block.label[number - block.start] = task.inputs.label_of(number)
 
 
 def _run(taker: Taker, images: Tensor, shapes: Shapes) -> Taken:

@@ -50,6 +50,7 @@ def test_what_is_stored_of_each_image_is_what_its_own_maps_give(tmp_path: Path, 
     assert list(found.image.values) == images.names
     assert list(found.layer.values) == ["blocks.0.attn", "blocks.1.attn"]
     assert list(found.label.values) == images.labels
+    assert list(found.depth.values) == [0, 1]
     assert list(found.key_token.values) == ["cls", "reg0", *["patch"] * 16]
     assert list(found.key_row.values[2:7]) == [0, 0, 0, 0, 1]
     places = [None, None, *reference.centres(4, 4, 16, 16)]
@@ -64,6 +65,7 @@ def test_what_is_stored_of_each_image_is_what_its_own_maps_give(tmp_path: Path, 
             near(of.received, reference.received(m[None])[0])
             near(of.entropy, reference.entropy(m[None])[0].mean(-1))
             near(of.distance, [mean(reference.attention_distance(head, places, places)) for head in m], 1e-4)
+    assert (found.entropy.units, found.distance.units) == ("nats", "pixels")
     assert found["keys"].dims == ("image", "layer", "head", "key", "channel")
     with AttentionRecorder(model) as rec, torch.no_grad():
         model(shown(images, 7, model))
@@ -189,6 +191,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_counted(tmp_path: Path, wo
     found = stored(tmp_path / "x.zarr")
     assert found.status.values.tolist() == [2, 1, 1, 1, 1, 2, 1, 1, 1]
     assert "no image that can be read" in str(found.error[5].values)
+    assert list(found.label.values) == Drawn(9).labels
     assert bool(found.cls[5].isnull().all())
     assert bool(found.entropy[0].isnull().all())
     assert not bool(found.cls[6].isnull().any())
