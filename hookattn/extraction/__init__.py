@@ -4,6 +4,7 @@ From top to bottom, an import may only point down:
 
     read         a store that is read
     extract      a run from beginning to end, or from where one stopped
+    ray_engine   who does the work on a cluster: actors, among which Ray Data shares it out
     engines      who does the work: this process, a thread of which writes
     ranks        processes of one run, as torchrun starts them
     plan         what a run is, and how it is laid out
@@ -15,6 +16,7 @@ From top to bottom, an import may only point down:
     inputs       images as a model is shown them
     sources      where images come from: folders, lists, archives, tables, data sets by name
     manifest     what a run is, in plain values; how two differ
+    sent_errors  errors, as another process is sent them
     writer       a thread that writes
     store        arrays of Zarr v3
     layout       its arrays, blocks of images, and values as they are stored
@@ -25,7 +27,8 @@ from __future__ import annotations
 
 from .extract import Summary, extract
 from .quantities import QUANTITIES, Quantity
+from .ray_engine import RayEngine
 from .read import Run
 from .read import open_run as open  # noqa: A004
 
-__all__ = ["QUANTITIES", "Quantity", "Run", "Summary", "extract", "open"]
+__all__ = ["QUANTITIES", "Quantity", "RayEngine", "Run", "Summary", "extract", "open"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from itertools import compress, count
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from .locks import hold_store
 from .manifest import check_same_run, list_versions
 from .plan import Reading, describe, find_coordinates, plan_run
 from .quantities import Quantity, What, find_quantities
-from .ranks import Ranks
+from .ranks import Ranks, meet_ranks
 from .store import Facts, Store, import_zarr
 from .work import Step, Task
 
@@ -137,33 +138,42 @@ def extract(
         ModelError: the model is in training mode.
         MissingExtraError: zarr is not installed.
     """
-    import_zarr()
-    if any(module.training for module in model.modules()):
-        raise ModelError("the model is in training mode, in which each image would change the figures of others: model.eval().")
-    if isinstance(source, DataLoader):
-        batch_size, workers, source = source.batch_size or batch_size, source.num_workers, source.dataset
-    inputs = find_inputs(source, model if preprocessing is None else preprocessing, size, crop, image_column, label_column)
-    reading = Reading(batch_size, workers, strict)
-    task = plan_run(model, layers, inputs, find_quantities(what), dtype, block, reading)
-    facts = describe(model, task, name, describe_source(source, image_column, label_column))
-    return _run(model, task, Store(out), facts, engine, report)
+
+    def plan() -> tuple[Task, Facts]:
+        import_zarr()
+        if any(module.training for module in model.modules()):
+            raise ModelError("the model is in training mode, in which each image changes the figures of others: model.eval().")
+        images, reading = source, Reading(batch_size, workers, strict)
+        if isinstance(source, DataLoader):
+            images, reading = source.dataset, Reading(source.batch_size or batch_size, source.num_workers, strict)
+        wanted = model if preprocessing is None else preprocessing
+        inputs = find_inputs(images, wanted, size, crop, image_column, label_column)
+        task = plan_run(model, layers, inputs, find_quantities(what), dtype, block, reading)
+        return task, describe(model, task, name, describe_source(images, image_column, label_column))
+
+    with meet_ranks() as ranks:
+        task, facts = ranks.together(plan)
+        return _run(model, task, Store(out), facts, engine, report, ranks)
 
 
-def _run(model: nn.Module, task: Task, store: Store, facts: Facts, engine: Engine, report: Report) -> Summary:
+def _run(model: nn.Module, task: Task, store: Store, facts: Facts, engine: Engine, report: Report, ranks: Ranks) -> Summary:
     """Do what is left to do of a task, as the one of several processes that this is."""
-    ranks = Ranks.here()
-    with ranks.if_first(lambda: hold_store(store.where)):
-        done = ranks.from_first(lambda: _begin(store, task, facts))
-        if not ranks.is_first:
-            check_same_run((store.find_facts() or {}).get("run", {}), facts["run"], store.where)
+    with ExitStack() as held:
+        done = ranks.from_first(lambda: _begin(store, task, facts, held))
+        ranks.together(lambda: _open(store, facts, ranks))
         resumed = sum(stop - start for start, stop in map(task.layout.range_of, compress(count(), done)))
         meter = _Meter(report, resumed, task.layout.images)
         pending = [number for number, is_done in enumerate(done) if not is_done]
-        engine(Job(model, task, store, pending[ranks.rank :: ranks.count], meter.add))
-        ranks.wait()
+        ranks.together(lambda: engine(Job(model, task, store, pending[ranks.rank :: ranks.count], meter.add)))
         status = store.status()
     taken, broken = (int((status == kind).sum()) for kind in (TAKEN, BROKEN))
     return Summary(task.layout.images, taken, broken, resumed, meter.seconds, meter.waited / (meter.seconds or 1.0))
+
+
+def _open(store: Store, facts: Facts, ranks: Ranks) -> None:
+    """Open the store that the first process has made or found, for the same run."""
+    if not ranks.is_first:
+        check_same_run((store.find_facts() or {}).get("run", {}), facts["run"], store.where)
 
 
 class _Meter:
@@ -180,8 +190,9 @@ class _Meter:
         self._report(Progress(self._done, self._images, step.broken, self.seconds, self.waited))
 
 
-def _begin(store: Store, task: Task, facts: Facts) -> list[bool]:
-    """Make the store, or check that it is this run's; which of its blocks are there."""
+def _begin(store: Store, task: Task, facts: Facts, held: ExitStack) -> list[bool]:
+    """Hold the store, and make it, or check that it is this run's; which of its blocks are there."""
+    held.enter_context(hold_store(store.where))
     there = store.find_facts()
     if there is None:
         store.create(task.layout, find_coordinates(task), {**facts, "versions": [list_versions()]})

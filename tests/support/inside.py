@@ -27,6 +27,7 @@ from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
 from hookattn.extraction.locks import hold_store
+from hookattn.extraction.sent_errors import make_sendable
 from hookattn.extraction.sources.images import Images
 from hookattn.extraction.sources.open_images import open_images
 from hookattn.extraction.writer import Writer
@@ -55,6 +56,7 @@ __all__ = [
     "is_reading",
     "list_recipes",
     "load_model",
+    "make_sendable",
     "open_images",
     "project_heads",
     "registry",

@@ -1,0 +1,151 @@
+"""On a cluster: a store is that of one process bit for bit, also where a node dies; an error comes back as what it was."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import pytest
+import torch
+from support.drawn import Drawn, small_vit
+from support.inside import make_sendable
+from support.on_nodes import FailElsewhere, Stuck, wait_for
+from support.stores import everything, metadata, same
+from torch import Tensor
+
+from hookattn import HookattnError, UnreadableError
+from hookattn.errors import MissingExtraError, StoreError
+
+extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
+RayEngine = extraction.RayEngine
+zarr, ray = pytest.importorskip("zarr"), pytest.importorskip("ray")
+# of attributes of its own, when Ray Data is first used in a process
+pytestmark = pytest.mark.filterwarnings(r"ignore:`use_\w+` is deprecated:DeprecationWarning")
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A cluster of one node, whose processes find what these tests send them."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        tests = Path(__file__).parents[1]
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tests.parent, tests, os.environ.get("PYTHONPATH", "")))))
+        patch.setenv("OMP_NUM_THREADS", "2")  # not what actors are to have
+        patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+        made = Cluster(head_node_args={**NODE, "_system_config": {"health_check_period_ms": 1000}}, initialize_head=True)
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+def run(out: Path, images: Any, model: Any = None, what: Any = "cls,entropy", **options: Any) -> Any:
+    asked = {"batch_size": 3, "block": 4, "dtype": "float32", **options}
+    return extraction.extract(small_vit() if model is None else model, images, out, what, **asked)
+
+
+def test_a_node_that_dies_is_survived_and_the_store_is_that_of_one_process(
+    tmp_path: Path, cluster: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, what = small_vit(), ["cls", "rollout", "entropy", "distance", "keys"]
+    node = cluster.add_node(**NODE)
+    (tmp_path / "read").mkdir()
+    stuck, broken, steps = Stuck(tmp_path / "read", node.node_id, block=4), [5, 22], list[Any]()
+
+    def kill(step: Any) -> None:
+        if not steps:
+            wait_for(lambda: len(stuck.stuck()) > 4)
+            cluster.remove_node(node, allow_graceful=False)
+        steps.append(step)
+
+    capfd.readouterr()
+    engine = RayEngine(cluster.address, actors=2)
+    summary = run(tmp_path / "x.zarr", Drawn(40, broken=broken, account=stuck), model, what, engine=engine, report=kill)
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert "WARN" not in told.err
+    whole = run(tmp_path / "whole.zarr", Drawn(40, broken=broken), model, what)
+    assert same(everything(tmp_path / "x.zarr"), everything(tmp_path / "whole.zarr"))
+    assert metadata(tmp_path / "x.zarr") == metadata(tmp_path / "whole.zarr")
+    assert (summary.taken, summary.broken) == (whole.taken, whole.broken) == (38, 2)
+    again = [index for _, index in stuck.read()].count(stuck.stuck()[-1])
+    assert again == 2  # what the dead node was at was taken by the other
+    assert [step.done for step in steps] == [*range(4, 41, 4)]
+    assert {name for step in steps for name in step.broken} == {"photo 005.png", "photo 022.png"}
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("error", [UnreadableError, LookupError])
+def test_an_error_in_an_actor_comes_back_as_what_it_was(tmp_path: Path, cluster: Any, error: type[Exception]) -> None:
+    model, what = small_vit(), extraction.Quantity("top", ("head",), FailElsewhere(error))
+    with pytest.raises(error, match="not of this map") as raised:
+        run(tmp_path / "x.zarr", Drawn(8), model, what, engine=RayEngine(cluster.address))
+    assert type(raised.value) is error
+    if error is LookupError:
+        assert "on_nodes.py" in str(raised.value.__cause__)  # where it was raised there
+    else:
+        assert raised.value.__cause__ is None
+    assert run(tmp_path / "x.zarr", Drawn(8), model, what).resumed == 0
+
+
+class OwnError(Exception):
+    """One that cannot be made again of its message alone."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+def test_an_error_that_cannot_be_sent_is_told() -> None:
+    sent = make_sendable(OwnError("this", "that"))
+    assert type(sent) is HookattnError
+    assert str(sent) == "OwnError: this and that"
+    error = UnreadableError("so")
+    assert make_sendable(error) is error
+
+
+def told(m: Any) -> Tensor:
+    """Of what figures depend on beside the model."""
+    return m[:, :, 0, 0] * 0 + torch.get_num_threads() + (10 if torch.get_float32_matmul_precision() == "high" else 0)
+
+
+def test_a_cluster_that_is_connected_is_used_and_left(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(_: Any) -> None:
+        zarr.open_group("x.zarr", mode="r+")["status"][:] = 0
+
+    monkeypatch.chdir(tmp_path)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(StoreError, match=r"x\.zarr of their own: name a folder that all nodes share"):
+            run(
+                Path("x.zarr"),
+                Drawn(4),
+                what=extraction.Quantity("told", ("head",), told),
+                engine=RayEngine(),
+                report=forget,
+            )
+        assert (everything("x.zarr")["told"] == 11).all()
+        assert ray.is_initialized()
+        wait_for(lambda: ray.available_resources().get("CPU") == 1)  # no actor is left
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        ray.shutdown()
+
+
+def test_what_cannot_be_done_on_a_cluster_is_refused_before_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options in ({"actors": 0}, {"actors": (3, 2)}, {"cpus": 0}, {"gpus": -1}):
+        with pytest.raises(HookattnError, match="actors is a number from 1 on"):
+            RayEngine(**options)
+    lock = Lock()
+    with pytest.raises(HookattnError, match=r"cannot be sent .* files are opened when an image"):
+        run(tmp_path / "x.zarr", Drawn(4, account=lambda _: lock.locked()), engine=RayEngine())
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "hookattn\[ray\]"'):
+        run(tmp_path / "y.zarr", Drawn(4), engine=RayEngine())

@@ -1,0 +1,31 @@
+"""Everything that a store holds, and whether two hold the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def everything(where: Path | str) -> dict[str, Any]:
+    """All arrays of a store."""
+    import zarr
+
+    return {name: array[...] for name, array in zarr.open_group(where, mode="r").arrays()}
+
+
+def metadata(where: Path | str) -> dict[str, Any]:
+    """What a store notes of itself and of each array, but for the versions of packages."""
+    import zarr
+
+    group = zarr.open_group(where, mode="r")
+    facts = {name: value for name, value in group.attrs["hookattn"].items() if name != "versions"}
+    return {"facts": facts, **{name: array.metadata.to_dict() for name, array in group.arrays()}}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two stores hold the same, bit for bit."""
+
+    def alike(a: Any, b: Any) -> bool:
+        return a.dtype == b.dtype and bool((a == b).all() if a.dtype.kind in "TO" else a.tobytes() == b.tobytes())
+
+    return one.keys() == other.keys() and all(alike(array, other[name]) for name, array in one.items())
