@@ -82,8 +82,8 @@ def test_a_node_that_dies_is_survived_and_the_store_is_that_of_one_process(
 
 @pytest.mark.parametrize("error", [UnreadableError, LookupError])
 def test_an_error_in_an_actor_comes_back_as_what_it_was(tmp_path: Path, cluster: Any, error: type[Exception]) -> None:
-    model, what = small_vit(), extraction.Quantity("top", ("head",), FailElsewhere(error))
-    with pytest.raises(error, match="not of this map") as raised:
+    model, what = small_vit(), extraction.Quantity("top", ("head",), FailElsewhere(error), per_layer=False)
+    with pytest.raises(error, match="not of these maps") as raised:
         run(tmp_path / "x.zarr", Drawn(8), model, what, engine=RayEngine(cluster.address))
     assert type(raised.value) is error
     if error is LookupError:

@@ -58,12 +58,12 @@ class Stuck:
 
 @dataclass
 class FailElsewhere:
-    """A quantity that can be had in this process, and raises in others."""
+    """A quantity of all layers that can be had in this process, and raises in others."""
 
     error: type[Exception]
     here: int = os.getpid()
 
-    def __call__(self, m: Any) -> Tensor:
+    def __call__(self, maps: Any) -> Tensor:
         if os.getpid() != self.here:
-            raise self.error("not of this map")
-        return m[:, :, 0, 0]
+            raise self.error("not of these maps")
+        return next(iter(maps.values()))[:, :, 0, 0]
