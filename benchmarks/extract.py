@@ -31,8 +31,9 @@ from measure import in_turns, spread
 from PIL import Image
 from torch import nn
 
-from hookattn.extraction import QUANTITIES, extract
+from hookattn.extraction import QUANTITIES, RayEngine, extract
 from hookattn.extraction.batches import load_batches
+from hookattn.extraction.engines import Engine, run_here
 from hookattn.extraction.inputs import find_inputs
 
 CASES = {  # what is asked of each image
@@ -170,8 +171,40 @@ def measure_many(o: Namespace, folder: Path) -> dict[str, Any]:
 
 
 def measure_ray(model: nn.Module, o: Namespace, folder: Path) -> dict[str, Any]:
-    """Images a second of two Ray nodes with one CPU and one actor each, over one process with one thread; start left out."""
-    raise SystemExit("ray")
+    """Images a second of one process with one thread and of two Ray nodes of one CPU each, and seconds until the first."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    photos = draw_photos(folder / "shared", 32 if o.quick else 128, (500, 375))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    engines = {"one process": run_here, "two nodes": RayEngine(actors=2)}
+    try:
+        turns = {title: partial(lambda engine, _: _pace(model, photos, engine)[0], engine) for title, engine in engines.items()}
+        found = in_turns(turns, min(o.rounds, 5))
+        first = {title: _pace(model, photos, engine)[1] for title, engine in engines.items()}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    one, two = (found[title] for title in engines)
+    return {
+        "images_per_second": {title: spread([1 / each for each in found[title].values()]) for title in engines},
+        "two_over_one": spread([one[turn] / two[turn] for turn in two]),
+        "seconds_until_first": first,
+    }
+
+
+def _pace(model: nn.Module, photos: Path, engine: Engine) -> tuple[float, float]:
+    """Seconds an image takes, from the first block that is done to the last; and those until the first."""
+    done: list[tuple[float, int]] = []
+    began = time.perf_counter()
+    options: dict[str, Any] = {"batch_size": 8, "block": 8, "engine": engine}
+    with tempfile.TemporaryDirectory() as folder:
+        note = lambda now: done.append((time.perf_counter(), now.done))  # noqa: E731
+        extract(model, str(photos), Path(folder) / "x.zarr", "cls,entropy,distance", **options, report=note)
+    (start, first), (end, last) = done[0], done[-1]
+    return (end - start) / (last - first), start - began
 
 
 def main() -> None:
@@ -201,15 +234,27 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results in words."""
-    lines = [f"{in_words(results)}\n"]
-    if rate := results.get("rate"):
-        lines += ["| taken of each image | images/s | over the bare model |", "|---|---|---|"]
-        lines.append(f"| nothing: the bare model | {rate['bare']['median']:.3g} | 1 |")
-        for title, case in rate["cases"].items():
-            over = case["over_bare"]
-            cells = f"{case['images_per_second']['median']:.3g} | {over['median']:.2f} ({over['q1']:.2f} to {over['q3']:.2f})"
-            lines.append(f"| {title} | {cells} |")
+    """The results as tables."""
+    parts = {"rate": table_of_rates, "bytes": table_of_bytes}
+    return "\n\n".join([in_words(results), *(make(results[part]) for part, make in parts.items() if part in results)])
+
+
+def table_of_rates(rate: dict[str, Any]) -> str:
+    """Images a second by case, and over the bare model."""
+    lines = ["| taken of each image | images/s | over the bare model | half of the rounds |", "|---|---|---|---|"]
+    lines.append(f"| nothing: the bare model | {rate['bare']['median']:.3g} | 1 | |")
+    for title, case in rate["cases"].items():
+        over, speed = case["over_bare"], case["images_per_second"]["median"]
+        lines.append(f"| {title} | {speed:.3g} | {over['median']:.2f} | {over['q1']:.2f} to {over['q3']:.2f} |")
+    return "\n".join(lines)
+
+
+def table_of_bytes(sizes: dict[str, dict[str, float]]) -> str:
+    """Bytes of an image by quantity and dtype."""
+    lines = [f"| bytes of an image | {' | '.join(DTYPES)} |", "|---" * (len(DTYPES) + 1) + "|"]
+    for name, by_dtype in sizes.items():
+        cells = (f"{by_dtype[dtype]:,.0f}" if dtype in by_dtype else "" for dtype in DTYPES)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

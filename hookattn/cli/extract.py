@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from ..errors import HookattnError
 from ..extraction.engines import Engine, run_here
 from ..extraction.extract import Progress, Summary, extract
+from ..extraction.ray_engine import RayEngine
 from ..extraction.store import Store, import_zarr
 from .asked import Asked
 from .models import read_size
@@ -110,7 +111,14 @@ def _find_engine(where: Where) -> Engine:
         return run_here
     if where.engine != "ray":
         raise HookattnError(f"--engine {where.engine!r} is none: local, or ray.")
-    raise HookattnError("--engine ray")
+    fewest, _, most = where.actors.partition(",")
+    try:
+        actors = (int(fewest), int(most or fewest))
+    except ValueError as error:
+        raise HookattnError(
+            f"--actors {where.actors!r} is no number of actors: 4, or 1,8 for the fewest and the most."
+        ) from error
+    return RayEngine(where.address, actors=actors, gpus=where.gpus)
 
 
 @contextmanager

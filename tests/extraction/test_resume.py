@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from support.drawn import Drawn, small_vit
+from support.stores import everything, same
 
 from hookattn import HookattnError
 from hookattn.errors import StoreError
@@ -22,20 +23,6 @@ from hookattn.errors import StoreError
 extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 zarr, fsspec = pytest.importorskip("zarr"), pytest.importorskip("fsspec")
 KILLED = Path(__file__).parents[1] / "support" / "killed.py"
-
-
-def everything(where: Path | str) -> dict[str, Any]:
-    """All arrays of a store."""
-    return {name: array[...] for name, array in zarr.open_group(where, mode="r").arrays()}
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two stores hold the same, bit for bit."""
-
-    def alike(a: Any, b: Any) -> bool:
-        return a.dtype == b.dtype and bool((a == b).all() if a.dtype.kind in "TO" else a.tobytes() == b.tobytes())
-
-    return one.keys() == other.keys() and all(alike(array, other[name]) for name, array in one.items())
 
 
 def test_kill_9_at_random_moments_tears_nothing_and_repeats_little(tmp_path: Path) -> None:
