@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +56,20 @@ def load_batches(inputs: Inputs, blocks: dict[int, Range], size: int, workers: i
     generator = torch.Generator("cpu")
     loader = DataLoader(_Batches(inputs, plan), batch_size=None, num_workers=workers, pin_memory=pin, generator=generator)
     yield from loader
+
+
+@contextmanager
+def answering_lost_workers() -> Iterator[None]:
+    """Turn the end of a worker process, which is told wherever this process is, into an error that says what to do."""
+    try:
+        yield
+    except (RuntimeError, HookattnError) as error:  # the latter where a map was being computed
+        if (found := re.search(r"DataLoader worker[^\n.]*", str(error))) is None:
+            raise
+        raise HookattnError(
+            f"a process that reads images is gone ({found[0]}), most often for want of memory: the same again goes on, with "
+            "fewer workers."
+        ) from error
 
 
 class _Batches(Dataset[Batch]):

@@ -18,7 +18,7 @@ from .manifest import hash_names, hash_weights
 from .quantities import Quantity
 from .store import FORMAT, Facts
 from .taking import Shapes, Taker
-from .work import Task
+from .work import Task, unreadable
 
 _BLOCK_BYTES, _BLOCK_IMAGES = 2**27, 1024  # of what is stored; in memory there are two blocks, in float32
 _TRIED = 64  # images that are tried to find one that can be read
@@ -113,10 +113,12 @@ def _find_readable(inputs: Inputs, strict: bool) -> Input:
         try:
             return inputs.load(index)
         except Exception as error:  # of a file, of its decoder, or of somebody's data set
-            reasons.append(f"{inputs.names[index]}: {error}")
+            why = str(error).rstrip(".")
             if strict:
-                break
-    raise HookattnError(f"{'none' if len(reasons) > 1 else 'no image'} of the images can be read. {'; '.join(reasons[:3])}")
+                raise unreadable(inputs.names[index], why) from error
+            reasons.append(f"{inputs.names[index]}: {why}")
+    which = "none of the images" if len(reasons) == len(inputs.names) else f"none of the first {len(reasons)} images"
+    raise HookattnError(f"{which} can be read. {'; '.join(reasons[:3])}.")
 
 
 def _specify(quantity: Quantity, shapes: Shapes, dtype: str) -> Spec:

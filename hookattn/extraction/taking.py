@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -113,10 +114,9 @@ class Taker:
         for quantity in self._of_layers:
             found, missing[quantity.name] = _try_layers(maps, len(images), quantity)
             if not found:
-                reason = next(iter(missing[quantity.name].values()))
-                raise UnreadableError(f"{quantity.name!r} cannot be had of this model: {reason}")
+                raise _cannot_be_had(quantity, next(iter(missing[quantity.name].values())))
             shapes[quantity.name] = (len(maps), *(max(lengths) for lengths in zip(*found)))
-        shapes |= {quantity.name: tuple(quantity.of(maps).shape[1:]) for quantity in self._of_all}
+        shapes |= {quantity.name: _try_all(maps, quantity) for quantity in self._of_all}
         return Shapes(
             describe_layers(maps),
             shapes,
@@ -145,7 +145,11 @@ class Taker:
         return Taken(out, (0, 0) if tokens is None else tokens.grid_size)
 
     def _record(self, images: Tensor, keep: Keep = "inputs") -> AttentionRecorder:
-        with AttentionRecorder(self.model, self._layers, keep=keep) as rec, torch.no_grad():
+        with (
+            AttentionRecorder(self.model, self._layers, keep=keep) as rec,
+            torch.no_grad(),
+            _answering_model(self.model, images),
+        ):
             self.model(images.to(self._like.device, self._like.dtype, non_blocking=True))
         return rec
 
@@ -153,6 +157,38 @@ class Taker:
         """What is taken of one map, while its module runs."""
         wanted = [each for each in self._of_layers if m.name not in known.missing.get(each.name, ())]
         return _OfLayer(take_of_map(m, images, wanted), _tokens_of(m))
+
+
+@contextmanager
+def _answering_model(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Turn what a model's own code raises about images into an error that says what to do."""
+    try:
+        yield
+    except HookattnError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise HookattnError(
+            f"there is not enough memory for {len(images)} images at once; the same again with smaller batches goes on."
+        ) from error
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        kind, shape = type(model).__name__, " x ".join(map(str, images.shape))
+        raise HookattnError(
+            f"this {kind} takes no images {shape} ({type(error).__name__}: {error}). Show all at its own size, crop='center'."
+        ) from error
+
+
+def _try_all(maps: Maps, quantity: Quantity) -> Shape:
+    """The shape of a quantity of all layers together, without the image."""
+    try:
+        return tuple(quantity.of(maps).shape[1:])
+    except (HookattnError, ValueError) as error:  # ValueError: of layers that do not follow one another
+        raise _cannot_be_had(quantity, str(error)) from error
+
+
+def _cannot_be_had(quantity: Quantity, reason: str) -> UnreadableError:
+    return UnreadableError(
+        f"{quantity.name!r} cannot be had of this model: {reason.rstrip('.')}. Leave it out, or choose layers that have it."
+    )
 
 
 def _try_layers(maps: Maps, images: int, quantity: Quantity) -> tuple[list[Shape], dict[str, str]]:

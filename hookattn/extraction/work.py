@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import HookattnError
-from .batches import Batch, load_batches
+from .batches import Batch, answering_lost_workers, load_batches
 from .inputs import Inputs
 from .layout import BROKEN, TAKEN, Block, Layout
 from .quantities import Quantity
-from .taking import Shapes, Taken, Taker
+from .taking import Shapes, Taker
 
 
 @dataclass(frozen=True)
@@ -77,29 +76,34 @@ def take_blocks(
     batches = load_batches(task.inputs, blocks, task.batch_size, task.workers, pin=_is_on_gpu(model))
     block: Block | None = None
     before = time.perf_counter()
-    for batch in batches:
-        begun = time.perf_counter()
-        broken = {names[number]: why for number, why in batch.broken.items()}
-        if broken and task.strict:
-            name, why = next(iter(broken.items()))
-            raise HookattnError(f"{name} cannot be read ({why}). Without strict it is left out, and counted at the end.")
-        if block is None:
-            block = Block.empty(batch.block, *blocks[batch.block], task.layout.specs)
-        _take_batch(taker, task, batch, block)
-        ended = time.perf_counter()
-        count = sum(len(numbers) for numbers, _ in batch.groups) + len(broken)
-        report(Step(count, broken, ended - before, begun - before))
-        before = ended
-        if batch.is_last:
-            yield block
-            block = None
+    with answering_lost_workers():
+        for batch in batches:
+            begun = time.perf_counter()
+            broken = {names[number]: why for number, why in batch.broken.items()}
+            if broken and task.strict:
+                raise unreadable(*next(iter(broken.items())))
+            if block is None:
+                block = Block.empty(batch.block, *blocks[batch.block], task.layout.specs)
+            _take_batch(taker, task, batch, block)
+            ended = time.perf_counter()
+            count = sum(len(numbers) for numbers, _ in batch.groups) + len(broken)
+            report(Step(count, broken, ended - before, begun - before))
+            before = ended
+            if batch.is_last:
+                yield block
+                block = None
+
+
+def unreadable(name: str, why: str) -> HookattnError:
+    """What ends a run that is strict."""
+    return HookattnError(f"{name} cannot be read ({why.rstrip('.')}). Without strict it is left out, and counted at the end.")
 
 
 def _take_batch(taker: Taker, task: Task, batch: Batch, block: Block) -> None:
     """Put what is taken of a batch into its block."""
     for numbers, images in batch.groups:
         rows = [number - block.start for number in numbers]
-        taken = _run(taker, images, task.shapes)
+        taken = taker.take(images, task.shapes)
         for name, values in taken.values.items():
             block.values[name][rows] = values
         block.grid[rows], block.status[rows] = taken.grid, TAKEN
@@ -108,20 +112,6 @@ def _take_batch(taker: Taker, task: Task, batch: Batch, block: Block) -> None:
     for number, why in batch.broken.items():
         block.error[number - block.start], block.status[number - block.start] = why, BROKEN
         block.label[number - block.start] = task.inputs.label_of(number)
-
-
-def _run(taker: Taker, images: Tensor, shapes: Shapes) -> Taken:
-    try:
-        return taker.take(images, shapes)
-    except HookattnError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise HookattnError(
-            f"there is not enough memory for {len(images)} images at once; the same again with a smaller batch_size goes on."
-        ) from error
-    except (AssertionError, RuntimeError, ValueError, TypeError) as error:  # of the model's own code
-        kind, shape = type(taker.model).__name__, " x ".join(map(str, images.shape))
-        raise HookattnError(f"this {kind} takes no images {shape} ({type(error).__name__}: {error}).") from error
 
 
 def _is_on_gpu(model: nn.Module) -> bool:
