@@ -53,7 +53,7 @@ class Store:
             return None
         try:
             self.group = zarr.open_group(self.where, mode=mode, zarr_format=3)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
             if self.folder is None or (self.folder.is_dir() and not any(self.folder.iterdir())):
                 return None
             raise StoreError(f"{self.where} is there, and is no store of Zarr v3; name another.") from error
