@@ -99,6 +99,11 @@ class Run:
         status = self._store.status()
         return Counts(*(int((status == kind).sum()) for kind in (TAKEN, BROKEN, PENDING)))
 
+    def broken(self) -> dict[str, str]:
+        """The images that could not be read, by name, with the reason."""
+        errors = self._store.group["error"][:]
+        return {self.names[number]: str(errors[number]) for number in np.flatnonzero(self._store.status() == BROKEN)}
+
     def photo(self, image: int | str, photo: Any = None) -> Photo:
         """The photo of an image as the model was shown it, read again from where the run read it.
 
