@@ -276,7 +276,7 @@ def test_a_table_says_which_columns_it_has(tmp_path: Path) -> None:
     pq.write_table(
         table_of(NAMES, thumb=pa.array([b"t"] * 12, pa.large_binary()), kind=pa.array([*range(11), None])), "t.parquet"
     )
-    assert "may be images: image, thumb. Choose by image='image'" in refusal("t.parquet")
+    assert "may be images: image, thumb. Choose one: image_column='image'" in refusal("t.parquet")
     images = open_images("t.parquet", image="thumb", label="kind")
     assert (images.names[1], images.labels[1:], images.read(1)) == ("t.parquet/1", [*map(str, range(1, 11)), ""], b"t")
     assert read_all(open_images("t.parquet", image="image")) == BYTES

@@ -130,7 +130,7 @@ def _open_found(found: Sequence[Found], image: str | None, label: str | None) ->
 def _open_photos(found: Sequence[Found], around: str, image: str | None, label: str | None) -> Images:
     if image is not None or label is not None:
         raise HookattnError(
-            "image= and label= are columns of tables and endings in shards: photos in folders and lists have none."
+            "columns of images and labels are those of tables, or endings in shards: photos in folders and lists have none."
         )
     photos: list[Named] = []
     for address, kind, inside in found:
