@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -54,7 +55,14 @@ def load_batches(inputs: Inputs, blocks: dict[int, Range], size: int, workers: i
     ]
     # a generator of its own: with none the loader draws from the global one, which is the user's
     generator = torch.Generator("cpu")
-    loader = DataLoader(_Batches(inputs, plan), batch_size=None, num_workers=workers, pin_memory=pin, generator=generator)
+    loader = DataLoader(
+        _Batches(inputs, plan),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        generator=generator,
+        worker_init_fn=_leave_stopping_to_parent,
+    )
     yield from loader
 
 
@@ -70,6 +78,11 @@ def answering_lost_workers() -> Iterator[None]:
             f"a process that reads images is gone ({found[0]}), most often for want of memory: the same again goes on, with "
             "fewer workers."
         ) from error
+
+
+def _leave_stopping_to_parent(_: int) -> None:
+    # a terminal sends it to all processes, and workers that end by themselves are waited for, and print tracebacks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Batches(Dataset[Batch]):

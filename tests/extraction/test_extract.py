@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -16,7 +18,7 @@ from support.inside import cells_of_whole_photos
 from support.models import randomise
 from support.oracle import unfused
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from hookattn import AttentionRecorder, HookattnError, ModelError, NoMapError, TokenError, UnreadableError
 
@@ -259,6 +261,27 @@ def test_a_data_set_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(HookattnError, match="there are no images in it"):
         extraction.extract(model, Numbered(picture, 0), out)
     assert not out.exists()
+
+
+def test_what_a_model_does_not_take_or_have_is_told_at_the_first_image(tmp_path: Path) -> None:
+    cait, out = timm.create_model("cait_xxs24_224", img_size=64, depth=2, num_classes=0).eval(), tmp_path / "x.zarr"
+    with pytest.raises(HookattnError, match=r"takes no images 1 x 3 x 50 x 50 \(.*its own size, crop='center'"):
+        extraction.extract(small_vit(), Numbered(lambda i: torch.zeros(3, 50, 50)), out)
+    with pytest.raises(UnreadableError, match=r"'rollout' cannot be had of this model: .* Leave it out, or choose layers"):
+        extraction.extract(cait, Numbered(picture), out, "rollout")
+    assert not out.exists()
+
+
+def test_a_process_that_is_killed_while_it_reads_is_told(tmp_path: Path) -> None:
+    def die(index: int) -> Tensor:
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return picture(index)
+
+    model = small_vit()
+    with pytest.raises(HookattnError, match=r"reads images is gone \(DataLoader worker .* goes on, with fewer workers"):
+        extraction.extract(model, Numbered(die), tmp_path / "x.zarr", workers=1)
+    assert extraction.extract(model, Numbered(die), tmp_path / "x.zarr", workers=0).taken == 5
 
 
 def test_a_larger_image_than_the_first_says_so(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def choose_images(wanted: str | None, fitting: Sequence[str], kinds: Mapping[str
         raise HookattnError(f"{place!r} has no column {wanted!r}. {did_you_mean(wanted, fitting or kinds)}")
     if fitting:
         raise HookattnError(
-            f"several columns of {place!r} may be images: {listed(fitting)}. Choose one: image_column={fitting[0]!r}."
+            f"several columns of {place!r} may be images: {listed(fitting)}. Choose one: image_column={fitting[0]!r}, or "
+            f"--image-column {fitting[0]}."
         )
     columns = listed(f"{name} ({kind})" for name, kind in kinds.items())
     raise HookattnError(f"no column of {place!r} holds images. There is: {columns}.")
