@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -12,18 +12,20 @@ import torch.distributed as dist
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import HookattnError
 from ..extraction.engines import Engine, run_here
 from ..extraction.extract import Progress, Summary, extract
+from ..extraction.plan import KINDS
+from ..extraction.quantities import find_quantities
 from ..extraction.ray_engine import RayEngine
+from ..extraction.read import open_run
 from ..extraction.store import Store, import_zarr
 from .asked import Asked
 from .models import read_size
-from .output import console, name_bytes, printable, say
+from .output import console, name_bytes, print_error, printable, say, say_left_out
 from .photos import Rate, load_asked, read_layers
-
-_TOLD = 10  # broken images that are told one by one
 
 
 class Where(NamedTuple):
@@ -57,10 +59,27 @@ class Wanted(NamedTuple):
 def extract_images(sources: Sequence[str], asked: Asked, wanted: Wanted, out: str, as_json: bool) -> None:
     """Extract what was asked for, with a bar, and tell what came of it."""
     import_zarr()
+    _check(wanted, out)
     engine = _find_engine(wanted.where)
-    with _rank() as rank, _Told(hidden=rank > 0) as told:
-        model = load_asked(_on_own_gpu(asked))
-        summary = extract(
+    with _one_prints() as rank, _answering_stop(out):
+        summary = _extract(sources, asked, wanted, out, engine, is_hidden=rank > 0)
+        if rank == 0:
+            _tell(summary, asked.model, out, as_json)
+
+
+def _check(wanted: Wanted, out: str) -> None:
+    """Check what can be checked before the model is loaded."""
+    find_quantities(wanted.what)
+    if wanted.store_dtype not in KINDS:
+        raise HookattnError(f"--store-dtype {wanted.store_dtype!r} is none of {', '.join(KINDS)}.")
+    if not out.strip():
+        raise HookattnError(f"-o {out!r} names no store: -o NAME.zarr.")
+
+
+def _extract(sources: Sequence[str], asked: Asked, wanted: Wanted, out: str, engine: Engine, *, is_hidden: bool) -> Summary:
+    model = load_asked(_on_own_gpu(asked))
+    with _Told(is_hidden=is_hidden) as told:
+        return extract(
             model,
             list(sources) if len(sources) > 1 else sources[0],
             out,
@@ -79,26 +98,25 @@ def extract_images(sources: Sequence[str], asked: Asked, wanted: Wanted, out: st
             engine=engine,
             report=told.add,
         )
-        if rank == 0:
-            _tell(summary, told.broken, asked.model, out, as_json)
 
 
-def _tell(summary: Summary, broken: Mapping[str, str], model: str, out: str, as_json: bool) -> None:
-    for name, why in list(broken.items())[:_TOLD]:
-        say(f"left out: {printable(name)}: {why}")
-    if len(broken) > _TOLD:
-        say(f"left out: {len(broken) - _TOLD} more; the store's `error` says why")
-    before = f", {summary.resumed} of them before" if summary.resumed else ""
-    say(
-        f"{summary.taken} of {summary.images} images of {model}{before}, {summary.broken} could not be read; "
-        f"{summary.images_per_second:.1f} images/s, {summary.waited:.0%} of the time waiting for images"
-    )
-    size = _size_of(out)
+def _tell(summary: Summary, model: str, out: str, as_json: bool) -> None:
+    # of the store, since another run or another process may have met them
+    broken, size = open_run(out).broken(), _size_of(out)
+    say_left_out(broken)
+    say(f"{summary.taken} of {summary.images} images of {model}, {summary.broken} could not be read; {_name_pace(summary)}")
     told = "" if size is None else f", {name_bytes(size)}"
     say(f"wrote {printable(out)}{told}; hookattn show takes it, and xarray.open_zarr")
     if as_json:
         figures = {**summary._asdict(), "images_per_second": summary.images_per_second, "bytes": size}
-        typer.echo(json.dumps({"model": model, "store": out, **figures, "left_out": dict(broken)}))
+        typer.echo(json.dumps({"model": model, "store": out, **figures, "left_out": broken}))
+
+
+def _name_pace(summary: Summary) -> str:
+    if summary.resumed == summary.images:
+        return "all were done before"
+    before = f"{summary.resumed} were done before, the others at " if summary.resumed else ""
+    return f"{before}{summary.images_per_second:.1f} images/s, {summary.waited:.0%} of the time waiting for images"
 
 
 def _size_of(out: str) -> int | None:
@@ -122,16 +140,36 @@ def _find_engine(where: Where) -> Engine:
 
 
 @contextmanager
-def _rank() -> Iterator[int]:
-    """The number of this process among those that torchrun started, which form a group meanwhile; 0 where it is alone."""
+def _one_prints() -> Iterator[int]:
+    """The number of this process among those that torchrun started, which form a group meanwhile; 0 where it is alone.
+
+    The first of them prints. Of errors, that of the first process which fails is told: others meet the same, or cannot go on
+    without it.
+    """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield 0
         return
-    dist.init_process_group("gloo")
+    store, rank, count = next(rendezvous("env://"))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    console.quiet = rank > 0
     try:
-        yield dist.get_rank()
+        yield rank
+    except Exception:
+        if store.add("hookattn failed", 1) > 1:
+            raise typer.Exit(1) from None
+        raise
     finally:
+        console.quiet = False
         dist.destroy_process_group()
+
+
+@contextmanager
+def _answering_stop(out: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_error(f"stopped; the same command goes on with what is in {out}.")
+        raise typer.Exit(130) from None  # as a shell tells that somebody stopped it
 
 
 def _on_own_gpu(asked: Asked) -> Asked:
@@ -143,12 +181,13 @@ def _on_own_gpu(asked: Asked) -> Asked:
 class _Told:
     """A bar that tells how far a run is, how fast, how long it still takes, and how much of it waits for images."""
 
-    def __init__(self, *, hidden: bool) -> None:
-        self.broken: dict[str, str] = {}
+    def __init__(self, *, is_hidden: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        waiting = TextColumn("{task.fields[waiting]}")
-        self._bar = Bar(*columns, waiting, console=console, disable=hidden or not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("images", total=None, waiting="")
+        more = TextColumn("{task.fields[more]}")
+        disable = is_hidden or not console.is_terminal
+        self._bar = Bar(*columns, more, console=console, disable=disable, transient=True)
+        self._task = self._bar.add_task("images", total=None, more="")
+        self._broken, self._is_first = 0, True
 
     def __enter__(self) -> _Told:
         self._bar.start()
@@ -159,6 +198,10 @@ class _Told:
 
     def add(self, now: Progress) -> None:
         """Tell of a batch."""
-        self.broken |= now.broken
-        share = now.waited / (now.seconds or 1.0)
-        self._bar.update(self._task, completed=now.done, total=now.images, waiting=f"{share:.0%} waiting for images")
+        self._broken += len(now.broken)
+        left_out = f", {self._broken} left out" if self._broken else ""
+        more = f"{now.waited / (now.seconds or 1.0):.0%} waiting for images{left_out}"
+        # images of runs before this one are no part of how fast it is
+        tell = self._bar.reset if self._is_first else self._bar.update
+        tell(self._task, completed=now.done, total=now.images, more=more)
+        self._is_first = False

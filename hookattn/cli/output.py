@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,20 @@ if TYPE_CHECKING:
 # Into a file or a pipe tables get a fixed width: rich would take 80 columns, and break names of layers.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
+_TOLD = 10  # images that are told one by one
+
 
 def say(text: str) -> None:
     """Print lines as they are: brackets are no markup, and nothing in a name steers the terminal."""
     console.print("\n".join(map(printable, text.split("\n"))), markup=False)
+
+
+def say_left_out(broken: Mapping[str, str]) -> None:
+    """Print which images could not be read, and why; of many the first."""
+    for name, why in list(broken.items())[:_TOLD]:
+        say(f"left out: {printable(name)}: {why}")
+    if len(broken) > _TOLD:
+        say(f"left out: {len(broken) - _TOLD} more; the store's `error` says why")
 
 
 def print_error(text: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,7 @@ import typer
 
 import hookattn
 
-from ..errors import HookattnError
+from ..errors import HookattnError, UnreadableError
 from ..extraction.read import Run, open_run
 from ..figures.page import Shown, make_page
 from ..image.photo import Photo
@@ -20,7 +21,7 @@ from ..image.pixels import read_photo
 from ..recording.maps import Maps
 from .explore import read_budget
 from .files import MAPS, PICTURES, check_out, write_out
-from .output import join_sizes, name_bytes, printable, say
+from .output import join_sizes, name_bytes, printable, say, say_left_out
 from .picture import save_picture
 from .record import read_query
 
@@ -51,10 +52,13 @@ class Wanted(NamedTuple):
 def show_stored(where: str, wanted: Wanted, as_json: bool) -> None:
     """Say what is in a store or a file; of one of its images draw the maps, or make a page of them."""
     kinds = (*PICTURES, *_PAGES)
+    if wanted.image is None and (wanted.out or wanted.query or wanted.photo):
+        raise HookattnError("name the image that is to be drawn, by its name or number: --image 0.")
     out = None if wanted.image is None else check_out(wanted.out or Path("attention.png"), kinds, [wanted.photo])
     told, find = _open_file(Path(where), wanted) if where.lower().endswith(MAPS) else _open_store(where, wanted)
     if out is not None:
-        _draw(find(), wanted, out)
+        with _answering_rows():
+            _draw(find(), wanted, out)
     if as_json:
         typer.echo(json.dumps({**told, "wrote": None if out is None else str(out)}))
 
@@ -63,19 +67,17 @@ def _open_store(where: str, wanted: Wanted) -> tuple[Facts, Find]:
     run = open_run(where)
     model, counts = run.facts["run"]["model"]["name"], run.count()
     say(f"{printable(where)}: {model}, {len(run.layers)} layers, {counts.taken} of {len(run)} images")
-    if counts.broken:
-        say(f"{counts.broken} could not be read; `error` says why")
+    say_left_out(broken := run.broken())
     if counts.pending:
         say(f"{counts.pending} are not there yet; the same hookattn extract goes on with them")
     for spec in run.specs.values():
         say(f"  {spec.name:<10} {' x '.join(('image', *spec.dims))}, {join_sizes((len(run), *spec.shape))}, {spec.dtype}")
 
     def find() -> Shown:
-        image = str(wanted.image)
-        number = run.find(image if image in run.names else _number(image, run))
+        number = run.find(_find_name(str(wanted.image), run))
         return Shown(run.maps(number), _find_photo(run, number, wanted.photo), name=printable(run.names[number]))
 
-    return {"model": model, "layers": run.layers, "what": list(run.specs), **counts._asdict()}, find
+    return {"model": model, "layers": run.layers, "what": list(run.specs), **counts._asdict(), "left_out": broken}, find
 
 
 def _open_file(path: Path, wanted: Wanted) -> tuple[Facts, Find]:
@@ -96,8 +98,13 @@ def _open_file(path: Path, wanted: Wanted) -> tuple[Facts, Find]:
     return {"model": maps.model, "layers": list(maps), "skipped": maps.skipped}, find
 
 
-def _number(image: str, run: Run) -> int | str:
-    return int(image) if image.removeprefix("-").isdecimal() and image.isascii() else image
+def _find_name(image: str, run: Run) -> int | str:
+    """The name of an image, also where it was typed as it is printed, or its number."""
+    if image in run.names:
+        return image
+    if image.removeprefix("-").isdecimal() and image.isascii():
+        return int(image)
+    return next((name for name in run.names if printable(name) == image), image)
 
 
 def _find_photo(run: Run, number: int, given: Path | None) -> Photo | None:
@@ -109,6 +116,20 @@ def _find_photo(run: Run, number: int, given: Path | None) -> Photo | None:
             raise
         say(f"drawn without the photo, which cannot be read again ({error}); name it: --photo FILE")
         return None
+
+
+@contextmanager
+def _answering_rows() -> Iterator[None]:
+    """Say what to type where rows are asked for that were not stored."""
+    try:
+        yield
+    except UnreadableError as error:
+        reason = str(error).split(". ")[0].split(", as in")[0]
+        raise HookattnError(
+            f"{reason}. A page, and other queries than what was stored, need whole maps: hookattn extract --what maps into "
+            "another store, or hookattn record -o NAME.safetensors without --query. A picture of what is there needs neither: "
+            "-o NAME.png."
+        ) from error
 
 
 def _draw(shown: Shown, wanted: Wanted, out: Path) -> None:

@@ -22,7 +22,8 @@ from .work import Task, unreadable
 
 _BLOCK_BYTES, _BLOCK_IMAGES = 2**27, 1024  # of what is stored; in memory there are two blocks, in float32
 _TRIED = 64  # images that are tried to find one that can be read
-_KINDS = ("float16", "float32", "uint8")
+KINDS = ("float16", "float32", "uint8")
+"""What maps, rows and keys can be stored as."""
 
 
 class Reading(NamedTuple):
@@ -53,8 +54,8 @@ def plan_run(
     Raises:
         HookattnError: no image can be read, something cannot be had of the model, or a number or dtype makes no sense.
     """
-    if dtype not in _KINDS:
-        raise HookattnError(f"dtype={dtype!r} is not stored: {', '.join(_KINDS)}.")
+    if dtype not in KINDS:
+        raise HookattnError(f"dtype={dtype!r} is not stored: {', '.join(KINDS)}.")
     if reading.batch_size < 1 or reading.workers < 0 or (block is not None and block < 1):
         raise HookattnError(
             "batch_size and block are numbers of images from 1 on, and workers a number of processes from 0 on."

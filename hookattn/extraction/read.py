@@ -154,7 +154,8 @@ class Run:
         kind = next((kind for kind in ("maps", "cls") if kind in self.specs), None)
         if kind is None:
             raise HookattnError(
-                f"{self._store.where} has neither maps nor rows of maps, but {listed(self.specs)}: run.read(NAME, image)."
+                f"{self._store.where} has neither maps nor rows of maps, but {listed(self.specs)}, for run.read(NAME, image): "
+                "extract maps or cls into another store."
             )
         values = torch.from_numpy(self._read(self.specs[kind], number))
         rows, cols = (int(self._store.group[name][number]) for name in ("grid_rows", "grid_cols"))
