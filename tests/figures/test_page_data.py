@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,11 @@ import pytest
 import timm
 import torch
 from support.image import SIZES, naflex
+from support.pages import unpacked
 from support.reading import record
-from torch import Tensor
 
 from hookattn import QK
 from hookattn.figures import page
-
-
-def unpacked(html: str) -> list[tuple[dict[str, Any], Tensor]]:
-    """Facts of each layer and its rows, (windows, heads, queries + 1, keys), read as the page reads them, but here."""
-    facts = json.loads(re.findall(r'id="facts-of-the-page">(.*?)</script>', html, re.DOTALL)[0])
-    found = []
-    for layer in (layer for photo in facts["photos"] for layer in photo["layers"]):
-        text = re.findall(rf'id="{layer["block"]}">(.*?)</script>', html, re.DOTALL)[0]
-        raw = zlib.decompress(base64.b64decode(text))
-        sizes = [_count(layer[axis], facts["places"]) for axis in ("queries", "keys")]
-        shape = (layer["keys"]["windows"], layer["heads"], sizes[0] + 1, sizes[1])
-        count = shape[0] * shape[1] * shape[2]
-        tops = np.frombuffer(raw[: 4 * count], "<f4").reshape(*shape[:3], 1).astype(np.float64)
-        steps = np.frombuffer(raw[4 * count :], np.uint8).reshape(shape).astype(np.float64)
-        share = np.sign(steps - 128) * ((steps - 128) / 127) ** 2 if layer["signed"] else (steps / 255) ** 2
-        found.append((layer, torch.tensor(tops * share)))
-    return found
-
-
-def _count(tokens: dict[str, Any], places: list[list[int]]) -> int:
-    rows, columns = tokens["grid"]
-    placed = rows * columns if tokens["places"] is None else len(places[tokens["places"]]) // tokens["windows"]
-    return len(tokens["prefix"]) + placed // tokens["spread"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,166 @@
+"""`hookattn extract`, run as a user runs it."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.drawn import draw
+from support.inside import load_model
+from typer.testing import CliRunner, Result
+
+from hookattn.cli.app import app
+
+extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
+zarr = pytest.importorskip("zarr")
+ODD = "odd\nname [red]x.png"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five, and one that is none."""
+    folder = tmp_path / "photos"
+    for number, name in enumerate(("cat/a.png", "cat/b.png", "cat/c.png", "dog/d.png", f"dog/{ODD}")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(draw(number, 60, 40 + 10 * number))
+    (folder / "dog/broken.jpg").write_bytes(b"hello")
+    return folder
+
+
+def run(weights: Path | str, *args: str | Path) -> Result:
+    typed = ["extract", "-m", "test_vit", "-c", weights, "--workers", "0", "--batch", "2", "--block", "2", *args]
+    return CliRunner().invoke(app, [str(arg) for arg in typed])
+
+
+def arrays(where: Path) -> dict[str, Any]:
+    group = zarr.open_group(str(where), mode="r")
+    return {name: (group[name].metadata.dimension_names, group[name][...]) for name in sorted(group.array_keys())}
+
+
+def test_what_is_stored_is_what_the_same_in_python_stores(tmp_path: Path, weights: Path, photos: Path) -> None:
+    options = (
+        "--what",
+        "cls,entropy,keys",
+        "--layers",
+        "-2,blocks.0*",
+        "--store-dtype",
+        "uint8",
+        "--crop",
+        "none",
+        "--img-size",
+        "96",
+    )
+    result = run(weights, photos, "-o", tmp_path / "typed.zarr", *options, "--json")
+    assert result.exit_code == 0, result.output
+    model = load_model("test_vit", weights, (96, 96), whole=True)
+    told = extraction.extract(
+        model,
+        photos,
+        tmp_path / "called.zarr",
+        ["cls", "entropy", "keys"],
+        layers=[-2, "blocks.0*"],
+        size=96,
+        crop="none",
+        dtype="uint8",
+        batch_size=2,
+        block=2,
+    )
+    found, expected = arrays(tmp_path / "typed.zarr"), arrays(tmp_path / "called.zarr")
+    assert found.keys() == expected.keys()
+    for name, (dims, values) in expected.items():
+        assert found[name][0] == dims
+        np.testing.assert_array_equal(found[name][1], values)
+    facts = json.loads(result.stdout)
+    assert (facts["images"], facts["taken"], facts["broken"], facts["resumed"]) == (6, 5, 1, 0) == told[:4]
+    assert facts["left_out"] == extraction.open(tmp_path / "called.zarr").broken()
+    assert list(facts["left_out"]) == ["dog/broken.jpg"]
+    assert facts["bytes"] == sum(path.stat().st_size for path in (tmp_path / "typed.zarr").rglob("*") if path.is_file())
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, told = tmp_path / "x.zarr", iter([None])
+
+    def stop(*_: object) -> None:
+        if next(told, 0) == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hookattn.cli.extract._Told.add", stop)
+        stopped = run(weights, photos, "-o", out)
+    assert stopped.exit_code == 130
+    assert stopped.stderr.endswith(f"hookattn: stopped; the same command goes on with what is in {out}.\n")
+    again = run(weights, photos, "-o", out)
+    assert "5 of 6 images of test_vit, 1 could not be read; 2 were done before, the others at " in again.output
+    # it was of the run before that it was told
+    over = run(weights, photos, "-o", out)
+    assert "left out: dog/broken.jpg: a file of 5 bytes is no image that can be read" in over.output
+    assert "1 could not be read; all were done before" in over.output
+    # nobody looks at a bar in a file
+    assert "waiting for images" not in over.output
+    assert "\x1b" not in again.output + over.output
+
+
+def test_what_cannot_be_is_told_in_a_line(tmp_path: Path, weights: Path, photos: Path) -> None:
+    def refusal_of(source: Path, *args: str | Path) -> str:
+        result = run(weights, source, "-o", tmp_path / "x.zarr", *args)
+        assert result.exit_code == 1
+        assert result.stderr.count("\n") == 1
+        assert not (tmp_path / "x.zarr").exists()
+        return result.stderr
+
+    refusal = partial(refusal_of, photos)
+    assert "nothing called 'clss' to take of an image. Did you mean 'cls'?" in refusal("--what", "clss")
+    assert "--store-dtype 'int4' is none of float16, float32, uint8." in refusal("--store-dtype", "int4")
+    assert "-o '' names no store: -o NAME.zarr." in refusal("-o", "")
+    assert f"{photos} is there, and is no store of Zarr v3; name another." in refusal("-o", photos)
+    assert f"{weights} is there, and is no store of Zarr v3; name another." in refusal("-o", weights)
+    assert "nope://x.zarr cannot be written (ValueError: Protocol not known: nope)" in refusal("-o", "nope://x.zarr")
+    assert "no attention module is called 'nope'. There is: blocks.0.attn" in refusal("--layers", "nope")
+    assert "none of the images can be read. broken.jpg: a file" in refusal_of(photos / "dog/broken.jpg")
+    strict = run(weights, photos, "-o", tmp_path / "x.zarr", "--strict")
+    assert strict.exit_code == 1
+    assert "dog/broken.jpg cannot be read (a file of 5 bytes is no image" in strict.stderr
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr("hookattn.cli.extract.console", Console(file=file, force_terminal=True, width=160, color_system=None))
+    assert run(weights, photos, "-o", tmp_path / "x.zarr").exit_code == 0
+    last = file.getvalue().split("\rimages ")[-1]
+    assert " 6/6 " in last
+    assert "waiting for images, 1 left out" in last
+
+
+def test_of_two_processes_one_prints(tmp_path: Path, weights: Path, photos: Path) -> None:
+    forks, typed = multiprocessing.get_context("fork"), (weights, photos, "-o", tmp_path / "x.zarr", "--json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = forks.Queue()
+    both = [forks.Process(target=type_as_one_of_two, args=(rank, port, typed, told)) for rank in (0, 1)]
+    for each in both:
+        each.start()
+    (_, (first, refused)), (_, (second, refused_too)) = sorted(told.get(timeout=60) for _ in both)
+    for each in both:
+        each.join()
+    facts = json.loads(first[1])
+    assert (facts["taken"], facts["broken"], list(facts["left_out"])) == (5, 1, ["dog/broken.jpg"])
+    assert second == (0, "", "")
+    assert (refused[0], refused_too[0]) == (1, 1)
+    assert (refused[2] + refused_too[2]).count("was begun with other settings") == 1
+
+
+def type_as_one_of_two(rank: int, port: int, typed: tuple[Path | str, ...], told: Any) -> None:
+    torch.set_num_threads(1)  # threads of the parent are not there after a fork
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    told.put((rank, [(r.exit_code, r.stdout, r.stderr) for r in (run(*typed), run(*typed, "--block", "3"))]))
