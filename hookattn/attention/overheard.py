@@ -30,6 +30,7 @@ class Heard:
     def __init__(self, given: Sequence[Tensor]) -> None:
         self._given = given
         self._outputs: dict[nn.Module, Tensor] = {}
+        self._awaits = True
 
     def note(self, layer: nn.Module, x: Any, output: Any) -> bool:
         """Note what a layer has put out, if it was called with what the module was; whether it was."""
@@ -38,12 +39,18 @@ class Heard:
         self._outputs[layer] = output.detach()  # a map that is kept must not keep the graph
         return True
 
+    def await_no_more(self) -> None:
+        """From now on have what was not heard computed, instead of breaking off what needs it."""
+        self._awaits = False
+
     def output(self, own: Own) -> Tensor | None:
         """The output a projection is part of, or AwaitedError; None if it is not of what the module was called with."""
         if not self._is_given(own.x):
             return None
         if own.layer not in self._outputs:
-            raise AwaitedError(own.layer)
+            if self._awaits:
+                raise AwaitedError(own.layer)
+            return None
         return self._outputs[own.layer]
 
     def _is_given(self, x: Any) -> bool:

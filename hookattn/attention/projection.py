@@ -67,29 +67,34 @@ class Projected(Tensor):
         return self
 
     def narrowed(self, batch: Pick = ALL, heads: Pick = ALL) -> Tensor:
-        """This projection for some images and heads; computed only if it was before."""
+        """This projection for some images and heads; computed only if it was before, or was heard."""
         if batch is ALL and heads is ALL:
             return self
-        if self._computed is not None:
-            return pick(self._computed, batch, heads, ALL)
+        if (whole := self.heard()) is not None:
+            return pick(whole, batch, heads, ALL)
         weight, bias = self._of_heads(heads)
         # without `own`: what the module's layer puts out is all of it, and a part is cheaper computed
         return Projected(pick(self.x, batch, ALL, ALL), weight, bias)
 
     def compute_part(self, batch: Pick, heads: Pick, tokens: Pick) -> Tensor:
         """Compute the projection of some images, heads and tokens and no more."""
-        if self._computed is not None or (batch is ALL and heads is ALL and tokens is ALL):
+        if (batch is ALL and heads is ALL and tokens is ALL) or self.heard() is not None:
             return pick(self.compute(), batch, heads, tokens)
         return self._compute(pick(self.x, batch, tokens, ALL), *self._of_heads(heads))
 
     def compute(self) -> Tensor:
         """Compute the projection, once, or take it from what the module's own layer has put out, or is awaited to."""
+        if self.heard() is None:
+            self._computed = self._compute(self.x, self.weight, self.bias)
+        assert self._computed is not None
+        return self._computed
+
+    def heard(self) -> Tensor | None:
+        """The projection if it is there: computed before, or put out by the module's own layer, or awaited of it."""
         heard = heard_now.get()
         if self._computed is None and heard is not None and self.own is not None:
             output = heard.output(self.own)
             self._computed = None if output is None else self.own.part(output)
-        if self._computed is None:
-            self._computed = self._compute(self.x, self.weight, self.bias)
         return self._computed
 
     def _of_heads(self, heads: Pick) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,9 @@ From top to bottom, an import may only point down:
     follow       gradients that are followed through backward
     stems        hooks that note images, how they are cut, and what blocks of windows are given
     edits        other maps in place of a module's own
+    lent_maps    maps that are lent to a function, as long as their call is at hand, and when
     reduce       what a function makes of maps while the model runs, in place of them
+    hear         what is made of a call as soon as its module's own layers have made what it needs
     passes       what counts as one forward, and its maps
     saving       base of the recorder: its maps into a file
     maps         the maps of one forward: those that can be read, and why the others cannot

@@ -27,9 +27,11 @@ from ..maps.sites import Watch
 from ..recipes.registry import find_recipe
 from .edits import edit_before_others, is_edited
 from .follow import match_recomputed
-from .keep_maps import Awaited, KeepMaps
+from .hear import Awaited
+from .keep_maps import AwaitedMap, KeepMaps
+from .lent_maps import await_reduction, is_described, read_after_call
 from .passes import ForwardPass, ForwardPasses
-from .reduce import Reduction, is_described, read_after_call
+from .reduce import Reduction
 from .stems import Block, Stem
 
 
@@ -156,7 +158,7 @@ class _Begun(NamedTuple):
     Attributes:
         gradient: to be told of its output.
         m: its map, and the forward it belongs to; None for a call that a checkpoint makes again.
-        awaited: its map if it is made while the module runs.
+        awaited: its map, or what a function makes of it, if that is made while the module runs.
         watch: what is noted of it, for a map that a function reduces then.
     """
 
@@ -199,7 +201,7 @@ class _RecordedLayer(Around):
         if recording.wanted.reduction is not None:
             self._end_reducing(state, args, kwargs, changed, output)
             return
-        if recording.keep_maps is not None and awaited is not None:
+        if recording.keep_maps is not None and isinstance(awaited, AwaitedMap):
             recording.keep_maps.end(awaited, output)
         if changed:
             call = recaptured(call, args, kwargs, detach=recording.wanted.detach)
@@ -234,11 +236,17 @@ class _RecordedLayer(Around):
 
     def _begin_reducing(self, m: AttentionMap, forward: ForwardPass) -> _Begun | None:
         """Reduce a map before its module runs, or look at its call again when it ends: once, of what the module received."""
-        keep_maps, changes = self._recording.keep_maps, self.is_followed()
-        watch = None if keep_maps is None or changes or is_described(m.call) else keep_maps.watch()
-        if changes or watch is not None:
-            return _Begun(m.call, None, (m, forward), watch=watch)
-        forward.maps[m.name] = self._recording.compute(m)
+        call, keep_maps, changes = m.call, self._recording.keep_maps, self.is_followed()
+        reduction, watch, awaited = self._recording.wanted.reduction, None, None
+        if keep_maps is not None and reduction is not None and not changes:
+            if not is_described(call):
+                watch = keep_maps.watch()
+            elif True not in call.modes.training:  # else its projections draw other random numbers than a recipe's
+                awaited = await_reduction(m, forward.maps, reduction, keep_maps.listener)
+        if changes or watch is not None or awaited is not None:
+            return _Begun(call, None, (m, forward), awaited, watch)
+        if forward.maps[m.name] is m:  # it needs nothing that is still to come
+            forward.maps[m.name] = self._recording.compute(m)
         return None
 
     def _end_reducing(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:
@@ -246,6 +254,8 @@ class _RecordedLayer(Around):
         (m, forward), recording = state.m, self._recording
         if recording.keep_maps is not None and state.watch is not None:
             recording.keep_maps.leave(state.watch)
+        if recording.keep_maps is not None and state.awaited is not None:
+            recording.keep_maps.listener.end(state.awaited)
         if output is None or forward.maps.get(m.name) is not m:  # it raised; or somebody has asked meanwhile
             return
         if changed:

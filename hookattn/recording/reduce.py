@@ -20,9 +20,7 @@ from ..errors import LayerNotFoundError, NoMapError, RecorderError, UnreadableEr
 from ..maps.attention_map import AttentionMap
 from ..maps.established import NotEstablishedError, deferring
 from ..maps.lazy import LazyArray
-from ..maps.reading import Captured, Lost, Watched, needs_values, spec_without_values
-from ..maps.sites import Watch
-from ..recipes.registry import find_recipe
+from ..maps.reading import Lost
 from .passes import ForwardPass, ForwardPasses, why_empty
 
 Function = Callable[[AttentionMap], Any]
@@ -102,30 +100,6 @@ class Outcome(Lost):
                 f"return rec.reduced[{self._name!r}] from there."
             )
         return self._value
-
-
-def is_described(call: Call) -> bool:
-    """Whether a recipe describes a call, rather than declines it, as far as that can be told without its values."""
-    try:
-        described = find_recipe(call.layer.module) is not None
-        return described and (needs_values(call) or spec_without_values(call) is not None)
-    except Exception:  # told when the map is read
-        return True
-
-
-class _Lent(Watched):
-    """A map of what was noted while its module ran, as long as its call is at hand."""
-
-    @property
-    def call(self) -> Call:
-        """The captured call."""
-        return self._call
-
-
-def read_after_call(m: AttentionMap, watch: Watch | None) -> AttentionMap:
-    """The map of a call that has just ended, of what was noted of it where it was watched."""
-    call = m.call.restamped()
-    return m._from(Captured(call) if watch is None else _Lent(call, watch))
 
 
 class Reduced(Mapping[str, Any]):
@@ -241,7 +215,7 @@ def _apart(call: Call) -> Iterator[None]:
     Modes of ours take what it calls for no part of the forward; in the graph is what the call has in it; autocast is off, as
     where maps are read after a forward; random streams are put back where modules draw from them.
     """
-    device = call.x.device
+    device = call.tensors[0].device  # of which there is one, or there would be no map
     streams = None if call.modes.random is None else random_streams(device)
     token = reading.set(True)
     try:

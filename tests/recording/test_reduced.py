@@ -1,4 +1,4 @@
-"""`keep=function`: what it returns for each map is kept, bit for bit as of a recorded map, and the map is let go."""
+"""`keep=function`: what it returns for each map is kept, as of a recorded map within rounding, and the map is let go."""
 
 from __future__ import annotations
 
@@ -11,96 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import elsewhere
-from support.inside import find_recipe, forget_what_was_established, no_more_evidence
-from support.mechanisms import moved
-from support.models import SCORES, B, C, D, H, N, by_hand, plain, randomise, tiny
+from support.inside import forget_what_was_established, no_more_evidence
+from support.models import SCORES, B, C, D, H, N, by_hand, plain, tiny
 from support.modes import Largest, operations_of
 from support.reading import record
+from support.reduced import MODELS, Own, alike, figures, late, own, reduced, same
 from support.untouched import untouched
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from hookattn import AttentionMap, AttentionRecorder, LayerNotFoundError, NoMapError, RecorderError, UnreadableError
-from hookattn.analysis import compute_statistics, entropy, received
-
-
-class Own(nn.Module):
-    """Attention of one's own, which no recipe knows."""
-
-    def __init__(self, fused: bool = True) -> None:
-        super().__init__()
-        self.fused, self.num_heads = fused, H
-        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-
-    def forward(self, x: Tensor, fails: bool = False) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
-        if fails:
-            raise ArithmeticError("midway")
-        y = F.scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.mT * D**-0.5).softmax(-1) @ v
-        return self.proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-
-class Twice(nn.Module):
-    """Calls one module twice."""
-
-    def __init__(self, attn: nn.Module) -> None:
-        super().__init__()
-        self.attn = attn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attn(x + self.attn(x))  # type: ignore[no-any-return]
-
-
-def own(fused: bool = True) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    attention = Own(fused)
-    assert find_recipe(attention) is None
-    return randomise(nn.Sequential(attention, Twice(Own(fused)))).eval(), torch.randn(B, N, C)
-
-
-def from_elsewhere(name: str) -> tuple[nn.Module, Tensor]:
-    model, case = elsewhere.made(name)
-    return model, case.inputs[0] if case.inputs else case.named["pixel_values"]
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    "vit": partial(tiny, "vit"),
-    "rope": partial(tiny, "rope_half"),
-    "swin": partial(moved, "swin"),
-    "cait": partial(moved, "cait"),
-    "twice": lambda: (Twice(plain()), torch.randn(B, N, C).double()),
-    "no recipe, fused": own,
-    "no recipe": partial(own, False),
-    "torchvision vit": partial(from_elsewhere, "torchvision vit"),
-    "transformers DINOv2": partial(from_elsewhere, "transformers Dinov2Model, sdpa"),
-    "transformers CLIP": partial(from_elsewhere, "transformers CLIPVisionModel, sdpa"),
-}
-
-
-def figures(m: AttentionMap) -> Any:
-    """Whole, row, shape and what goes over it chunk by chunk."""
-    assert m.x.shape[0] > 0
-    return m.name, m.shape, m[...], m[:, :, 0], m[0, -1], *compute_statistics(m, entropy, received)
-
-
-def same(got: Any, expected: Any) -> bool:
-    """Whether two trees hold the same, tensors bit for bit."""
-    (ours, how), (theirs, like) = pytree.tree_flatten(got), pytree.tree_flatten(expected)
-    return how == like and all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, theirs))
-
-
-def reduced(model: nn.Module, x: Any, function: Callable[[AttentionMap], Any] = figures, **options: Any) -> dict[str, Any]:
-    return dict(record(model, x, keep=function, **options).reduced)
-
-
-def late(model: nn.Module, x: Any, function: Callable[[AttentionMap], Any] = figures, **options: Any) -> dict[str, Any]:
-    """The same function of maps that are recorded."""
-    return {name: function(m) for name, m in record(model, x, **options).maps.items()}
-
+from hookattn.analysis import entropy
 
 # What it makes
 
@@ -118,7 +41,7 @@ def test_what_is_kept_is_what_the_function_makes_of_recorded_maps(name: str) -> 
             again = model(x)
         assert calls == list(expected)  # while the model runs
     assert calls == list(rec.reduced) == list(expected)
-    assert same(dict(rec.reduced), expected)
+    assert (same if name.startswith("no recipe") else alike)(dict(rec.reduced), expected)
     assert elsewhere.alike(elsewhere.tensors(again), elsewhere.tensors(output))
 
 
@@ -137,7 +60,7 @@ FUNCTIONS: dict[str, Callable[[AttentionMap], Any]] = {
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_function_reads_all_that_a_map_has(function: str) -> None:
     model, x = tiny("vit")
-    assert same(reduced(model, x, FUNCTIONS[function]), late(model, x, FUNCTIONS[function]))
+    assert alike(reduced(model, x, FUNCTIONS[function]), late(model, x, FUNCTIONS[function]))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -161,7 +84,9 @@ def test_maps_are_delivered_as_the_recorder_was_told(options: dict[str, Any]) ->
     for name, tensors in got.items():
         for ours, theirs in zip(tensors, expected[name]):
             assert (ours.dtype, ours.device, ours.shape) == (theirs.dtype, theirs.device, theirs.shape)
-            assert ours.is_meta or torch.equal(ours, theirs)
+            assert ours.is_meta or torch.allclose(
+                ours.double(), theirs.double(), rtol=0, atol=1e-3 if ours.element_size() < 4 else 1e-6
+            )
 
 
 def test_forwards_follow_each_other_and_the_last_one_is_told() -> None:
@@ -241,9 +166,9 @@ def test_a_row_makes_no_product_of_queries_and_keys() -> None:
         alone = operations_of(lambda: model(x))
         with AttentionRecorder(model, keep=lambda m: m[:, :, 0]):
             model(x)  # the shape of a map is found once, by arithmetic of shapes
-            assert operations_of(lambda: model(x)) == alone + B * H * 2 * (C * D + D * C + C * N)
+            assert operations_of(lambda: model(x)) == alone + B * H * 2 * N * D
         with AttentionRecorder(model, keep=lambda m: m[...]):
-            assert operations_of(lambda: model(x)) == alone + B * (2 * 2 * N * C * C + H * SCORES)
+            assert operations_of(lambda: model(x)) == alone + B * H * SCORES
 
 
 def test_a_row_of_a_module_that_was_watched_is_made_of_what_it_gave_to_the_kernel() -> None:
@@ -294,7 +219,7 @@ def test_edits_are_made_and_the_map_is_the_one_before() -> None:
     with other, other.edit({0: lambda a: a.flip(-1)}), torch.no_grad():
         assert torch.equal(model(x), expected)
     assert calls == list(rec.maps)
-    assert same(dict(other.reduced), {name: figures(m) for name, m in rec.maps.items()})
+    assert alike(dict(other.reduced), {name: figures(m) for name, m in rec.maps.items()})
 
 
 @pytest.mark.parametrize("followed", [False, True])
@@ -335,7 +260,8 @@ def test_what_a_function_computes_under_autocast_is_not_cast() -> None:
         model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16), AttentionRecorder(model, keep=function) as kept, torch.no_grad():
         model(x)
-    assert same(dict(kept.reduced), {name: function(m) for name, m in rec.maps.items()})
+    for name, m in rec.maps.items():
+        torch.testing.assert_close(kept.reduced[name], function(m), rtol=0, atol=2e-3)  # queries and keys are bfloat16
 
 
 def test_a_softmax_of_the_function_is_not_one_of_a_module_around() -> None:
@@ -496,7 +422,7 @@ def test_an_error_of_the_function_is_kept_and_told_by_name_and_line(kind: str) -
         assert isinstance(told.value.__cause__, ZeroDivisionError)
         assert told.value.__cause__.__traceback__ is None
     assert list(rec.reduced) == layers
-    assert torch.equal(rec.reduced[layers[1]], late(model, x, lambda m: m[:, :, 0], layers=layers)[layers[1]])
+    assert alike(rec.reduced[layers[1]], late(model, x, lambda m: m[:, :, 0], layers=layers)[layers[1]])
     with pytest.raises(LayerNotFoundError, match=r"nothing of 'block'.*There is|Did you mean"):
         rec.reduced["block"]
 
