@@ -167,16 +167,21 @@ def mean_attention_distance(m: AttentionMap) -> Sum:
     starts, ends = _centres(m)
     windows = starts.shape[1]
     laid: list[_Places] = []  # once the first chunk tells where: all that follow find them there
+    measured: dict[tuple[int, int], Tensor] = {}  # by rows
 
     def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
         if not laid:
             laid.append(_Places.of(batch, starts.to(chunk), ends.to(chunk)))
         middles, is_query, places, share = laid[0].cut(items, rows)
         # shares are 0 for prefix tokens and padding, 1 for patches, and between for pooled keys that reach over the border
-        weight = (chunk @ share[:, None, :, None]).squeeze(-1)
+        weight = _weigh(chunk, share)
         counts = (weight != 0) & is_query[:, None]
         # `where` on both sides of the division: an x / 0 that is only left out afterwards has a gradient of NaN
-        reached = (chunk * _distances(middles, places)[:, None]).sum(-1) / weight.where(counts, 1.0)
+        span = rows.start, rows.stop
+        if len(laid[0].share) > 1 or span not in measured:  # one at a time, which is no more than a chunk
+            measured.clear()
+            measured[span] = _distances(middles, places)
+        reached = (chunk * measured[span][:, None]).sum(-1) / weight.where(counts, 1.0)
         total[items] += torch.stack((reached.where(counts, 0.0).sum(-1), counts.sum(-1).to(reached)), dim=-1)
 
     def finish(total: Tensor) -> Tensor:
@@ -240,6 +245,13 @@ def _of_items(centres: Tensor, batch: int) -> Tensor:
 def _share(centres: Tensor) -> Tensor:
     """(items, tokens): how much of what a token stands for lies on the image."""
     return 1 - centres.isnan().any(-1).to(centres).mean(-1)
+
+
+def _weigh(chunk: Tensor, share: Tensor) -> Tensor:
+    """(items, heads, queries): what each query gives to all keys, each counted by its share."""
+    if len(share) > 1:
+        return (chunk * share[:, None, None]).sum(-1)
+    return torch.mv(chunk.flatten(0, 2), share[0]).view(chunk.shape[:3])  # measured: a tenth of a product of matrices
 
 
 def _distances(middles: Tensor, ends: Tensor) -> Tensor:
