@@ -23,6 +23,11 @@ class RandomStreams(NamedTuple):
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
+    def have_moved(self) -> bool:
+        """Whether something was drawn from the streams since they were here."""
+        on_device = self.cuda is None or torch.equal(torch.cuda.get_rng_state(self.device), self.cuda)
+        return not (on_device and torch.equal(torch.get_rng_state(), self.cpu))
+
 
 def random_streams(device: torch.device) -> RandomStreams:
     """States of the streams as they are now; taken in train mode only, since each is a copy of some kilobytes.

@@ -15,9 +15,11 @@ from torch import Tensor
 from ..attention.projection import ALL, Pick, Projected, compute, pick
 from ..attention.sources import QK, Dense, Source
 from ..calls.call import Call
+from ..conditions.function_modes import SDPA
 from ..errors import UnreadableError
 from ..image.tokens import Tokens
 from ..recipes.places import keep_reason, raise_reason
+from ..recipes.registry import find_values
 from .established import NameInErrors, TellWhy, as_in_training
 from .forward import Forward, recall
 from .lazy import Delivery, LazyArray, Spec
@@ -155,10 +157,11 @@ class OfVectors(LazyArray):
 
     @property
     def v(self) -> Vectors:
-        """Values, (batch, heads, keys, head_dim): what the map is multiplied onto; the module's forward is run for them.
+        """Values, (batch, heads, keys, head_dim): what the map is multiplied onto.
 
-        Where something is done to the map before, it is `effective` that they belong to. Reading them raises UnreadableError
-        where it is multiplied onto several tensors, or in no product of matrices that can be seen.
+        Only what is asked for is projected where the recipe of the class tells them; elsewhere its forward is run. Where
+        something is done to the map before, it is `effective` that they belong to. Reading them raises UnreadableError where it
+        is multiplied onto several tensors, or in no product of matrices that can be seen.
         """
         return Vectors(self.name, "v", self.call, lambda: self.tokens, self._deliver)
 
@@ -174,5 +177,20 @@ def _factor_of(call: Call, which: Literal["q", "k"]) -> Tensor:
 
 
 def _values_of(call: Call) -> Tensor:
-    """The values of a call, whose modes are on already: its forward is run again."""
-    return Forward(call, recall(call)).values()
+    """The values of a call, whose modes are on already: by recipe, or else its forward is run again."""
+    found = values_by_recipe(call)
+    return Forward(call, recall(call)).values() if found is None else found
+
+
+def values_by_recipe(call: Call) -> Tensor | None:
+    """What a recipe tells of values; None where it tells nothing of such a call, as under modes or an SDPA of the user's."""
+    make = find_values(call.layer.module)
+    as_written = not call.modes.functions and call.modes.sdpa is SDPA and not any(t.is_nested for t in call.tensors)
+    found = make(call.layer.module, *call.args, **call.kwargs) if make is not None and as_written else NotImplemented
+    # random numbers are the forward's own only where they are drawn in its order, after all that it draws before
+    return None if found is NotImplemented or _has_drawn(call) else found
+
+
+def _has_drawn(call: Call) -> bool:
+    """Whether random numbers were drawn since the streams were set to where they were in the call."""
+    return call.modes.random is not None and call.modes.random.have_moved()

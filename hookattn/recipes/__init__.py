@@ -17,6 +17,7 @@ From top to bottom, an import may only point down:
     pooled_attention   fewer keys than tokens, or fewer queries
     window_attention   attention inside windows of the image
     global_attention   all tokens attend to all tokens
+    values             what a map is multiplied onto, where several classes make it alike
     mechanisms         what several kinds have in common
     no_map             classes that form no map over pairs of a query and a key
     places             where the queries and keys of a map lie on the image

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention.projection import project
 from ..attention.sources import QK
 from .registry import recipe, register_channel_attention
+from .values import project_last
 
 register_channel_attention(
     "timm.models.xcit.XCA",
@@ -24,7 +25,11 @@ register_channel_attention(
 )
 
 
-@recipe("timm.models.xcit.XCA", "timm.models.edgenext.CrossCovarianceAttn")
+def cross_covariance_values(self: Any, x: Tensor) -> Tensor:
+    return project_last(self.qkv, x, "b n (parts h d) -> parts b h d n", of=3, h=self.num_heads)
+
+
+@recipe("timm.models.xcit.XCA", "timm.models.edgenext.CrossCovarianceAttn", values=cross_covariance_values)
 def cross_covariance_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.num_heads)
     # (batch, heads, channels of a head, tokens); the temperature is (heads, 1, 1)
@@ -38,14 +43,23 @@ def vit_pytorch_cross_covariance_attention(self: Any, x: Tensor) -> QK:
     return QK(F.normalize(q, dim=-1), F.normalize(k, dim=-1), scale=self.temperature.exp())
 
 
-@recipe("timm.models.davit.ChannelAttention")
+def davit_channel_values(self: Any, x: Tensor) -> Tensor:
+    (q,) = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=1, of=3, h=self.num_heads)
+    return q
+
+
+@recipe("timm.models.davit.ChannelAttention", values=davit_channel_values)
 def davit_channel_attention(self: Any, x: Tensor) -> QK:
     """Keys ask and values answer: the map is softmax(k^T v), and acts on the queries."""
     _, k, v = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=3, of=3, h=self.num_heads)
     return QK(k, v, scale=self.scale)
 
 
-@recipe("timm.models.davit.ChannelAttentionV2")
+def davit_channel_values_v2(self: Any, x: Tensor) -> Tensor:
+    return project_last(self.qkv, x, "b n (parts h d) -> parts b h d n", of=3, h=self.groups)
+
+
+@recipe("timm.models.davit.ChannelAttentionV2", values=davit_channel_values_v2)
 def davit_channel_attention_v2(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.groups)
     tokens = x.shape[1]  # what is summed over

@@ -24,25 +24,30 @@ from ..image.windows import whole_grid
 from .mechanisms import additive_or_bool, rotate
 from .places import find_windows
 from .registry import Shape, layout, recipe
+from .values import packed_values, project_last, separate_values
 
 # The class token asks
 
 
-@recipe("timm.models.cait.ClassAttn")
+@recipe("timm.models.cait.ClassAttn", values=separate_values)
 def class_attention(self: Any, x: Tensor) -> QK:
     q = rearrange(self.q(x[:, 0]), "b (h d) -> b h 1 d", h=self.num_heads)  # the class token alone
     k = project_heads(self.k, x, self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
-@recipe("timm.models.volo.ClassAttention")
+def values_of_kv(self: Any, x: Tensor) -> Tensor:
+    return project_last(self.kv, x, "b n (parts h d) -> parts b h n d", of=2, h=self.num_heads)
+
+
+@recipe("timm.models.volo.ClassAttention", values=values_of_kv)
 def volo_class_attention(self: Any, x: Tensor) -> QK:
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
     q = project_heads(self.q, x[:, :1], self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
-@recipe("timm.models.crossvit.CrossAttention")
+@recipe("timm.models.crossvit.CrossAttention", values=lambda self, x: project_heads(self.wv, x, self.num_heads))
 def crossvit_attention(self: Any, x: Tensor) -> QK:
     q, k = project_heads(self.wq, x[:, 0:1], self.num_heads), project_heads(self.wk, x, self.num_heads)
     return QK(q, k, scale=scale_of(self))
@@ -56,7 +61,11 @@ def class_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, To
 # A learned query asks
 
 
-@recipe("timm.layers.attention_pool.AttentionPoolLatent")
+def attention_pool_latent_values(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    return values_of_kv(self, x if self.pos_embed is None else x + self.pos_embed.unsqueeze(0).to(x.dtype))
+
+
+@recipe("timm.layers.attention_pool.AttentionPoolLatent", values=attention_pool_latent_values)
 def attention_pool_latent(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
     if self.pos_embed is not None:
         x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
@@ -71,10 +80,15 @@ def attention_pool_latent_tokens(geometry: Geometry, shape: Shape) -> tuple[Toke
     return Tokens(tuple(f"latent{i}" for i in range(shape[2])), (0, 0)), find_pooled_tokens(geometry, shape)
 
 
-@recipe("timm.layers.attention_pool.AttentionPoolPrr")
+def attention_pool_prr_values(self: Any, x: Tensor) -> Tensor:
+    x = self.pre_norm(x)
+    return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
+
+
+@recipe("timm.layers.attention_pool.AttentionPoolPrr", values=attention_pool_prr_values)
 def attention_pool_prr(self: Any, x: Tensor) -> QK:
-    """Tokens are their own queries and keys."""
-    q = k = rearrange(self.pre_norm(x), "b n (h d) -> b h n d", h=self.num_heads)
+    """Tokens are their own queries, keys and values."""
+    q = k = attention_pool_prr_values(self, x)
     return QK(q, k, scale=scale_of(self))
 
 
@@ -93,12 +107,20 @@ def find_pooled_tokens(geometry: Geometry, shape: Shape) -> Tokens:
 # The mean of all tokens asks
 
 
-@recipe("timm.layers.attention_pool2d.RotAttentionPool2d")
-def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
-    size = x.shape[-2:]
+def prepend_token(self: Any, x: Tensor) -> Tensor:
+    """The tokens of a grid behind a class token, or their mean."""
     x = rearrange(x, "b c y x -> b (y x) c")
     token = x.mean(1, keepdim=True) if self.cls_token is None else self.cls_token.expand(len(x), -1, -1)
-    x = torch.cat((token, x), dim=1)
+    return torch.cat((token, x), dim=1)
+
+
+def rot_attention_pool_2d_values(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+    return (separate_values if self.qkv is None else packed_values)(self, prepend_token(self, x))
+
+
+@recipe("timm.layers.attention_pool2d.RotAttentionPool2d", values=rot_attention_pool_2d_values)
+def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
+    size, x = x.shape[-2:], prepend_token(self, x)
     if self.qkv is None:
         q, k = (rearrange(part(x), "b n (h d) -> b h n d", h=self.num_heads) for part in (self.q, self.k))
     else:

@@ -26,16 +26,18 @@ from .mechanisms import (
     channels_first_tokens,
     channels_last_tokens,
     flatten_grid,
+    heads_of_grid,
     number_offsets,
     patch_tokens,
     read_off_query,
 )
 from .registry import Shape, layout, recipe
+from .values import channels_first_values, channels_last_values, packed_values
 
 # Scaled dot products of a grid
 
 
-@recipe("timm.models.volo.Attention")
+@recipe("timm.models.volo.Attention", values=channels_last_values)
 def volo_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b y x (parts h d) -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
@@ -44,17 +46,16 @@ def volo_attention(self: Any, x: Tensor) -> QK:
 layout("timm.models.volo.Attention")(channels_last_tokens)
 
 
-@recipe("timm.models.fastvit.Attention")
+@recipe("timm.models.fastvit.Attention", values=lambda self, x: packed_values(self, flatten_grid(x)))
 def fastvit_attention(self: Any, x: Tensor) -> QK:
-    x = rearrange(x, "b c y x -> b (y x) c")
-    q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+    q, k = project(self.qkv, flatten_grid(x), "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
 layout("timm.models.fastvit.Attention")(channels_first_tokens)
 
 
-@recipe("timm.models.visformer.Attention")
+@recipe("timm.models.visformer.Attention", values=channels_first_values)
 def visformer_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b (parts h d) y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
@@ -63,7 +64,7 @@ def visformer_attention(self: Any, x: Tensor) -> QK:
 layout("timm.models.visformer.Attention")(channels_first_tokens)
 
 
-@recipe("timm.layers.attention2d.Attention2d")
+@recipe("timm.layers.attention2d.Attention2d", values=channels_first_values)
 def attention_2d(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
     packed = "(h parts d)" if self.head_first else "(parts h d)"
     q, k = project(self.qkv, x, f"b {packed} y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
@@ -76,13 +77,24 @@ layout("timm.layers.attention2d.Attention2d")(channels_first_tokens)
 # One head
 
 
-@recipe("timm.models.iformer.SHMA", axes="b q k")
+def cut_if_windowed(self: Any, x: Tensor) -> Tensor:
+    """(batch * windows, channels, rows, columns), padded to whole windows; all of the grid where the module has none."""
+    if not self.window_size or self.window_size < 0:
+        return x
+    height, width = x.shape[-2:]
+    x = F.pad(x, (0, -width % self.window_size, 0, -height % self.window_size))
+    return rearrange(x, "b c (row y) (col x) -> (b row col) c y x", y=self.window_size, x=self.window_size)
+
+
+def single_head_modulation_values(self: Any, x: Tensor) -> Tensor:
+    x = self.gate_act(self.v_gate(cut_if_windowed(self, x)))  # values, then gates
+    return rearrange(x[:, : x.shape[1] // 2], "b d y x -> b 1 (y x) d")
+
+
+@recipe("timm.models.iformer.SHMA", axes="b q k", values=single_head_modulation_values)
 def single_head_modulation_attention(self: Any, x: Tensor) -> QK:
     """One head, in windows where `window_size` says so; keys that only pad the image to whole windows are attended to."""
-    if self.window_size and self.window_size > 0:
-        height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.window_size, 0, -height % self.window_size))
-        x = rearrange(x, "b c (row y) (col x) -> (b row col) c y x", y=self.window_size, x=self.window_size)
+    x = cut_if_windowed(self, x)
     if self.training:
         self.v_gate(x)  # comes first in the forward, and draws its random numbers first
     # (batch * windows, 1, tokens, d)
@@ -98,11 +110,15 @@ def single_head_modulation_attention_tokens(geometry: Geometry, shape: Shape) ->
     return tokens, tokens
 
 
-@recipe("timm.models.shvit.SHSA", axes="b q k")
+def split_one_head(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    qkv = rearrange(self.qkv(self.pre_norm(x[:, : self.pdim])), "b d y x -> b 1 (y x) d")
+    return torch.split(qkv, [self.qk_dim, self.qk_dim, self.pdim], dim=-1)
+
+
+@recipe("timm.models.shvit.SHSA", axes="b q k", values=lambda self, x: split_one_head(self, x)[2])
 def single_head_self_attention(self: Any, x: Tensor) -> QK:
     """One head that sees the first `pdim` channels only."""
-    qkv = rearrange(self.qkv(self.pre_norm(x[:, : self.pdim])), "b d y x -> b 1 (y x) d")
-    q, k, _ = qkv.split([self.qk_dim, self.qk_dim, self.pdim], dim=-1)
+    q, k, _ = split_one_head(self, x)
     return QK(q, k, scale=scale_of(self))
 
 
@@ -112,10 +128,9 @@ layout("timm.models.shvit.SHSA")(channels_first_tokens)
 # A bias for the distance between query and key
 
 
-@recipe("timm.models.levit.Attention")
+@recipe("timm.models.levit.Attention", values=lambda self, x: split_per_head(self, self.qkv(x))[2])
 def levit_attention(self: Any, x: Tensor) -> QK:
-    qkv = rearrange(self.qkv(x), pattern_per_head(self), h=self.num_heads)
-    q, k, _ = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
+    q, k, _ = split_per_head(self, self.qkv(x))
     return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))  # (heads, queries, keys)
 
 
@@ -125,10 +140,14 @@ def levit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, To
     return tokens, tokens
 
 
-@recipe("timm.models.levit.AttentionDownsample")
+def split_keys_and_values(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    kv = rearrange(self.kv(x), pattern_per_head(self), h=self.num_heads)
+    return torch.split(kv, [self.key_dim, self.val_dim], dim=-1)
+
+
+@recipe("timm.models.levit.AttentionDownsample", values=lambda self, x: split_keys_and_values(self, x)[1])
 def levit_attention_downsample(self: Any, x: Tensor) -> QK:
-    kv = rearrange(self.kv(x), pattern_per_head(self), h=self.num_heads)  # (batch, heads, tokens, key_dim + val_dim)
-    k, _ = kv.split([self.key_dim, self.val_dim], dim=-1)
+    k, _ = split_keys_and_values(self, x)
     q = rearrange(self.q(x), pattern_per_head(self), h=self.num_heads)
     return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))
 
@@ -143,7 +162,13 @@ def levit_attention_downsample_tokens(geometry: Geometry, shape: Shape) -> tuple
 
 def pattern_per_head(self: Any) -> str:
     """What makes (batch, heads, tokens, features) of a LeViT projection, on a grid or flat."""
-    return "b (h d) y x -> b h (y x) d" if self.use_conv else "b n (h d) -> b h n d"
+    return "b (h d) y x -> b h (y x) d" if getattr(self, "use_conv", False) else "b n (h d) -> b h n d"
+
+
+def split_per_head(self: Any, qkv: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values of each head together, which may be of other widths."""
+    qkv = rearrange(qkv, pattern_per_head(self), h=self.num_heads)
+    return torch.split(qkv, [self.key_dim, self.key_dim, self.val_dim], dim=-1)
 
 
 def find_tokens_at_resolution(geometry: Geometry) -> Tokens:
@@ -159,20 +184,18 @@ def find_tokens_at_resolution(geometry: Geometry) -> Tokens:
     return whole_grid((rows, columns))
 
 
-@recipe("timm.models.efficientformer.Attention")
+@recipe("timm.models.efficientformer.Attention", values=lambda self, x: split_per_head(self, self.qkv(x))[2])
 def efficientformer_attention(self: Any, x: Tensor) -> QK:
-    qkv = rearrange(self.qkv(x), "b n (h d) -> b h n d", h=self.num_heads)
-    q, k, _ = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
+    q, k, _ = split_per_head(self, self.qkv(x))
     return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))
 
 
 layout("timm.models.efficientformer.Attention")(patch_tokens)
 
 
-@recipe("timm.models.efficientformer_v2.Attention2dDownsample")
+@recipe("timm.models.efficientformer_v2.Attention2dDownsample", values=lambda self, x: heads_of_grid(self.v(x), self.num_heads))
 def efficientformer_v2_downsample(self: Any, x: Tensor) -> QK:
-    q = rearrange(self.q(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
-    k = rearrange(self.k(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
+    q, k = (heads_of_grid(layer(x), self.num_heads) for layer in (self.q, self.k))
     return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))
 
 
@@ -185,11 +208,14 @@ def efficientformer_v2_downsample_tokens(geometry: Geometry, shape: Shape) -> tu
 # Positions read off the query
 
 
-@recipe("timm.layers.bottleneck_attn.BottleneckAttn", axes="(b h) q k")
+def split_bottleneck(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    parts = self.qkv(x).split([self.dim_out_qk, self.dim_out_qk, self.dim_out_v], dim=1)
+    return tuple([heads_of_grid(part, self.num_heads) for part in parts])
+
+
+@recipe("timm.layers.bottleneck_attn.BottleneckAttn", axes="(b h) q k", values=lambda self, x: split_bottleneck(self, x)[2])
 def bottleneck_attention(self: Any, x: Tensor) -> QK:
-    qkv = self.qkv(x)
-    q, k, _ = qkv.split([self.dim_out_qk, self.dim_out_qk, self.dim_out_v], dim=1)
-    q, k = (rearrange(t, "b (h d) y x -> b h (y x) d", h=self.num_heads) for t in (q, k))
+    q, k, _ = split_bottleneck(self, x)
     height, width = x.shape[-2:]
     # the table counts key - query, the transpose of what `number_offsets` counts
     rel_h = self.pos_embed.height_rel[number_offsets(height, height, x.device).T]  # (rows, rows, d)
@@ -204,9 +230,13 @@ layout("timm.layers.bottleneck_attn.BottleneckAttn")(channels_first_tokens)
 # One key for all heads
 
 
-@recipe("timm.layers.attention2d.MultiQueryAttention2d")
+def multi_query_values_2d(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    return repeat(flatten_grid(self.value(x)), "b n d -> b h n d", h=self.num_heads)
+
+
+@recipe("timm.layers.attention2d.MultiQueryAttention2d", values=multi_query_values_2d)
 def multi_query_attention_2d(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> QK:
-    q = rearrange(self.query(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
+    q = heads_of_grid(self.query(x), self.num_heads)
     k = repeat(flatten_grid(self.key(x)), "b n d -> b h n d", h=self.num_heads)  # may be strided: fewer keys
     return QK(q, k, scale=scale_of(self), **additive_or_bool(attn_mask))
 
@@ -217,7 +247,12 @@ def multi_query_attention_2d_tokens(geometry: Geometry, shape: Shape) -> tuple[T
     return whole_grid(size_after(size, geometry.module.query)), whole_grid(size_after(size, geometry.module.key))
 
 
-@recipe("timm.layers.attention2d.MultiQueryAttentionV2", axes="b q h k")
+def multi_query_values_v2(self: Any, x: Tensor, m: Tensor | None = None) -> Tensor:
+    v = torch.einsum("bnc,cd->bnd", flatten_grid(x if m is None else m), self.value_proj)
+    return repeat(v, "b n d -> b h n d", h=self.num_heads)
+
+
+@recipe("timm.layers.attention2d.MultiQueryAttentionV2", axes="b q h k", values=multi_query_values_v2)
 def multi_query_attention_v2(self: Any, x: Tensor, m: Tensor | None = None) -> QK:
     q = torch.einsum("bnc,hdc->bhnd", flatten_grid(x), self.query_proj)  # parameters of no layer
     k = torch.einsum("bnc,cd->bnd", flatten_grid(x if m is None else m), self.key_proj)
@@ -233,14 +268,23 @@ def multi_query_attention_v2_tokens(geometry: Geometry, shape: Shape) -> tuple[T
 # Strided convolutions before the projection
 
 
-@recipe("timm.models.cpubone.ConvAttention", "timm.models.lowformer.ConvAttention")
-def conv_attention(self: Any, x: Tensor) -> QK:
-    """A strided convolution makes fewer tokens of all three, queries too."""
+def project_strided(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values behind a strided convolution."""
     if getattr(self, "small_kernels", False) and self.att_stride > 1:  # a kernel as small as its stride needs whole cells
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % self.att_stride, 0, -height % self.att_stride))
     pattern = "b (h parts d) y x -> parts b h (y x) d"  # q, k and v of each head together
-    q, k = project(self.pwise, self.conv_proj(x), pattern, parts=2, of=3, h=self.num_heads)
+    return project(self.pwise, self.conv_proj(x), pattern, parts=3, of=3, h=self.num_heads)
+
+
+@recipe(
+    "timm.models.cpubone.ConvAttention",
+    "timm.models.lowformer.ConvAttention",
+    values=lambda self, x: project_strided(self, x)[2],
+)
+def conv_attention(self: Any, x: Tensor) -> QK:
+    """A strided convolution makes fewer tokens of all three, queries too."""
+    q, k, _ = project_strided(self, x)
     return QK(q, k, scale=scale_of(self))
 
 

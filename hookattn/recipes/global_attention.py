@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -27,15 +26,17 @@ from .mechanisms import (
     prefix_and_patch_tokens,
     project_in_parallel,
     project_with_biases,
+    repeat_for_groups,
     rotate_by_axis,
     rotate_patches,
 )
 from .registry import layout, partition, recipe
+from .values import grouped_values, packed_values, separate_values, values_with_bias
 
 # One packed projection
 
 
-@recipe("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+@recipe("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention", values=packed_values)
 def attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     q, k = self.q_norm(q), self.k_norm(k)
@@ -45,9 +46,13 @@ def attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: 
 layout("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")(prefix_and_patch_tokens)
 
 
-@recipe("timm.models.vision_transformer.ParallelScalingBlock")
+def parallel_scaling_values(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return rearrange(project_in_parallel(self, x)[2], "b n (h d) -> b h n d", h=self.num_heads)
+
+
+@recipe("timm.models.vision_transformer.ParallelScalingBlock", values=parallel_scaling_values)
 def parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
-    q, k = project_in_parallel(self, x)  # (batch, tokens, dim)
+    q, k, _ = project_in_parallel(self, x)  # (batch, tokens, dim)
     q = self.q_norm(rearrange(q, "b n (h d) -> b n h d", h=self.num_heads))
     k = self.k_norm(rearrange(k, "b n (h d) -> b n h d", h=self.num_heads))
     q, k = rearrange(q, "b n h d -> b h n d"), rearrange(k, "b n h d -> b h n d")
@@ -57,7 +62,7 @@ def parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None
 layout("timm.models.vision_transformer.ParallelScalingBlock")(prefix_and_patch_tokens)
 
 
-@recipe("timm.models.metaformer.Attention", "timm.models.convit.MHSA")
+@recipe("timm.models.metaformer.Attention", "timm.models.convit.MHSA", values=packed_values)
 def packed_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
@@ -72,7 +77,7 @@ layout("timm.models.convit.MHSA")(prefix_and_patch_tokens)
 # A bias for the offset between query and key
 
 
-@recipe("timm.models.beit.Attention")
+@recipe("timm.models.beit.Attention", values=values_with_bias)
 def beit_attention(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> QK:
     q, k = project_with_biases(self, x)
     bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()  # (1, heads, queries, keys)
@@ -84,7 +89,7 @@ def beit_attention(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = No
 layout("timm.models.beit.Attention")(prefix_and_patch_tokens)
 
 
-@recipe("timm.models.vision_transformer_relpos.RelPosAttention")
+@recipe("timm.models.vision_transformer_relpos.RelPosAttention", values=packed_values)
 def relpos_attention(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     q, k = self.q_norm(q), self.k_norm(k)
@@ -98,7 +103,11 @@ layout("timm.models.vision_transformer_relpos.RelPosAttention")(prefix_and_patch
 # Rotary positions
 
 
-@recipe("timm.layers.attention.AttentionRope")
+def attention_rope_values(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return packed_values(self, x) if self.qkv is not None else grouped_values(self, self.v_proj, x)
+
+
+@recipe("timm.layers.attention.AttentionRope", values=attention_rope_values)
 def attention_rope(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> QK:
@@ -112,14 +121,18 @@ def attention_rope(
     q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
         q, k = (rotate_patches(self, t, rope).to(dtype) for t in (q, k))
-    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)  # grouped queries: several heads share a key
+    k = repeat_for_groups(k, q.shape[1])
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
 layout("timm.layers.attention.AttentionRope")(prefix_and_patch_tokens)
 
 
-@recipe("timm.models.eva.EvaAttention")
+def eva_values(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return values_with_bias(self, x) if self.qkv is not None else project_heads(self.v_proj, x, self.num_heads)
+
+
+@recipe("timm.models.eva.EvaAttention", values=eva_values)
 def eva_attention(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> QK:
@@ -137,13 +150,18 @@ def eva_attention(
 layout("timm.models.eva.EvaAttention")(prefix_and_patch_tokens)
 
 
-@recipe("timm.models.gemma4_vit.Gemma4Attention")
+def gemma4_values(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    v = self.v_norm(rearrange(self.v_proj(x), "b n (h d) -> b h n d", d=self.head_dim))
+    return repeat_for_groups(v, self.num_heads)
+
+
+@recipe("timm.models.gemma4_vit.Gemma4Attention", values=gemma4_values)
 def gemma4_attention(self: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None) -> QK:
     q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
     k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
     q, k = self.q_norm(q), self.k_norm(k)
     q, k = (rotate_by_axis(t, rope_cos, rope_sin) for t in (q, k))
-    k = torch.repeat_interleave(k, q.shape[1] // k.shape[1], dim=1)  # grouped queries
+    k = repeat_for_groups(k, q.shape[1])
     return QK(q, k, scale=1.0, **additive_or_bool(attn_mask))
 
 
@@ -195,7 +213,7 @@ def crossvit_block(self: Any, geometry: Geometry) -> Tokens:
     return whole_grid(size_after(size, model.patch_embed[branch].proj), ("cls",))
 
 
-@recipe("timm.models.tnt.Attention")
+@recipe("timm.models.tnt.Attention", values=separate_values)
 def tnt_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qk, x, "b n (parts h d) -> parts b h n d", parts=2, of=2, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))

@@ -50,11 +50,11 @@ def per_window(mask: Tensor | None, batch: int) -> tuple[Tensor, ...]:
 # Projections
 
 
-def project_in_parallel(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys, (batch, tokens, dim) each, of the projection a parallel block shares with its MLP."""
+def project_in_parallel(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (batch, tokens, dim) each, of the projection a parallel block shares with its MLP."""
     y = self.in_proj(self.in_norm(x))
-    _, q, k, _ = y.split(self.in_split, dim=-1)
-    return q, k
+    _, q, k, v = y.split(self.in_split, dim=-1)
+    return q, k, v
 
 
 def project_with_biases(self: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -86,9 +86,19 @@ def flatten_grid(x: Tensor) -> Tensor:
     return rearrange(x, "b c y x -> b (y x) c")
 
 
+def heads_of_grid(x: Tensor, heads: int) -> Tensor:
+    """(batch, heads, tokens, head_dim) of (batch, heads * head_dim, height, width)."""
+    return rearrange(x, "b (h d) y x -> b h (y x) d", h=heads)
+
+
 def unflatten_grid(x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
     """(batch, tokens, channels) on its grid of (height, width)."""
     return rearrange(x, "b (y x) c -> b c y x", y=size[0], x=size[1])
+
+
+def repeat_for_groups(t: Tensor, heads: int) -> Tensor:
+    """Keys or values of fewer heads than there are queries, each for as many heads as share it."""
+    return t if t.shape[1] == heads else torch.repeat_interleave(t, heads // t.shape[1], dim=1)
 
 
 # Rotary positions

@@ -24,13 +24,14 @@ from ..image.geometry import Geometry
 from ..image.sizes import size_after
 from ..image.tokens import Tokens
 from ..image.windows import slide_windows, whole_grid
-from .mechanisms import additive_or_bool, patch_tokens, prefix_and_patch_tokens, project_in_parallel
+from .mechanisms import additive_or_bool, heads_of_grid, patch_tokens, prefix_and_patch_tokens, project_in_parallel
 from .registry import Shape, layout, recipe
+from .values import packed_values, separate_values
 
 # Talking heads
 
 
-@recipe("timm.models.cait.TalkingHeadAttn")
+@recipe("timm.models.cait.TalkingHeadAttn", values=packed_values)
 def talking_head_attention(self: Any, x: Tensor) -> Source:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     return mix_heads(self.proj_l, "b h q k -> b q k h", q, k, scale=self.scale)
@@ -39,12 +40,15 @@ def talking_head_attention(self: Any, x: Tensor) -> Source:
 layout("timm.models.cait.TalkingHeadAttn")(patch_tokens)
 
 
-@recipe("timm.models.efficientformer_v2.Attention2d")
+def efficientformer_v2_values(self: Any, x: Tensor) -> Tensor:
+    return heads_of_grid(self.v(x if self.stride_conv is None else self.stride_conv(x)), self.num_heads)
+
+
+@recipe("timm.models.efficientformer_v2.Attention2d", values=efficientformer_v2_values)
 def efficientformer_v2_attention(self: Any, x: Tensor) -> Source:
     if self.stride_conv is not None:
         x = self.stride_conv(x)
-    q = rearrange(self.q(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
-    k = rearrange(self.k(x), "b (h d) y x -> b h (y x) d", h=self.num_heads)
+    q, k = (heads_of_grid(layer(x), self.num_heads) for layer in (self.q, self.k))
     if self.training:
         self.v_local(self.v(x))  # come before the heads are mixed, and draw their random numbers before
     bias = self.get_attention_biases(x.device)  # (heads, queries, keys)
@@ -93,7 +97,7 @@ def diff_attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_cau
 
 @recipe("timm.models.vision_transformer.DiffParallelScalingBlock")
 def diff_parallel_scaling_block(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> QK:
-    q, k = project_in_parallel(self, x)
+    q, k, _ = project_in_parallel(self, x)
     return describe_differential(self, q, k, attn_mask, is_causal)
 
 
@@ -110,7 +114,7 @@ def describe_differential(self: Any, q: Tensor, k: Tensor, attn_mask: Tensor | N
     return QK(q, k, scale=scale_of(self), is_causal=is_causal, **additive_or_bool(attn_mask))
 
 
-@recipe("timm.models.convit.GPSA")
+@recipe("timm.models.convit.GPSA", values=separate_values)
 def gated_positional_self_attention(self: Any, x: Tensor) -> QK:
     """Content in head 2h, position in head 2h + 1, before the gate weighs them (d'Ascoli et al. 2021, arXiv 2103.10697).
 
@@ -140,7 +144,12 @@ def alternate_heads(first: Tensor, second: Tensor) -> Tensor:
 # Outlook attention
 
 
-@recipe("timm.models.volo.OutlookAttention", axes="b h w q k")
+def outlook_values(self: Any, x: Tensor) -> Tensor:
+    v: Tensor = self.unfold(rearrange(self.v(x), "b y x c -> b c y x"))
+    return rearrange(v, "b (h d k) n -> (b n) h k d", h=self.num_heads, k=self.kernel_size**2)
+
+
+@recipe("timm.models.volo.OutlookAttention", axes="b h w q k", values=outlook_values)
 def outlook_attention(self: Any, x: Tensor) -> Scores:
     """Queries and keys are the kernel_size ** 2 places of the window around one token, and every token has its window."""
     if self.training:

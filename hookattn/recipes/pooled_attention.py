@@ -33,17 +33,29 @@ from .mechanisms import (
 )
 from .places import find_windows
 from .registry import Shape, layout, partition, recipe
+from .values import channels_last_values, packed_values, project_last, separate_values
 
 # Keys of a coarser grid
 
 
-@recipe("timm.models.pvt_v2.Attention")
+def reduce_tokens(self: Any, x: Tensor, size: list[int] | tuple[int, int]) -> Tensor:
+    """The tokens of a coarser grid, (batch, keys, channels)."""
+    if getattr(self, "pool", None) is not None:  # linear attention, PVT v2: pooled to 7 x 7, whatever the image
+        return self.act(self.norm(flatten_grid(self.sr(self.pool(unflatten_grid(x, size))))))  # type: ignore[no-any-return]
+    return x if self.sr is None else self.norm(flatten_grid(self.sr(unflatten_grid(x, size))))
+
+
+def values_of_coarser_grid(self: Any, x: Tensor, size: Any) -> Tensor:
+    return project_last(self.kv, reduce_tokens(self, x, size), "b n (parts h d) -> parts b h n d", of=2, h=self.num_heads)
+
+
+def pvt_v2_values(self: Any, x: Tensor, feat_size: list[int]) -> Tensor:
+    return values_of_coarser_grid(self, x, feat_size)
+
+
+@recipe("timm.models.pvt_v2.Attention", values=pvt_v2_values)
 def pvt_v2_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
-    q = project_heads(self.q, x, self.num_heads)
-    if self.pool is not None:  # linear attention, v2: pooled to 7 x 7, whatever the image
-        x = self.act(self.norm(flatten_grid(self.sr(self.pool(unflatten_grid(x, feat_size))))))
-    elif self.sr is not None:
-        x = self.norm(flatten_grid(self.sr(unflatten_grid(x, feat_size))))
+    q, x = project_heads(self.q, x, self.num_heads), reduce_tokens(self, x, feat_size)
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
@@ -54,11 +66,9 @@ def pvt_v2_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens, T
     return whole_grid(size), whole_grid(size_after(size, geometry.module.pool, geometry.module.sr))
 
 
-@recipe("timm.models.twins.GlobalSubSampleAttn")
+@recipe("timm.models.twins.GlobalSubSampleAttn", values=values_of_coarser_grid)
 def global_sub_sample_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK:
-    q = project_heads(self.q, x, self.num_heads)
-    if self.sr is not None:
-        x = self.norm(flatten_grid(self.sr(unflatten_grid(x, size))))
+    q, x = project_heads(self.q, x, self.num_heads), reduce_tokens(self, x, size)
     (k,) = project(self.kv, x, "b n (parts h d) -> parts b h n d", parts=1, of=2, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
@@ -69,12 +79,15 @@ def global_sub_sample_attention_tokens(geometry: Geometry, shape: Shape) -> tupl
     return whole_grid(size), whole_grid(size_after(size, geometry.module.sr))
 
 
-@recipe("timm.models.nextvit.EfficientAttention")
+def reduce_runs(self: Any, x: Tensor) -> Tensor:
+    """Means of tokens one after the other, (batch, keys, channels)."""
+    return x if self.sr is None else rearrange(self.norm(self.sr(rearrange(x, "b n c -> b c n"))), "b c n -> b n c")
+
+
+@recipe("timm.models.nextvit.EfficientAttention", values=lambda self, x: separate_values(self, reduce_runs(self, x)))
 def nextvit_attention(self: Any, x: Tensor) -> QK:
     q = project_heads(self.q, x, self.num_heads)
-    if self.sr is not None:
-        x = rearrange(self.norm(self.sr(rearrange(x, "b n c -> b c n"))), "b c n -> b n c")
-    k = project_heads(self.k, x, self.num_heads)
+    k = project_heads(self.k, reduce_runs(self, x), self.num_heads)
     return QK(q, k, scale=scale_of(self))
 
 
@@ -99,7 +112,12 @@ def next_transformer_block(self: Any, geometry: Geometry) -> Tokens:
 # Queries and keys pooled head by head
 
 
-@recipe("timm.models.mvitv2.MultiScaleAttention")
+def multi_scale_values(self: Any, x: Tensor, feat_size: list[int]) -> Tensor:
+    v, _ = pool_on_grid(packed_values(self, x), self.pool_v, feat_size, int(self.has_cls_token))
+    return v if self.norm_v is None else self.norm_v(v)
+
+
+@recipe("timm.models.mvitv2.MultiScaleAttention", values=multi_scale_values)
 def multi_scale_attention(self: Any, x: Tensor, feat_size: list[int]) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     prefix = int(self.has_cls_token)
@@ -124,7 +142,12 @@ def multi_scale_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Toke
 # Queries pooled inside their windows
 
 
-@recipe("timm.models.hiera.MaskUnitAttention", axes="b h w q k")
+def mask_unit_values(self: Any, x: Tensor) -> Tensor:
+    windows = x.shape[1] // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
+    return project_last(self.qkv, x, "b (n w) (parts h d) -> parts (b w) h n d", of=3, h=self.heads, w=windows)
+
+
+@recipe("timm.models.hiera.MaskUnitAttention", axes="b h w q k", values=mask_unit_values)
 def mask_unit_attention(self: Any, x: Tensor) -> QK:
     """Tokens come unroll_tokens: the tokens that are pooled into one query lie `windows * window_size` apart."""
     windows = x.shape[1] // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
@@ -148,7 +171,7 @@ def mask_unit_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[Tokens
     return group_in_mask_units(queries, windows), group_in_mask_units(keys, windows)
 
 
-@recipe("timm.models.hieradet_sam2.MultiScaleAttention")
+@recipe("timm.models.hieradet_sam2.MultiScaleAttention", values=channels_last_values)
 def hieradet_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b y x (parts c) -> parts b y x c", parts=2, of=3)  # heads are told apart after pooling
     if self.q_pool is not None:

@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.sources import Source
 from ..image.geometry import Geometry
@@ -21,6 +21,7 @@ Shape = tuple[int, int, int, int]
 """Of a map: (batch, heads, queries, keys), windows counted as images."""
 
 Recipe = Callable[..., Source]
+Values = Callable[..., Tensor]
 Layout = Callable[[Geometry, Shape], tuple[Tokens, Tokens]]
 Partition = Callable[[Any, Geometry], Tokens]
 T = TypeVar("T")
@@ -118,6 +119,7 @@ def _is_as_written(cls: type) -> bool:
 
 _RECIPES: Registry[Recipe] = Registry("recipe")
 _AXES: Registry[str] = Registry("pattern of axes")
+_VALUES: Registry[Values] = Registry("function for its values")
 _LAYOUTS: Registry[Layout] = Registry("layout")
 _PARTITIONS: Registry[Partition] = Registry("partition")
 _UNNAMED: Registry[bool] = Registry("note that it forms a map")
@@ -128,7 +130,12 @@ _WHERE: dict[Recipe, Callable[[nn.Module], bool]] = {}
 # Recipes
 
 
-def recipe(*classes: str | type, axes: str | None = None, where: Callable[[nn.Module], bool] | None = None) -> Callable[[R], R]:
+def recipe(
+    *classes: str | type,
+    axes: str | None = None,
+    values: Values | None = None,
+    where: Callable[[nn.Module], bool] | None = None,
+) -> Callable[[R], R]:
     """Register the decorated function as the recipe of the classes, and of what is derived from them.
 
     A recipe has the signature of the `forward` it mirrors, with the module as `self`, and returns the `QK` of that call:
@@ -147,6 +154,9 @@ def recipe(*classes: str | type, axes: str | None = None, where: Callable[[nn.Mo
         axes: how the class lays out the map it forms itself, where that is not (batch, head, query, key), whatever of it is
             merged. In the notation of einops: b for images, w for windows, h for heads, q and k for queries and keys, such as
             "b h w q k"; "b q k" for a class that forms its map head by head. `check_recipe` proves it.
+        values: makes what the map is multiplied onto, (batch, heads, keys, head_dim), of the same arguments, so that `m.v`
+            need not run the forward: `lambda self, x, attn_mask=None: project_heads(self.v, x, self.num_heads)`. It may
+            return `NotImplemented`, too, and `check_recipe` proves it.
         where: tells whether a module is described, for classes that other versions of a library have under the same name.
 
     Raises:
@@ -157,6 +167,8 @@ def recipe(*classes: str | type, axes: str | None = None, where: Callable[[nn.Mo
         _RECIPES.register(function, *classes)
         if axes is not None:
             _AXES.register(axes, *classes)
+        if values is not None:
+            _VALUES.register(values, *classes)
         if where is not None:
             _WHERE[function] = where
         return function
@@ -192,6 +204,11 @@ def _if_described(module: nn.Module, found: Recipe | None) -> Recipe | None:
 def find_axes(module: nn.Module) -> str | None:
     """The axes of the map that a module forms itself, as its recipe tells them; None where they are in order."""
     return _AXES.find(module)
+
+
+def find_values(module: nn.Module) -> Values | None:
+    """What makes the values of a module that its recipe describes; None where its forward has to be run for them."""
+    return None if find_recipe(module) is None else _VALUES.find(module)
 
 
 def register_attention(*classes: str) -> None:

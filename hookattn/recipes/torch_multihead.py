@@ -14,7 +14,17 @@ from ..attention.sources import QK
 from .registry import recipe
 
 
-@recipe("torch.nn.modules.activation.MultiheadAttention")
+def multihead_values(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    if query.dim() != 3:  # (tokens, embed_dim)
+        value = value.unsqueeze(0)
+    elif not self.batch_first:
+        value = value.transpose(0, 1)
+    weight = self.v_proj_weight if self.in_proj_weight is None else self.in_proj_weight.chunk(3)[2]
+    v = multiply(value, weight, None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[2], self.num_heads)
+    return append_own(self, v, self.bias_v)
+
+
+@recipe("torch.nn.modules.activation.MultiheadAttention", values=multihead_values)
 def multihead_attention(
     self: Any,
     query: Tensor,
@@ -34,14 +44,16 @@ def multihead_attention(
     q_weight, k_weight = find_projection_weights(self)
     q_bias, k_bias = (None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[:2]
     q = multiply(query, q_weight, q_bias, self.num_heads)
-    k = multiply(key, k_weight, k_bias, self.num_heads)
-    # keys that the module appends itself: a learned one, and one of zeros
-    if self.bias_k is not None:
-        k = torch.cat((k, repeat(self.bias_k, "1 1 (h d) -> b h 1 d", b=len(k), h=self.num_heads)), dim=2)
-    if self.add_zero_attn:
-        k = torch.cat((k, torch.zeros_like(k[:, :, :1])), dim=2)
+    k = append_own(self, multiply(key, k_weight, k_bias, self.num_heads), self.bias_k)
     bias = add_masks(self, q, k, key_padding_mask, attn_mask)
     return QK(q, k, scale=self.head_dim**-0.5, bias=bias)
+
+
+def append_own(self: Any, t: Tensor, learned: Tensor | None) -> Tensor:
+    """Keys or values with those that the module appends itself: a learned one, and one of zeros."""
+    if learned is not None:
+        t = torch.cat((t, repeat(learned, "1 1 (h d) -> b h 1 d", b=len(t), h=self.num_heads)), dim=2)
+    return torch.cat((t, torch.zeros_like(t[:, :, :1])), dim=2) if self.add_zero_attn else t
 
 
 def find_projection_weights(self: Any) -> tuple[Tensor, Tensor]:

@@ -77,22 +77,42 @@ _OLDER_ENCODERS = {
 }
 
 
-@recipe(*(_MODELING.format(*names) for names in _ENCODERS.items()), where=lambda module: hasattr(module, "q_proj"))
+def encoder_values(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
+    if not is_plain_call(self, hidden_states, *more, **options):
+        return NotImplemented
+    return project_heads(self.v_proj, hidden_states, heads_of_encoder(self))
+
+
+@recipe(
+    *(_MODELING.format(*names) for names in _ENCODERS.items()),
+    values=encoder_values,
+    where=lambda module: hasattr(module, "q_proj"),
+)
 def encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
     if not is_plain_call(self, hidden_states, *more, **options):
         return NotImplemented
-    heads = self.num_attention_heads if hasattr(self, "num_attention_heads") else self.num_heads
-    q, k = (project_heads(layer, hidden_states, heads) for layer in (self.q_proj, self.k_proj))
+    q, k = (project_heads(layer, hidden_states, heads_of_encoder(self)) for layer in (self.q_proj, self.k_proj))
     return QK(q, k, scale=self.scaling if hasattr(self, "scaling") else self.scale)
 
 
-@recipe(*(_MODELING.format(*names) for names in _OLDER_ENCODERS.items()))
+def older_encoder_values(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
+    if not is_plain_call(self, hidden_states, *more, **options):
+        return NotImplemented
+    return project_heads(self.value, hidden_states, self.num_attention_heads)
+
+
+@recipe(*(_MODELING.format(*names) for names in _OLDER_ENCODERS.items()), values=older_encoder_values)
 def older_encoder_attention(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
     """Of transformers 4."""
     if not is_plain_call(self, hidden_states, *more, **options):
         return NotImplemented
     q, k = (project_heads(layer, hidden_states, self.num_attention_heads) for layer in (self.query, self.key))
     return QK(q, k, scale=self.scaling)
+
+
+def heads_of_encoder(self: Any) -> int:
+    """How many heads there are, under either name."""
+    return int(self.num_attention_heads if hasattr(self, "num_attention_heads") else self.num_heads)
 
 
 def is_plain_call(self: Any, hidden_states: Tensor, *more: Any, is_causal: bool | None = None, **options: Any) -> bool:

@@ -37,25 +37,26 @@ from .mechanisms import (
     rotate,
 )
 from .registry import Shape, layout, partition, recipe
+from .values import channels_first_values, channels_last_values, packed_values, project_last, values_with_bias
 
 # Swin
 
 
-@recipe("timm.models.swin_transformer.WindowAttention")
+@recipe("timm.models.swin_transformer.WindowAttention", values=packed_values)
 def swin_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     bias = self._get_rel_pos_bias()  # (1, heads, queries, keys)
     return QK(q, k, scale=scale_of(self), bias=(bias, *per_window(mask, len(x))))
 
 
-@recipe("timm.models.swin_transformer_v2.WindowAttention")
+@recipe("timm.models.swin_transformer_v2.WindowAttention", values=values_with_bias)
 def swin_v2_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
     q, k = project_with_biases(self, x)
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     return QK(q, k, scale=clamp_scale(self.logit_scale), bias=(compute_continuous_bias(self), *per_window(mask, len(x))))
 
 
-@recipe("timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention")
+@recipe("timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention", values=packed_values)
 def swin_v2_cr_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -88,7 +89,7 @@ def swin_block(self: Any, geometry: Geometry) -> Tokens:
 # MaxViT and CoAtNet
 
 
-@recipe("timm.models.maxxvit.AttentionCl")
+@recipe("timm.models.maxxvit.AttentionCl", values=channels_last_values)
 def maxxvit_attention_cl(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
     # each head's q, k and v stand together, or all heads' q, then k, then v
     packed = "(h parts d)" if self.head_first else "(parts h d)"
@@ -100,7 +101,7 @@ def maxxvit_attention_cl(self: Any, x: Tensor, shared_rel_pos: Tensor | None = N
 layout("timm.models.maxxvit.AttentionCl")(channels_last_tokens)
 
 
-@recipe("timm.models.maxxvit.Attention2d")
+@recipe("timm.models.maxxvit.Attention2d", values=channels_first_values)
 def maxxvit_attention_2d(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> QK:
     packed = "(h parts d)" if self.head_first else "(parts h d)"
     q, k = project(self.qkv, x, f"b {packed} y x -> parts b h (y x) d", parts=2, of=3, h=self.num_heads)
@@ -133,7 +134,7 @@ def parallel_partition_attention(self: Any, geometry: Geometry) -> Tokens:
 # DaViT, GCViT, NesT, TinyViT, EfficientViT, MobileViT
 
 
-@recipe("timm.models.davit.WindowAttention")
+@recipe("timm.models.davit.WindowAttention", values=packed_values)
 def davit_window_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
@@ -152,7 +153,11 @@ def gcvit_block(self: Any, geometry: Geometry) -> Tokens:
     return cut_windows((rows, columns), self.window_size)
 
 
-@recipe("timm.models.nest.Attention", axes="b h w q k")
+def nest_values(self: Any, x: Tensor) -> Tensor:
+    return project_last(self.qkv, x, "b w n (parts h d) -> parts (b w) h n d", of=3, h=self.num_heads)
+
+
+@recipe("timm.models.nest.Attention", axes="b h w q k", values=nest_values)
 def nest_attention(self: Any, x: Tensor) -> QK:
     q, k = project(self.qkv, x, "b w n (parts h d) -> parts (b w) h n d", parts=2, of=3, h=self.num_heads)
     return QK(q, k, scale=scale_of(self))
@@ -164,10 +169,14 @@ def nest_level(self: Any, geometry: Geometry) -> Tokens:
     return cut_windows(grid_size, self.block_size)
 
 
-@recipe("timm.models.tiny_vit.Attention")
-def tiny_vit_attention(self: Any, x: Tensor) -> QK:
+def split_tiny_vit(self: Any, x: Tensor) -> tuple[Tensor, ...]:
     qkv = rearrange(self.qkv(self.norm(x)), "b n (h d) -> b h n d", h=self.num_heads)
-    q, k, _ = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
+    return torch.split(qkv, [self.key_dim, self.key_dim, self.val_dim], dim=-1)
+
+
+@recipe("timm.models.tiny_vit.Attention", values=lambda self, x: split_tiny_vit(self, x)[2])
+def tiny_vit_attention(self: Any, x: Tensor) -> QK:
+    q, k, _ = split_tiny_vit(self, x)
     return QK(q, k, scale=scale_of(self), bias=self.get_attention_biases(x.device))  # (heads, queries, keys)
 
 
@@ -210,7 +219,7 @@ def mobilevit_block(self: Any, geometry: Geometry) -> Tokens:
 # SAM
 
 
-@recipe("timm.models.vision_transformer_sam.Attention", axes="(b h) q k")
+@recipe("timm.models.vision_transformer_sam.Attention", axes="(b h) q k", values=channels_last_values)
 def sam_attention(self: Any, x: Tensor) -> QK:
     _, height, width, _ = x.shape
     x = rearrange(x, "b y x c -> b (y x) c")
@@ -239,15 +248,21 @@ def sam_block(self: Any, geometry: Geometry) -> Tokens:
 # Attention that cuts its own windows
 
 
-@recipe("timm.models.twins.LocallyGroupedAttn", axes="b w h q k")
-def locally_grouped_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK:
-    """Keys that only pad the image to whole windows are attended to, as in the module."""
+def project_windows(self: Any, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
     height, width = size
     x = rearrange(x, "b (y x) c -> b y x c", y=height, x=width)
     x = F.pad(x, (0, 0, 0, -width % self.ws, 0, -height % self.ws))
     x = rearrange(x, "b (row y) (col x) c -> b row col y x c", y=self.ws, x=self.ws)
     pattern = "b row col y x (parts h d) -> parts (b row col) h (y x) d"
-    q, k = project(self.qkv, x, pattern, parts=2, of=3, h=self.num_heads)
+    return project(self.qkv, x, pattern, parts=3, of=3, h=self.num_heads)
+
+
+@recipe(
+    "timm.models.twins.LocallyGroupedAttn", axes="b w h q k", values=lambda self, x, size: project_windows(self, x, size)[2]
+)
+def locally_grouped_attention(self: Any, x: Tensor, size: tuple[int, int]) -> QK:
+    """Keys that only pad the image to whole windows are attended to, as in the module."""
+    q, k, _ = project_windows(self, x, size)
     return QK(q, k, scale=scale_of(self))
 
 
@@ -257,16 +272,21 @@ def locally_grouped_attention_tokens(geometry: Geometry, shape: Shape) -> tuple[
     return tokens, tokens
 
 
-@recipe("timm.layers.halo_attn.HaloAttn", axes="(b h) w q k")
+def split_halo(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values of the windows around each block, (batch * blocks, heads, window * window, d)."""
+    kv = F.pad(self.kv(x), [self.halo_size] * 4).unfold(2, self.win_size, self.block_size)
+    kv = kv.unfold(3, self.win_size, self.block_size)  # (batch, channels, rows of blocks, columns of blocks, window, window)
+    kv = rearrange(kv, "b (h d) row col y x -> (b row col) h (y x) d", h=self.num_heads)
+    return torch.split(kv, [self.dim_head_qk, self.dim_head_v], dim=-1)
+
+
+@recipe("timm.layers.halo_attn.HaloAttn", axes="(b h) w q k", values=lambda self, x: split_halo(self, x)[1])
 def halo_attention(self: Any, x: Tensor) -> QK:
     """Each block looks at itself and a halo around it (Vaswani et al. 2021, arXiv 2103.12731); zero padding is attended to."""
     block, window = self.block_size_ds, self.win_size
     pattern = "b (h d) (row y) (col x) -> (b row col) h (y x) d"
     q = rearrange(self.q(x), pattern, h=self.num_heads, y=block, x=block)
-    k = rearrange(self.kv(x), "b (h d) y x -> b h d y x", h=self.num_heads)[:, :, : self.dim_head_qk]
-    # (batch, heads, d, rows of blocks, columns of blocks, window, window)
-    k = F.pad(k, [self.halo_size] * 4).unfold(3, window, self.block_size).unfold(4, window, self.block_size)
-    k = rearrange(k, "b h d row col y x -> (b row col) h (y x) d")
+    k, _ = split_halo(self, x)
     key, query = torch.arange(window, device=x.device), torch.arange(block, device=x.device)
     distance = key - query[:, None] + window - 1  # (rows of queries, rows of keys): where the tables have that offset
     rel_h, rel_w = self.pos_embed.height_rel[distance], self.pos_embed.width_rel[distance]  # (queries, keys, d)

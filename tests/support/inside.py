@@ -180,7 +180,7 @@ def forget_steps(patch: pytest.MonkeyPatch) -> None:
 
 def own_registers(patch: pytest.MonkeyPatch) -> None:
     """What is filed of classes while a test runs is gone after it."""
-    for table in (registry._RECIPES, registry._LAYOUTS, registry._PARTITIONS):
+    for table in (registry._RECIPES, registry._VALUES, registry._LAYOUTS, registry._PARTITIONS):
         patch.setattr(table, "_facts", table.as_dict())
     patch.setattr(registry, "_WHERE", dict(registry._WHERE))
 
