@@ -19,7 +19,7 @@ from ..conditions.function_modes import SDPA
 from ..errors import UnreadableError
 from ..image.tokens import Tokens
 from ..recipes.places import keep_reason, raise_reason
-from ..recipes.registry import find_values
+from ..recipes.registry import find_values, qualified_name
 from .established import NameInErrors, TellWhy, as_in_training
 from .forward import Forward, recall
 from .lazy import Delivery, LazyArray, Spec
@@ -183,12 +183,26 @@ def _values_of(call: Call) -> Tensor:
 
 
 def values_by_recipe(call: Call) -> Tensor | None:
-    """What a recipe tells of values; None where it tells nothing of such a call, as under modes or an SDPA of the user's."""
+    """What a recipe tells of values; None where it tells nothing of such a call, as under modes or an SDPA of the user's.
+
+    Raises:
+        UnreadableError: it has made something else than an array of four axes.
+    """
     make = find_values(call.layer.module)
     as_written = not call.modes.functions and call.modes.sdpa is SDPA and not any(t.is_nested for t in call.tensors)
-    found = make(call.layer.module, *call.args, **call.kwargs) if make is not None and as_written else NotImplemented
+    if make is None or not as_written:
+        return None
+    found: Any = make(call.layer.module, *call.args, **call.kwargs)
     # random numbers are the forward's own only where they are drawn in its order, after all that it draws before
-    return None if found is NotImplemented or _has_drawn(call) else found
+    if found is NotImplemented or _has_drawn(call):
+        return None
+    if not isinstance(found, Tensor) or found.dim() != 4:
+        what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise UnreadableError(
+            f"values= of the recipe of {qualified_name(type(call.layer.module))} has returned {what}, not (batch, heads, keys, "
+            "head_dim); prove it with hookattn.testing.check_recipe."
+        )
+    return found
 
 
 def _has_drawn(call: Call) -> bool:

@@ -56,5 +56,5 @@ def values_with_bias(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def grouped_values(self: Any, layer: nn.Module, x: Tensor) -> Tensor:
     """Of a layer that makes fewer heads than there are, several of which share one."""
-    v = project_last(layer, x, "b n (parts h d) -> parts b h n d", of=1, d=self.head_dim)
+    v = project_last(layer, x, "b n (parts h d) -> parts b h n d", of=1, h=getattr(self, "num_kv_heads", self.num_heads))
     return repeat_for_groups(v, self.num_heads)

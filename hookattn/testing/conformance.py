@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree
 from ..errors import ModelError, UnfaithfulMapError, UnreadableError
 from ..maps.attention_map import AttentionMap
 from ..maps.established import source_by_recipe
+from ..maps.forward import Forward
 from ..maps.replay import replayed, replayed_by_evidence
+from ..maps.vectors import values_by_recipe
 from ..recipes.places import find_block
 from ..recipes.registry import find_layout, find_recipe, qualified_name
 from ..recording.recorder import AttentionRecorder
@@ -29,6 +31,7 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
     * it is the one that replay takes from the module's own forward, and what multiplies the values in it;
     * put in the place of the module's own map, it leaves the output as it was;
     * rows sum to 1, and a row or a head that is read alone is the same as in the whole map;
+    * where its recipe tells values, they are those that the module multiplies, whole and a token or a head alone;
     * where a layout or a partition tells the places of its tokens: when one place changes of the grid that goes into the block
       that cuts windows (else into the module), those queries and keys change that stand for it and no others. Pooled tokens
       change with the places of their cell, those behind a convolution with the neighbours too, each in the same way; padding
@@ -50,7 +53,7 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
 
     Raises:
         UnreadableError: no class has a recipe or a place, or a recipe returned `NotImplemented` for this call.
-        UnfaithfulMapError: one of the four does not hold; the message says which.
+        UnfaithfulMapError: one of these does not hold; the message says which.
         TokenError: a layout or a partition returned what does not fit its map, or the places cannot be proven by this call.
     """
     moved = _move_parameters(module)
@@ -109,6 +112,19 @@ def _check_map(m: AttentionMap, tolerance: float) -> None:
     _compare("the sum of a row", whole.sum(-1), torch.ones_like(whole.sum(-1)), "1", tolerance)
     _compare("a row that is read alone", m[:, :, -1], whole[:, :, -1], "the row of the whole map", tolerance)
     _compare("a head that is read alone", m[:, -1], whole[:, -1], "the head of the whole map", tolerance)
+    _check_values(m, tolerance)
+
+
+def _check_values(m: AttentionMap, tolerance: float) -> None:
+    """Compare values that a recipe tells with what the module's own forward multiplies, and with parts of themselves."""
+    with m.call.resumed():
+        if values_by_recipe(m.call) is None:
+            return
+        expected = Forward(m.call).values()
+    whole = m.v[...]
+    _compare("what the map is multiplied onto (values=)", whole, expected, "what the module multiplies", tolerance)
+    _compare("a token of the values that is read alone", m.v[:, :, -1], whole[:, :, -1], "that of all of them", tolerance)
+    _compare("a head of the values that is read alone", m.v[:, -1], whole[:, -1], "that of all of them", tolerance)
 
 
 def _check_axes(m: AttentionMap, whole: Tensor, tolerance: float) -> None:

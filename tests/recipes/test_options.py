@@ -10,41 +10,10 @@ import torch
 from support.inside import replay_of
 from support.models import randomise
 from support.oracle import unfused
-from torch import nn
+from support.variants import attention_modules
 
 from hookattn import AttentionRecorder
 from hookattn.testing import check_recipe
-
-
-def attention_modules() -> dict[str, nn.Module]:
-    """Modules of the timm at hand, with those of the options that it knows."""
-    from timm.layers import Attention, AttentionRope, LayerNorm
-    from timm.models import vision_transformer
-    from timm.models.eva import EvaAttention
-
-    def made(cls: Any, *args: int, **options: Any) -> nn.Module:
-        known = inspect.signature(cls).parameters
-        module: nn.Module = cls(*args, **{name: value for name, value in options.items() if name in known})
-        return module
-
-    norms = {"norm_layer": LayerNorm, "qk_norm": True, "gated": True}
-    works = hasattr(EvaAttention(32, 4, scale_norm=False), "head_dim")  # timm 1.0.24 and before raise on qk_norm
-    eva = norms if works else {"norm_layer": LayerNorm}
-    modules = {
-        "attention": made(Attention, 32, 4, qkv_bias=True, scale_norm=True, attn_head_dim=12, **norms),
-        "rope_fused": made(AttentionRope, 32, 4, **norms),
-        "rope_gqa": made(AttentionRope, 32, 4, qkv_fused=False, num_kv_heads=2, rotate_half=True, **norms),
-        "eva_fused": made(EvaAttention, 32, 4, **eva),
-        "eva_bias_separate": made(EvaAttention, 32, 4, qkv_bias_separate=True, norm_layer=LayerNorm),
-        "eva_split": made(EvaAttention, 32, 4, qkv_fused=False, **eva),
-        "parallel": vision_transformer.ParallelScalingBlock(32, 4, qkv_bias=True, qk_norm=True),
-    }
-    if hasattr(vision_transformer, "DiffParallelScalingBlock"):
-        from timm.layers.diff_attention import DiffAttention
-
-        modules["diff_attention"] = DiffAttention(32, 2, qkv_bias=True, qk_norm=True)
-        modules["diff_parallel"] = vision_transformer.DiffParallelScalingBlock(32, 2, qkv_bias=True, qk_norm=True)
-    return modules
 
 
 def masks(tokens: int, batch: int) -> dict[str, dict[str, Any]]:

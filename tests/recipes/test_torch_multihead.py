@@ -8,25 +8,10 @@ import pytest
 import torch
 from support.inside import replay_of
 from support.models import randomise
+from support.variants import MULTIHEAD
 from torch import nn
 
 from hookattn import AttentionRecorder
-
-MULTIHEAD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "plain": ({}, {}),
-    "batch_second": ({"batch_first": False}, {}),
-    "no_bias": ({"bias": False}, {}),
-    "bias_kv": ({"add_bias_kv": True}, {}),
-    "zero_attn": ({"add_zero_attn": True}, {}),
-    "bias_kv_zero_attn_masked": ({"add_bias_kv": True, "add_zero_attn": True}, {"attn_mask": "bool", "key_padding_mask": True}),
-    "other_widths": ({"kdim": 20, "vdim": 12}, {}),
-    "bool_mask": ({}, {"attn_mask": "bool"}),
-    "float_mask": ({}, {"attn_mask": "float"}),
-    "mask_per_head": ({}, {"attn_mask": "heads"}),
-    "padding": ({}, {"key_padding_mask": True}),
-    "padding_and_mask": ({}, {"attn_mask": "bool", "key_padding_mask": True}),
-    "causal_hint": ({}, {"attn_mask": "causal", "is_causal": True}),
-}
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

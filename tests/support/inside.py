@@ -35,9 +35,12 @@ from hookattn.image import preprocessing
 from hookattn.image.sizes import size_after
 from hookattn.maps import comparison, established, lazy, reading
 from hookattn.maps.comparison import compare_runs
+from hookattn.maps.established import as_in_training
 from hookattn.maps.evidence.establish import establish_axes
+from hookattn.maps.forward import Forward
 from hookattn.maps.reading import source_of
 from hookattn.maps.replay import replayed, replayed_by_evidence
+from hookattn.maps.vectors import values_by_recipe
 from hookattn.recipes import global_attention, registry, window_attention
 from hookattn.recipes.registry import find_recipe, list_recipes
 from hookattn.recording import edits
@@ -146,6 +149,24 @@ def form_of(m: AttentionMap) -> Any:
     """Queries and keys, or scores, as they are read of the call."""
     with m.call.resumed():
         return source_of(m.call)
+
+
+def told_values(m: AttentionMap) -> Tensor | None:
+    """The values of a map as its recipe tells them; None where it does not."""
+    with m.call.resumed(), as_in_training(m.call):
+        found = values_by_recipe(m.call)
+        return None if found is None else found * 1
+
+
+def multiplied_values(m: AttentionMap) -> Tensor:
+    """The values of a map as the forward of its module shows them, when it runs again."""
+    with m.call.resumed(), as_in_training(m.call):
+        return Forward(m.call).values()
+
+
+def list_values() -> list[str]:
+    """Classes whose recipe tells values, by qualified name."""
+    return [*registry._VALUES.as_dict()]
 
 
 def kept(attention: Tensor, like: AttentionMap) -> AttentionMap:
