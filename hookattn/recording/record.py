@@ -254,8 +254,6 @@ class _RecordedLayer(Around):
         (m, forward), recording = state.m, self._recording
         if recording.keep_maps is not None and state.watch is not None:
             recording.keep_maps.leave(state.watch)
-        if recording.keep_maps is not None and state.awaited is not None:
-            recording.keep_maps.listener.end(state.awaited)
         if output is None or forward.maps.get(m.name) is not m:  # it raised; or somebody has asked meanwhile
             return
         if changed:

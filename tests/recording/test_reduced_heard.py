@@ -327,22 +327,25 @@ def test_a_source_of_one_s_own_is_not_broken_off(monkeypatch: pytest.MonkeyPatch
 # Others who run the module meanwhile
 
 
-def test_another_thread_that_runs_the_module_leaves_it_alone() -> None:
-    model, x = plain(), torch.randn(B, N, C).double()
-    flipped, calls = x.flip(0), list[str]()
+def test_another_thread_that_runs_the_layers_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, module, x = apart(monkeypatch)
+    calls: list[bool] = []
+
+    def run_layers() -> None:
+        with torch.no_grad():
+            module.k(x), module.q(x)
 
     def meanwhile(*_: Any) -> None:
-        if current_thread() is main_thread():
-            other = Thread(target=model, args=(flipped,))
-            other.start()
-            other.join()
+        other = Thread(target=run_layers)
+        other.start()
+        other.join()
 
-    with AttentionRecorder(model, keep=lambda m: (calls.append(m.name), m[...])[1]) as rec, torch.no_grad():
-        model(x)
-        calls.clear()
-        with model.register_forward_pre_hook(meanwhile), model[0].qkv.register_forward_pre_hook(meanwhile):  # type: ignore[union-attr]
+    with AttentionRecorder(model, keep=lambda m: (calls.append(current_thread() is main_thread()), m[...])[1]) as rec:
+        with torch.no_grad():
+            model(x)  # from now on it is known which layers to wait for
+            module.before.register_forward_hook(meanwhile)
             model(x)
-        assert calls == ["0"]
+        assert calls == [True, True]
     torch.testing.assert_close(rec.reduced["0"], late(model, x, lambda m: m[...])["0"], rtol=0, atol=1e-12)
 
 
