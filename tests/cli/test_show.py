@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from support.drawn import draw
 from support.inside import load_model
-from support.pages import unpacked
+from support.pages import facts_of, unpacked
 from typer.testing import CliRunner, Result
 
 import hookattn
@@ -59,7 +59,11 @@ def test_a_page_of_a_stored_image_is_that_of_the_image(tmp_path: Path, weights: 
         photo = Photo.open(photos / name, model, size=96, crop="none")
         with hookattn.AttentionRecorder(model) as rec, torch.no_grad():
             model(photo.tensor[None])
-        found, expected = unpacked(page.read_text()), unpacked(rec.show(photo).html)
+        written, own_page = page.read_text(), rec.show(photo).html
+        (stored,), (own_photo,) = facts_of(written)["photos"], facts_of(own_page)["photos"]
+        for fact in ("src", "origin", "side", "seen", "steps"):
+            assert stored[fact] == own_photo[fact]
+        found, expected = unpacked(written), unpacked(own_page)
         assert len(found) == len(expected) > 6
         for (layer, rows), (own, own_rows) in zip(found, expected):
             assert (layer["name"], layer["keys"]) == (own["name"], own["keys"])

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 
+def facts_of(html: str) -> dict[str, Any]:
+    """What the page knows beside rows."""
+    facts: dict[str, Any] = json.loads(re.findall(r'id="facts-of-the-page">(.*?)</script>', html, re.DOTALL)[0])
+    return facts
+
+
 def unpacked(html: str) -> list[tuple[dict[str, Any], Tensor]]:
     """Facts of each layer and its rows, (windows, heads, queries + 1, keys), read as the page reads them, but here."""
-    facts = json.loads(re.findall(r'id="facts-of-the-page">(.*?)</script>', html, re.DOTALL)[0])
+    facts = facts_of(html)
     found = []
     for layer in (layer for photo in facts["photos"] for layer in photo["layers"]):
         text = re.findall(rf'id="{layer["block"]}">(.*?)</script>', html, re.DOTALL)[0]
