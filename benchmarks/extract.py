@@ -234,8 +234,8 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as tables."""
-    parts = {"rate": table_of_rates, "bytes": table_of_bytes}
+    """The results as tables, and in words."""
+    parts = {"rate": table_of_rates, "bytes": table_of_bytes, "many": tell_many, "ray": tell_ray}
     return "\n\n".join([in_words(results), *(make(results[part]) for part, make in parts.items() if part in results)])
 
 
@@ -256,6 +256,28 @@ def table_of_bytes(sizes: dict[str, dict[str, float]]) -> str:
         cells = (f"{by_dtype[dtype]:,.0f}" if dtype in by_dtype else "" for dtype in DTYPES)
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def tell_many(many: dict[str, Any]) -> str:
+    """How memory goes, and what a call costs that finds all done."""
+    held = {int(thousands): each / 2**20 for thousands, each in many["held"].items()}
+    first, last = min(held), max(held)
+    return (
+        f"{many['images']:,} images of 64 x 64 through a ViT of two layers, two processes: {held[first]:,.0f} MiB after "
+        f"{first},000, {held[last]:,.0f} MiB after {last},000. All took {many['seconds']:.3g} s; the same call again, which "
+        f"finds all done, {many['seconds_when_done']:.2g} s."
+    )
+
+
+def tell_ray(found: dict[str, Any]) -> str:
+    """Two nodes beside one process."""
+    one, two = (found["images_per_second"][title]["median"] for title in ("one process", "two nodes"))
+    until, over = found["seconds_until_first"], found["two_over_one"]
+    return (
+        f"Two Ray nodes of one CPU each, on this machine: {two:.3g} images/s, and one process with one thread {one:.3g} "
+        f"({over['median']:.2f} times, {over['min']:.2f} at least), from the first block that was done to the last; the first "
+        f"was there after {until['two nodes']:.3g} s, in one process after {until['one process']:.3g} s."
+    )
 
 
 if __name__ == "__main__":

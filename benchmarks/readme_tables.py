@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import extract
 import hook
 import overhead
 from command import RESULTS, plain_parser, say
@@ -122,6 +123,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "hook of a gpu": lambda: hook.table(json.loads((RESULTS / "hook-cuda.json").read_text())),
     "coverage by tool": lambda: f"{table_by_tool(read_records())}\n\n{the_others(read_records())}",
     "hook": lambda: hook.table(json.loads((RESULTS / "hook-cpu.json").read_text())),
+    "data set": lambda: extract.table(json.loads((RESULTS / "extract-cpu.json").read_text())),
     "overhead": lambda: overhead.table(json.loads((RESULTS / "overhead-cpu.json").read_text())),
     "coverage by class": lambda: table_by_class(read_records()),
 }

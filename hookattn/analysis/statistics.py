@@ -5,7 +5,7 @@
     entropy(m)                                          # (batch, heads, queries)
     compute_statistics(m, entropy, mean_attention_distance)     # both, while the map is computed once
 
-No more of the map is held than one chunk, whatever the number of tokens (2**21 elements on a CPU, 2**24 elsewhere, or one row
+No more of the map is held than one chunk, whatever the number of tokens (2**20 elements on a CPU, 2**24 elsewhere, or one row
 of all heads of an image), and some intermediates of that size, beside the results and what the map is computed from: queries
 and keys, a bias or a mask of queries x keys if there is one, and the scores where a module shows nothing else. Results go where
 the recorder brings slices (`device`, `dtype`) and are added up in float32, in float64 for a float64 model. With `detach=False`
