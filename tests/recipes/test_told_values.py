@@ -17,6 +17,7 @@ from support.oracle import exists, short_name
 from support.reading import record
 from support.variants import MULTIHEAD, attention_modules, variants
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hookattn import AttentionMap, AttentionRecorder, UnfaithfulMapError, UnreadableError, project, recipe
 from hookattn.testing import check_recipe
@@ -222,11 +223,13 @@ def test_the_forward_is_run_where_a_recipe_tells_no_values(values: Any, monkeypa
     torch.testing.assert_close(m.v[...], multiplied_values(m), rtol=0, atol=1e-12)
 
 
-class Doubling(Functions):
-    """A mode of the user's under which linear layers give twice as much."""
+class Doubling(TorchFunctionMode):
+    """A mode of the user's under which the kernel is given twice the values."""
 
-    def __init__(self) -> None:
-        super().__init__(lambda func, out, args, kwargs: 2 * out if func is F.linear else None)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:2], 2 * args[2], *args[3:])
+        return func(*args, **(kwargs or {}))
 
 
 def test_under_modes_and_an_sdpa_of_the_users_the_forward_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,3 +348,17 @@ def test_the_forward_is_not_run_for_them() -> None:
     with Operators(lambda func, *_: called.append(str(func))):
         m.v[...]
     assert not [name for name in called if "attention" in name or "softmax" in name]
+
+
+def test_of_nested_tensors_a_recipe_tells_none() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=torch.jagged)
+    module = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    with (
+        AttentionRecorder(module) as rec,
+        torch.no_grad(),
+        pytest.raises(AssertionError, match="does not support NestedTensor"),
+    ):
+        module(nested, nested, nested)
+    assert told_values(rec.maps[0]) is None
+    with pytest.raises(UnreadableError):
+        rec.maps[0].v[...]
