@@ -36,7 +36,12 @@ def cross_covariance_attention(self: Any, x: Tensor) -> QK:
     return QK(F.normalize(q, dim=-1), F.normalize(k, dim=-1), scale=self.temperature)
 
 
-@recipe("vit_pytorch.xcit.XCAttention")
+def vit_pytorch_cross_covariance_values(self: Any, x: Tensor) -> Tensor:
+    x = self.norm(x.flatten(1, -2))
+    return project_last(self.to_qkv, x, "b n (parts h d) -> parts b h d n", of=3, h=self.heads)
+
+
+@recipe("vit_pytorch.xcit.XCAttention", values=vit_pytorch_cross_covariance_values)
 def vit_pytorch_cross_covariance_attention(self: Any, x: Tensor) -> QK:
     x = self.norm(x.flatten(1, -2))
     q, k = project(self.to_qkv, x, "b n (parts h d) -> parts b h d n", parts=2, of=3, h=self.heads)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention.projection import project
+from ..attention.projection import project, project_heads
 from ..attention.sources import QK
 from ..errors import TokenError
 from ..image.geometry import Geometry
@@ -25,6 +25,7 @@ from ..image.windows import cut_windows, whole_grid
 from .mechanisms import append_tokens, cut_square_windows, raise_shuffled
 from .places import find_queries
 from .registry import Shape, layout, partition, qualified_names, recipe, register_attention
+from .values import project_last
 
 register_attention("vit_pytorch.vit_for_small_dataset.LSA", "vit_pytorch.vit_with_patch_merger.PatchMerger")
 
@@ -49,13 +50,21 @@ PairMask = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Of a batch, a head, queries and keys by their numbers: True where a query may attend."""
 
 
-@recipe("vit_pytorch.vit_nd.Attention")
+def packed_nd_values(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return project_last(self.to_qkv, self.norm(x), "b n (parts h d) -> parts b h n d", of=3, h=self.heads)
+
+
+def separate_nd_values(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return project_heads(self.to_v, self.norm(x), self.heads)
+
+
+@recipe("vit_pytorch.vit_nd.Attention", values=packed_nd_values)
 def nd_attention(self: Any, x: Tensor, block_mask: Any = None, mask_fn: PairMask | None = None) -> QK:
     q, k = project(self.to_qkv, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.heads)
     return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
-@recipe("vit_pytorch.vit_nd_rotary.Attention")
+@recipe("vit_pytorch.vit_nd_rotary.Attention", values=separate_nd_values)
 def nd_rotary_attention(
     self: Any, x: Tensor, pos: Tensor | None = None, block_mask: Any = None, mask_fn: PairMask | None = None
 ) -> QK:
@@ -65,7 +74,7 @@ def nd_rotary_attention(
     return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
-@recipe("vit_pytorch.vit_nd_pope.Attention")
+@recipe("vit_pytorch.vit_nd_pope.Attention", values=separate_nd_values)
 def nd_polar_attention(
     self: Any,
     x: Tensor,
@@ -81,7 +90,7 @@ def nd_polar_attention(
     return QK(q, k, scale=self.scale, mask=find_open_pairs(mask_fn, x))
 
 
-@recipe("vit_pytorch.levjepa_nd.Attention")
+@recipe("vit_pytorch.levjepa_nd.Attention", values=packed_nd_values)
 def levjepa_nd_attention(self: Any, x: Tensor, rotary_emb: Any, pos: Tensor, block_mask: Any, dense_mask: Tensor | None) -> QK:
     q, k = project(self.to_qkv, self.norm(x), "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.heads)
     if rotary_emb is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from support.inside import call_of, list_recipes, list_values, multiplied_values, own_registers, told_values
 from support.mechanisms import MODELS, lively
 from support.models import ANY_DTYPE, TINY, B, C, D, N, plain, randomise, tiny, tiny_double
@@ -86,6 +88,31 @@ def test_of_multihead_attention_of_torch(options: dict[str, Any], batched: bool)
     q, k, v = torch.randn(2, 5, 32), torch.randn(2, 7, options.get("kdim", 32)), torch.randn(2, 7, options.get("vdim", 32))
     given = [t if options.get("batch_first") else t.transpose(0, 1) for t in (q, k, v)] if batched else [q[0], k[0], v[0]]
     check(recorded(nn.MultiheadAttention(32, 4, **options).eval(), *given))
+
+
+def by_name(name: str) -> tuple[nn.Module, Any]:
+    """A module of vit-pytorch and what it is called with besides x."""
+    pytest.importorskip("vit_pytorch")
+    module = importlib.import_module(f"vit_pytorch.{name}")
+    more = (None, None, None, None) if name == "levjepa_nd" else ()
+    return module.Attention(32, heads=4, dim_head=8), more
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
+@pytest.mark.parametrize("name", ["vit_nd", "vit_nd_rotary", "vit_nd_pope", "levjepa_nd"])
+def test_of_a_kernel_that_shows_nothing_the_map_brings_the_output(name: str) -> None:
+    module, more = by_name(name)
+    m = recorded(module.eval(), x := torch.randn(2, 9, 32), *more)
+    brought = rearrange(m[...] @ m.v[...], "b h n d -> b n (h d)")
+    with torch.no_grad():  # flex attention has no backward on the CPU
+        given, expected = module.to_out(brought), module(x.double(), *more)  # type: ignore[operator]
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-9)
+    assert told_values(m) is not None
+
+
+def test_of_channels_of_vit_pytorch() -> None:
+    xcit = pytest.importorskip("vit_pytorch.xcit")
+    check(recorded(xcit.XCAttention(32, heads=4, dim_head=8).eval(), torch.randn(2, 3, 4, 32)))
 
 
 def test_every_class_that_tells_values_is_compared() -> None:
