@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,9 @@ class DataSet:
     def describe(self) -> dict[str, Any]:
         """What is known of how images are made: the kind of data set, and its transform in words."""
         transform = getattr(self._dataset, "transform", None)
-        return {"dataset": type(self._dataset).__qualname__, "transform": None if transform is None else repr(transform)}
+        # but for where it lies in memory, which is another place in each run
+        told = None if transform is None else re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
+        return {"dataset": type(self._dataset).__qualname__, "transform": told}
 
 
 Inputs = Union[Photos, DataSet]

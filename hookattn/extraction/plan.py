@@ -65,7 +65,7 @@ def plan_run(
     if isinstance(inputs, Photos) and inputs.varies:
         shapes = shapes.with_room_for(most_cells(inputs.size, inputs.preprocessing), quantities)
     specs = [_specify(quantity, shapes, dtype) for quantity in quantities]
-    layout = Layout(len(inputs.names), block or _choose_block(specs, reading.batch_size), specs)
+    layout = Layout(len(inputs.names), block or _choose_block(specs), specs)
     return Task(inputs, quantities, shapes, layout, *reading)
 
 
@@ -128,10 +128,10 @@ def _specify(quantity: Quantity, shapes: Shapes, dtype: str) -> Spec:
     return Spec(quantity.name, dims, shapes.shapes[quantity.name], kind, quantity.units)
 
 
-def _choose_block(specs: Sequence[Spec], batch_size: int) -> int:
-    """As many images as are held until they are written together, whole batches if there is room for one."""
+def _choose_block(specs: Sequence[Spec]) -> int:
+    """As many images as are held until they are written together: a power of two, whatever the size of batches."""
     count = max(1, min(_BLOCK_IMAGES, _BLOCK_BYTES // max(1, sum(spec.bytes for spec in specs))))
-    return count - count % batch_size if count >= batch_size else count
+    return int(2 ** (count.bit_length() - 1))
 
 
 def _storable(name: str) -> str:

@@ -136,6 +136,8 @@ class Taker:
             layers = {name: self._take(m, len(images), known) for name, m in maps.items()}
         else:
             layers = dict(self._record(images, partial(self._take, images=len(images), known=known)).reduced)
+        if absent := [name for name in known.layers if name not in layers]:
+            raise UnreadableError(f"{absent[0]!r} ran for the first image and not for a later one; leave it out: layers=.")
         for place, name in enumerate(known.layers):
             for quantity, values in layers[name].values.items():
                 _put(out[quantity][:, place], values, quantity)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from hookattn import AttentionRecorder, HookattnError, ModelError, NoMapError, TokenError, UnreadableError
+from hookattn.errors import StoreError
 
 extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 zarr, xarray = pytest.importorskip("zarr"), pytest.importorskip("xarray")
@@ -210,6 +211,8 @@ def test_if_none_can_be_read_nothing_is_made(tmp_path: Path) -> None:
 class Numbered(Dataset[Any]):
     """A data set whose images are as one asks for."""
 
+    transform: Any = None
+
     def __init__(self, make: Callable[[int], Any], count: int = 5) -> None:
         self._make, self._count = make, count
 
@@ -244,6 +247,37 @@ def test_a_data_set_of_torch(tmp_path: Path, form: str) -> None:
     for index in range(5):
         near(found.cls[index, 1], own_maps(model, picture(index)[None])[1][:, 0])
     assert len({*found.sha256.values}) == 5
+
+
+def test_where_a_transform_lies_in_memory_makes_no_other_run(tmp_path: Path) -> None:
+    model = small_vit()
+    for _ in range(2):
+        dataset = Numbered(picture)
+        dataset.transform = lambda x: x
+        assert extraction.extract(model, dataset, tmp_path / "x.zarr", "entropy").taken == 5
+    dataset.transform = torch.nn.Identity()
+    with pytest.raises(StoreError, match=r"preprocessing\.transform: <function .* \| Identity\(\)"):
+        extraction.extract(model, dataset, tmp_path / "x.zarr", "entropy")
+
+
+def test_a_layer_that_does_not_run_for_all_images_says_so(tmp_path: Path) -> None:
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = small_vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.vit.patch_embed(x)
+            return self.vit.blocks(x) if x[0, 0, 0] > 0 else self.vit.blocks[0](x)
+
+    model = Early().eval()
+    with torch.no_grad():
+        signs = [bool(model.vit.patch_embed(picture(i)[None])[0, 0, 0] > 0) for i in range(40)]
+    there, missing = signs.index(True), signs.index(False)
+    with pytest.raises(UnreadableError, match=r"'vit\.blocks\.1\.attn' ran for the first image and not for a later one"):
+        extraction.extract(
+            model, Numbered(lambda i: picture((there, missing)[i]), 2), tmp_path / "x.zarr", "entropy", batch_size=1
+        )
 
 
 def test_a_data_set_that_is_none(tmp_path: Path) -> None:

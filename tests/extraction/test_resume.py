@@ -126,6 +126,9 @@ def test_batches_and_workers_may_be_others(tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         run(tmp_path / "x.zarr", model, report=stop_after(2))
     assert run(tmp_path / "x.zarr", model, batch_size=3, workers=1).taken == 10
+    with pytest.raises(StoppedError):
+        run(tmp_path / "y.zarr", model, what="maps", block=None, report=stop_after(2))
+    assert run(tmp_path / "y.zarr", model, what="maps", block=None, batch_size=7).taken == 10
 
 
 def test_versions_of_later_runs_are_noted(tmp_path: Path) -> None:
