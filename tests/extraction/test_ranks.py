@@ -18,13 +18,20 @@ pytest.importorskip("zarr")
 SCRIPT = Path(__file__).parents[1] / "support" / "rank_run.py"
 
 
-def run_by_torchrun(out: Path, failing: str) -> tuple[int, list[dict[str, Any]]]:
-    """How it ended, and what each process tells."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, out, failing]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
-    told = [Path(f"{out}.{rank}.json") for rank in (0, 1)]
-    assert all(path.exists() for path in told), done.stderr[-3000:]
-    return done.returncode, [json.loads(path.read_text()) for path in told]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have been at work, see the script."""
+    found = tmp_path_factory.mktemp("ranks")
+    (found / "held.zarr").write_text("something else")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0  # the last of them fails
+    assert (found / "failing.1.json").exists(), done.stderr[-3000:]
+    return found
+
+
+def told_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def run_alone(out: Path) -> Any:
@@ -36,26 +43,20 @@ def same_stores(one: Path, other: Path) -> bool:
     return same(everything(one), everything(other)) and metadata(one) == metadata(other)
 
 
-def test_two_processes_fill_one_store_as_one_does(tmp_path: Path) -> None:
-    code, told = run_by_torchrun(tmp_path / "two.zarr", "none")
+def test_two_processes_fill_one_store_as_one_does(tmp_path: Path, folder: Path) -> None:
     whole = run_alone(tmp_path / "one.zarr")
-    assert code == 0
-    assert [(each["taken"], each["resumed"]) for each in told] == [(whole.taken, 0), (14, 0)]
-    assert same_stores(tmp_path / "two.zarr", tmp_path / "one.zarr")
+    assert [(each["taken"], each["resumed"]) for each in told_of(folder, "whole")] == [(whole.taken, 0), (14, 0)]
+    assert same_stores(folder / "whole.zarr", tmp_path / "one.zarr")
 
 
-def test_where_one_process_fails_both_end_and_one_goes_on(tmp_path: Path) -> None:
-    code, told = run_by_torchrun(tmp_path / "two.zarr", "1")
-    assert code != 0
+def test_where_one_process_fails_both_end_and_one_goes_on(tmp_path: Path, folder: Path) -> None:
     # the second process has blocks 1 and 3, and fails in the first of them: the other says so too, when it has done its own
-    assert [each["error"].split(" (")[0] for each in told] == ["HookattnError: photo 006.png cannot be read"] * 2
+    told = [each["error"].split(" (")[0] for each in told_of(folder, "failing")]
+    assert told == ["HookattnError: photo 006.png cannot be read"] * 2
     run_alone(tmp_path / "one.zarr")
-    assert run_alone(tmp_path / "two.zarr").resumed == 8
-    assert same_stores(tmp_path / "two.zarr", tmp_path / "one.zarr")
+    assert run_alone(folder / "failing.zarr").resumed == 8
+    assert same_stores(folder / "failing.zarr", tmp_path / "one.zarr")
 
 
-def test_where_the_store_is_held_no_process_waits(tmp_path: Path) -> None:
-    (tmp_path / "two.zarr").write_text("something else")
-    code, told = run_by_torchrun(tmp_path / "two.zarr", "none")
-    assert code != 0
-    assert [each["error"].split(":")[0] for each in told] == ["StoreError"] * 2
+def test_where_the_store_is_held_no_process_waits(folder: Path) -> None:
+    assert [each["error"].split(":")[0] for each in told_of(folder, "held")] == ["StoreError"] * 2

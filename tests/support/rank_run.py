@@ -1,8 +1,9 @@
-"""Run by torchrun: extracts as one of several processes, and tells what came of it.
+"""Run by torchrun: extracts as one of several processes, three times, and tells what came of each.
 
-    torchrun --nproc_per_node 2 rank_run.py STORE FAILING
+    torchrun --nproc_per_node 2 rank_run.py FOLDER
 
-FAILING is the rank whose image 6 cannot be read under `strict`, or "none".
+"held" finds something else where its store is to be, "whole" goes well, and in "failing" the second process finds an image that
+cannot be read under `strict`; it ends with that error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
@@ -19,19 +21,25 @@ import hookattn.extraction as extraction
 from support.drawn import Drawn, small_vit
 
 
-def main(out: Path, failing: str) -> None:
-    torch.set_num_threads(1)
+def extract(out: Path, *, fails: bool) -> Any:
     torch.manual_seed(0)
+    images = Drawn(14, broken=[6] if fails and distributed.get_rank() == 1 else [])
+    return extraction.extract(small_vit(), images, out, "cls,entropy", batch_size=3, block=4, strict=fails)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    rank, told = distributed.get_rank(), Path(f"{out}.{distributed.get_rank()}.json")
-    images = Drawn(14, broken=[6] if failing == str(rank) else [])
-    try:
-        summary = extraction.extract(small_vit(), images, out, "cls,entropy", batch_size=3, block=4, strict=failing != "none")
-    except Exception as error:
-        told.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
-        raise
-    told.write_text(json.dumps(summary._asdict()))
+    for name in ("held", "whole", "failing"):
+        told, error = folder / f"{name}.{distributed.get_rank()}.json", None
+        try:
+            found = extract(folder / f"{name}.zarr", fails=name == "failing")._asdict()
+        except Exception as raised:
+            found, error = {"error": f"{type(raised).__name__}: {raised}"}, raised
+        told.write_text(json.dumps(found))
+    if error is not None:
+        raise error
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
