@@ -47,6 +47,9 @@ CASES = {  # what is asked of each image
 }
 DTYPES = ("float32", "float16", "uint8")
 MANY = 10_000
+RUN = "class rows, entropy, distance"  # of which the arithmetic is, beside maps
+COUNTS = (10**6, 10**9)
+PRICE = 0.023  # $ for a GB and a month: a list price of object storage
 
 
 def draw_photos(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -89,7 +92,7 @@ def run_extract(model: nn.Module, photos: Path, batch: int, workers: int, what: 
 
 def measure_rates(model: nn.Module, o: Namespace, folder: Path) -> dict[str, Any]:
     """Images a second of the bare model and of each case, and each case over the bare model of its round."""
-    count, workers = (16 if o.quick else 96), 1
+    count, workers = (16 if o.quick else 64), 1
     photos = draw_photos(folder / "photos", count, (500, 375))
     turns: dict[str, Callable[[int], float]] = {"bare": lambda _: run_bare(model, photos, o.batch, workers)}
     for title, what in CASES.items():
@@ -236,7 +239,8 @@ def main() -> None:
 def table(results: dict[str, Any]) -> str:
     """The results as tables, and in words."""
     parts = {"rate": table_of_rates, "bytes": table_of_bytes, "many": tell_many, "ray": tell_ray}
-    return "\n\n".join([in_words(results), *(make(results[part]) for part, make in parts.items() if part in results)])
+    told = [in_words(results), *(make(results[part]) for part, make in parts.items() if part in results)]
+    return "\n\n".join([*told, *([table_of_arithmetic(results)] if {"rate", "bytes"} <= results.keys() else [])])
 
 
 def table_of_rates(rate: dict[str, Any]) -> str:
@@ -255,6 +259,24 @@ def table_of_bytes(sizes: dict[str, dict[str, float]]) -> str:
     for name, by_dtype in sizes.items():
         cells = (f"{by_dtype[dtype]:,.0f}" if dtype in by_dtype else "" for dtype in DTYPES)
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_of_arithmetic(results: dict[str, Any]) -> str:
+    """What many images would take, by arithmetic from rates and bytes that were measured."""
+    lines = [
+        "| arithmetic, not measured | | " + " | ".join(f"{count:.0e} images" for count in COUNTS) + " |",
+        "|---|---|---|---|",
+    ]
+    for title, what in ((RUN, CASES[RUN].split(",")), ("maps", ["maps"])):
+        rate = results["rate"]["cases"][title]["images_per_second"]["median"]
+        by_dtype = [results["bytes"][name] for name in what]
+        size = sum(each.get("float16", each["float32"]) for each in by_dtype)
+        hours = [count / rate / 3600 for count in COUNTS]
+        lines.append(f"| {title} | hours of one core | {' | '.join(f'{each:,.3g}' for each in hours)} |")
+        lines.append(f"| | cores for one day | {' | '.join(f'{max(1, each / 24):,.3g}' for each in hours)} |")
+        lines.append(f"| | GB in the store, float16 | {' | '.join(f'{count * size / 1e9:,.3g}' for count in COUNTS)} |")
+        lines.append(f"| | $ a month to keep | {' | '.join(f'{count * size / 1e9 * PRICE:,.3g}' for count in COUNTS)} |")
     return "\n".join(lines)
 
 
