@@ -43,6 +43,7 @@ def other_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_run_of_another_process_is_refused_until_that_is_killed(
     tmp_path: Path, other_process: subprocess.Popen[str]
 ) -> None:
+    pytest.importorskip("zarr")
     from hookattn.extraction import extract
 
     with pytest.raises(StoreError, match=r"another run of another process writes to .*x\.zarr: let it end, or name another"):
