@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import nn
 
 from ..errors import HookattnError
+from ..extraction.sources.folders import photo_suffixes
 from ..image.photo import Photo
 from ..recording.recorder import AttentionRecorder
 from .asked import Asked
@@ -49,8 +49,7 @@ def find_photos(given: Sequence[Path]) -> list[Path]:
 
 
 def _photos_in(folder: Path) -> list[Path]:
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".pdf", ".eps", ".ps"}
-    return sorted(each for each in folder.iterdir() if each.suffix.lower() in kinds and each.is_file())
+    return sorted(each for each in folder.iterdir() if each.suffix.lower() in photo_suffixes() and each.is_file())
 
 
 def load_asked(asked: Asked) -> nn.Module:
