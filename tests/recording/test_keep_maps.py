@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.heard import Around, Twice
 from support.inside import find_recipe, own_registers, project_heads, read_by
 from support.models import SCORES, TINY, B, C, D, H, N, plain, randomise, tiny
 from support.modes import operations_of
@@ -33,22 +34,6 @@ def test_maps_that_are_kept_are_made_of_the_projections_of_the_forward(norm: boo
         with AttentionRecorder(model) as rec:
             model(x)
     torch.testing.assert_close(kept, rec.maps[0][...], rtol=0, atol=1e-12)
-
-
-class Twice(Attention):
-    """Calls its projection with something else first."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.qkv(x * 3)
-        return super().forward(x, *args, **kwargs)
-
-
-class Around(Attention):
-    """Calls no layer of its own."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("kind", [Twice, Around])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.heard import Around, Twice
 from support.inside import own_registers, project_heads
 from support.models import B, C, D, H, N, plain, randomise, tiny
 from support.modes import operations_of, operators_of
@@ -189,22 +190,6 @@ def test_an_interrupt_is_not_answered_by_another_call(kind: str) -> None:
 
 
 # Layers that do not what the recipe says
-
-
-class Twice(Attention):
-    """Calls its projection with something else first."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.qkv(x * 3)
-        return super().forward(x, *args, **kwargs)
-
-
-class Around(Attention):
-    """Calls no layer of its own."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Fails(Attention):

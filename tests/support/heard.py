@@ -1,0 +1,27 @@
+"""Attention whose layers are not called as its recipe says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import Attention
+from torch import Tensor
+
+from support.models import D, H
+
+
+class Twice(Attention):
+    """Calls its projection with something else first."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.qkv(x * 3)
+        return super().forward(x, *args, **kwargs)
+
+
+class Around(Attention):
+    """Calls no layer of its own."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
