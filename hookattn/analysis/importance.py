@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..attention.projection import ALL
+from ..attention.softmax import Chunk
 from ..errors import NoMapError, UnreadableError
 from ..maps.attention_map import AttentionMap
 from ..recording.recorder import AttentionRecorder
@@ -181,8 +182,8 @@ def _dot_with_gradient(m: AttentionMap) -> Tensor:
     """The sum of the map times its gradient, (batch, heads), of which no more is held than a chunk."""
     with m.gradient.open() as slope:
 
-        def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
-            total[items] += (chunk.detach() * slope.narrow(items, ALL, rows).values()).sum((-2, -1))
+        def add(total: Tensor, items: slice, rows: slice, chunk: Chunk) -> None:
+            total[items] += (chunk.values.detach() * slope.narrow(items, ALL, rows).values()).sum((-2, -1))
 
         def dot(m: AttentionMap) -> Sum:
             return Sum(m.shape[:2], add)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.projection import ALL
+from ..attention.softmax import Chunk
 from ..attention.sources import exact_dtype
 from ..errors import TokenError
 from ..maps.attention_map import AttentionMap
@@ -90,9 +91,9 @@ def divergence_from_mean(m: AttentionMap) -> Sum:
     """
     batch, heads, queries, _ = m.shape
 
-    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
-        mean = chunk.mean(1, keepdim=True)
-        total[items] += _less(_entropy((chunk + mean) / 2), (_entropy(chunk) + _entropy(mean)) / 2).sum(-1)
+    def add(total: Tensor, items: slice, rows: slice, chunk: Chunk) -> None:
+        values, mean = chunk.values, chunk.values.mean(1, keepdim=True)
+        total[items] += _less(_entropy((values + mean) / 2), (_entropy(values) + _entropy(mean)) / 2).sum(-1)
 
     return Sum((batch, heads), add, lambda total: total / queries)
 

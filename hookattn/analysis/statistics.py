@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention.softmax import Chunk
 from ..attention.sources import exact_dtype, without_autocast
 from ..errors import TokenError
 from ..maps.attention_map import AttentionMap
@@ -34,12 +35,13 @@ class Sum(NamedTuple):
 
     Attributes:
         shape: of what is added up, zero before the first chunk.
-        add: adds a chunk to it: (total, which items of the batch, which rows, the chunk (items, heads, rows, keys)).
+        add: adds a chunk to it: (total, which items of the batch, which rows, the chunk), of which `chunk.values` are
+            (items, heads, rows, keys).
         finish: makes the statistic of it.
     """
 
     shape: tuple[int, ...]
-    add: Callable[[Tensor, slice, slice, Tensor], None]
+    add: Callable[[Tensor, slice, slice, Chunk], None]
     finish: Callable[[Tensor], Tensor] = lambda total: total
 
 
@@ -80,15 +82,15 @@ def compute_statistics(m: AttentionMap, *wanted: Statistic) -> tuple[Tensor, ...
     sums = [statistic.of(m) for statistic in wanted]
     totals: list[Tensor] = []
 
-    def visit(items: slice, rows: slice, chunk: Tensor) -> None:
-        with without_autocast(chunk.device):
-            chunk = chunk.to(exact_dtype(chunk.dtype))
+    def visit(items: slice, rows: slice, chunk: Chunk) -> None:
+        values = chunk.values.to(exact_dtype(chunk.values.dtype))
+        with without_autocast(values.device):
             # made of the first chunk, whose dtype and device they take, and inside a transform of torch.func its level
-            totals.extend(chunk.new_zeros(each.shape) for each in sums[len(totals) :])
+            totals.extend(values.new_zeros(each.shape) for each in sums[len(totals) :])
             for each, total in zip(sums, totals):
-                each.add(total, items, rows, chunk)
+                each.add(total, items, rows, chunk._replace(values=values))
 
-    m.visit(visit)
+    m.visit_with_scores(visit)
     return tuple(m._deliver(each.finish(total)) for each, total in zip(sums, totals))
 
 
@@ -105,10 +107,8 @@ def entropy(m: AttentionMap) -> Sum:
     et al. 2023, "Stabilizing Transformer training by preventing attention entropy collapse".
     """
 
-    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
-        # the smallest normal number, whose logarithm times 0 is 0, also in the gradient, where log 0 would make NaN of it
-        logarithms = chunk.clamp_min(torch.finfo(chunk.dtype).tiny).log_()
-        total[items, :, rows] -= logarithms.mul_(chunk).sum(-1)
+    def add(total: Tensor, items: slice, rows: slice, chunk: Chunk) -> None:
+        total[items, :, rows] = chunk.entropies()
 
     return Sum(m.shape[:3], add)
 
@@ -122,8 +122,8 @@ def received(m: AttentionMap) -> Sum:
     """
     batch, heads, queries, keys = m.shape
 
-    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
-        total[items] += chunk.sum(2)
+    def add(total: Tensor, items: slice, rows: slice, chunk: Chunk) -> None:
+        total[items] += chunk.values.sum(2)
 
     return Sum((batch, heads, keys), add, lambda total: total / queries)
 
@@ -137,8 +137,8 @@ def head_mean(m: AttentionMap) -> Sum:
     """
     batch, _, queries, keys = m.shape
 
-    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
-        total[items, rows] = chunk.mean(1)
+    def add(total: Tensor, items: slice, rows: slice, chunk: Chunk) -> None:
+        total[items, rows] = chunk.values.mean(1)
 
     return Sum((batch, queries, keys), add)
 
@@ -163,32 +163,33 @@ def mean_attention_distance(m: AttentionMap) -> Sum:
     Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words: Transformers for image recognition at scale", appendix D.7
     and figure 7; Raghu et al. 2021, "Do Vision Transformers see like convolutional neural networks?".
     """
-    batch, heads, _, _ = m.shape
+    batch, heads, queries, _ = m.shape
     starts, ends = _centres(m)
     windows = starts.shape[1]
     laid: list[_Places] = []  # once the first chunk tells where: all that follow find them there
     measured: dict[tuple[int, int], Tensor] = {}  # by rows
 
-    def add(total: Tensor, items: slice, rows: slice, chunk: Tensor) -> None:
+    def add(total: Tensor, items: slice, rows: slice, chunk: Chunk) -> None:
         if not laid:
-            laid.append(_Places.of(batch, starts.to(chunk), ends.to(chunk)))
-        middles, is_query, places, share = laid[0].cut(items, rows)
-        # shares are 0 for prefix tokens and padding, 1 for patches, and between for pooled keys that reach over the border
-        weight = _weigh(chunk, share)
-        counts = (weight != 0) & is_query[:, None]
-        # `where` on both sides of the division: an x / 0 that is only left out afterwards has a gradient of NaN
+            laid.append(_Places.of(batch, starts.to(chunk.values), ends.to(chunk.values)))
+        middles, places, share = laid[0].cut(items, rows)
         span = rows.start, rows.stop
         if len(laid[0].share) > 1 or span not in measured:  # one at a time, which is no more than a chunk
             measured.clear()
             measured[span] = _distances(middles, places)
-        reached = (chunk * measured[span][:, None]).sum(-1) / weight.where(counts, 1.0)
-        total[items] += torch.stack((reached.where(counts, 0.0).sum(-1), counts.sum(-1).to(reached)), dim=-1)
+        total[0, items, :, rows] = (chunk.values * measured[span][:, None]).sum(-1)
+        # shares are 0 for prefix tokens and padding, 1 for patches, and between for pooled keys that reach over the border
+        total[1, items, :, rows] = _weigh(chunk.values, share)
 
     def finish(total: Tensor) -> Tensor:
-        distance, count = total.reshape(batch // windows, windows, heads, 2).sum(1).unbind(-1)
-        return distance / count
+        far, weight = total
+        counts = (weight != 0) & laid[0].is_query[:, None]
+        # `where` on both sides of the division: an x / 0 that is only left out afterwards has a gradient of NaN
+        reached = (far / weight.where(counts, 1.0)).where(counts, 0.0)
+        distances, count = (t.sum(-1).view(batch // windows, windows, heads).sum(1) for t in (reached, counts))
+        return torch.div(distances, count)
 
-    return Sum((batch, heads, 2), add, finish)
+    return Sum((2, batch, heads, queries), add, finish)
 
 
 def _centres(m: AttentionMap) -> Iterator[Tensor]:
@@ -227,10 +228,10 @@ class _Places(NamedTuple):
         queries, keys = (_of_items(centres, batch) for centres in (starts, ends))
         return _Places(queries.nanmean(-2), _share(queries).bool(), keys, _share(keys))
 
-    def cut(self, items: slice, rows: slice) -> _Places:
-        """Those of some items, and of some queries."""
-        middles, is_query, places, share = self if len(self.share) == 1 else (each[items] for each in self)
-        return _Places(middles[:, rows], is_query[:, rows], places, share)
+    def cut(self, items: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Middles of some queries of some items, and places and shares of the keys of these items."""
+        middles, _, places, share = self if len(self.share) == 1 else (each[items] for each in self)
+        return middles[:, rows], places, share
 
 
 def _of_items(centres: Tensor, batch: int) -> Tensor:

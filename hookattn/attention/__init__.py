@@ -6,6 +6,7 @@ From top to bottom, an import may only point down:
     weighted     what is computed from a map; sums of its heads
     sources      queries and keys, scores, or a map that is there already
     derived      what all that is computed from maps has
+    softmax      the softmax of scores, in their place or beside them
     projection   queries and keys that are cut to what is asked for before they are computed
     layers       layers that are a projection and nothing else
     overheard    what a module's own layers put out while it runs

@@ -13,10 +13,10 @@ from typing import TypeVar, Union
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .derived import Derived
 from .projection import ALL, Pick, Projected, compute, pick
+from .softmax import Chunk, is_ours_alone, softmax
 
 S = TypeVar("S", bound="_Whole")
 
@@ -151,30 +151,33 @@ class QK(_Product):
         half-precision rows do not sum to 1. A row that the mask or the bias closes throughout is zero, as
         `scaled_dot_product_attention` has it.
         """
+        return softmax(*self._scores())
+
+    def chunk(self) -> Chunk:
+        """The map, with its scores."""
+        return Chunk.of(*self._scores())
+
+    def _scores(self) -> tuple[Tensor, Tensor | None]:
+        """What the softmax is taken of, new and in `dtype`, and which rows are closed throughout, if any can be."""
         if self.is_causal:
-            return self.narrow().values()
+            return self.narrow()._scores()
         q, k = compute(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else compute(self.k)
         if not torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
-            return self._values(q, k)
+            return self._scores_of(q, k)
         with without_autocast(q.device):
-            return self._values(q, k)
+            return self._scores_of(q, k)
 
-    def _values(self, q: Tensor, k: Tensor) -> Tensor:
+    def _scores_of(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         biases, dtype = self.biases, exact_dtype(q.dtype)
         scores = self._products(q.to(dtype), k)
-        # in place, since one tensor of queries x keys is what there is memory for; scores are new, so nobody else sees it
-        writable = _is_ours_alone(scores, *biases)
+        writable = is_ours_alone(scores, *biases)
         for bias in biases:
             scores = scores.add_(bias.to(dtype)) if writable else scores + bias.to(dtype).expand_as(scores)
         if self.mask is not None:
             outside = ~self.mask.expand_as(scores)
             scores = (scores.masked_fill_ if writable else scores.masked_fill)(outside, float("-inf"))
         # looked for before the softmax makes NaN of such rows, and only where something can close one
-        closed = None if not biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
-        attention = torch.softmax(scores, -1, out=scores) if writable else scores.softmax(-1)
-        if closed is None:
-            return attention
-        return (attention.masked_fill_ if writable else attention.masked_fill)(closed, 0.0)
+        return scores, None if not biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
 
     def _products(self, q: Tensor, k: Tensor) -> Tensor:
         """Scaled, mixed q k^T: (batch, heads, queries, keys), up to a constant in each row, which the softmax takes away."""
@@ -257,6 +260,11 @@ Source = Union[QK, Scores, Outer, Dense, Derived]
 """What a map, or its gradient, is computed from."""
 
 
+def chunk_of(source: Source) -> Chunk:
+    """What a source computes, with the scores where there are such."""
+    return source.chunk() if isinstance(source, QK) else Chunk(source.values())
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A block in which autocast does not touch what is computed on a device, for scores and softmax in full precision."""
     if torch.amp.is_autocast_available(device.type):
@@ -284,12 +292,3 @@ def _is_cheaper_absorbed(q: Tensor, k: Tensor) -> bool:
         return False
     queries, keys, width, features = _sizes(q)[2], k.sizes[2], k.sizes[3], k.x.shape[2]
     return queries * features * (width + keys) < keys * width * (features + queries)
-
-
-def _is_ours_alone(*scores: Tensor) -> bool:
-    """Whether scores may be added up and written to in place: neither autograd nor `torch.func` follows what is done."""
-    # Undocumented, torch 2.6 to 2.14: the level of the innermost transform of torch.func that runs, None without one; and that
-    # of forward-mode differentiation, -1 without. Neither can follow what is written in place with `out=`.
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in scores))

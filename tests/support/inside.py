@@ -15,7 +15,8 @@ from torch import Tensor
 from hookattn import AttentionMap, UnreadableError
 from hookattn.analysis.statistics import Sum
 from hookattn.attention.projection import Projected, project_heads
-from hookattn.attention.sources import Scores
+from hookattn.attention.softmax import Chunk
+from hookattn.attention.sources import QK, Scores
 from hookattn.calls.call import capture
 from hookattn.calls.layer import look_up
 from hookattn.calls.restore import is_reading, restoring
@@ -47,6 +48,8 @@ from hookattn.recording import edits
 from support.oracle import own_softmax
 
 __all__ = [
+    "QK",
+    "Chunk",
     "Images",
     "Projected",
     "Scores",
