@@ -144,32 +144,32 @@ class QK(_Product):
         """Compute queries and keys now, so that a map that is made a chunk of rows at a time projects them once."""
         return replace(self, q=compute(self.q), k=compute(self.k))
 
-    def values(self) -> Tensor:
-        """The map: (batch, heads, queries, keys), in `dtype`, rows that sum to 1.
+    def values(self, out: Tensor | None = None) -> Tensor:
+        """The map: (batch, heads, queries, keys), in `dtype`, rows that sum to 1; in `out` where it can be made there.
 
         Everything after the projections is done in `dtype`, under autocast too: half-precision scores overflow, and
         half-precision rows do not sum to 1. A row that the mask or the bias closes throughout is zero, as
         `scaled_dot_product_attention` has it.
         """
-        return softmax(*self._scores())
+        return softmax(*self._scores(out))
 
     def chunk(self) -> Chunk:
         """The map, with its scores."""
         return Chunk.of(*self._scores())
 
-    def _scores(self) -> tuple[Tensor, Tensor | None]:
+    def _scores(self, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What the softmax is taken of, new and in `dtype`, and which rows are closed throughout, if any can be."""
         if self.is_causal:
-            return self.narrow()._scores()
+            return self.narrow()._scores(out)
         q, k = compute(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else compute(self.k)
         if not torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
-            return self._scores_of(q, k)
+            return self._scores_of(q, k, out)
         with without_autocast(q.device):
-            return self._scores_of(q, k)
+            return self._scores_of(q, k, out)
 
-    def _scores_of(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _scores_of(self, q: Tensor, k: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
         biases, dtype = self.biases, exact_dtype(q.dtype)
-        scores = self._products(q.to(dtype), k)
+        scores = self._products(q.to(dtype), k, out)
         writable = is_ours_alone(scores, *biases)
         for bias in biases:
             scores = scores.add_(bias.to(dtype)) if writable else scores + bias.to(dtype).expand_as(scores)
@@ -179,7 +179,7 @@ class QK(_Product):
         # looked for before the softmax makes NaN of such rows, and only where something can close one
         return scores, None if not biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
 
-    def _products(self, q: Tensor, k: Tensor) -> Tensor:
+    def _products(self, q: Tensor, k: Tensor, out: Tensor | None) -> Tensor:
         """Scaled, mixed q k^T: (batch, heads, queries, keys), up to a constant in each row, which the softmax takes away."""
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         if isinstance(scale, Tensor):
@@ -192,7 +192,8 @@ class QK(_Product):
         else:
             # scaled within the product, which saves a pass over the scores; with beta=0 what is added to is not even read
             k = k.to(q.dtype).expand(*q.shape[:2], -1, -1)
-            scores = torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale)
+            out = out.flatten(0, 1) if out is not None and self.mix is None and is_ours_alone(q, k) else None
+            scores = torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale, out=out)
         scores = scores.view(*q.shape[:3], _sizes(k)[2])
         return scores if self.mix is None else torch.einsum("g h, b h q k -> b g q k", self.mix.to(q.dtype), scores)
 

@@ -7,6 +7,7 @@ From top to bottom, an import may only point down:
     detect       which modules form maps, where names do not tell
     record       the hooks that keep what each attention module was called with
     keep_maps    maps made while a module runs, of the queries and keys it makes itself
+    buffers      memory of maps that nobody holds any more
     follow       gradients that are followed through backward
     stems        hooks that note images, how they are cut, and what blocks of windows are given
     edits        other maps in place of a module's own

@@ -9,7 +9,8 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from ..attention.sources import Source
+from ..attention.softmax import is_ours_alone
+from ..attention.sources import QK, Source
 from ..calls.call import Call
 from ..conditions.function_modes import put_below_others, take_off
 from ..maps.attention_map import AttentionMap
@@ -17,6 +18,7 @@ from ..maps.established import NameInErrors, NotEstablishedError, arrange, defer
 from ..maps.intercept import Intercept, Sites
 from ..maps.replay import source_of_watched
 from ..maps.sites import Watch
+from .buffers import Buffers
 from .hear import Awaited, Listener
 
 # Undocumented, torch 2.6 to 2.14: in eval mode these run as one kernel, but not under any function mode, which they take for
@@ -31,16 +33,20 @@ class AwaitedMap(Awaited):
     Args:
         put: is given the map that was made.
         decline: called with this where no recipe describes the call.
+        buffers: where it is made, if that can be.
     """
 
-    def __init__(self, call: Call, m: AttentionMap, put: Put, decline: Callable[[AwaitedMap], None]) -> None:
+    def __init__(self, call: Call, m: AttentionMap, put: Put, decline: Callable[[AwaitedMap], None], buffers: Buffers) -> None:
         super().__init__(call)
-        self.m, self.put, self._decline = m, put, decline
+        self.m, self.put, self._decline, self._buffers = m, put, decline, buffers
         self.watch: Watch | None = None
 
     def form(self, source: Source) -> Tensor:
         """The map."""
-        return source.narrow().values()
+        # on other devices PyTorch itself keeps memory, and what a transform of torch.func makes has none that can be told apart
+        if not isinstance(source, QK) or source.device.type != "cpu" or not is_ours_alone():
+            return source.narrow().values()
+        return source.values(self._buffers.take(source.shape, source.dtype))
 
     def take(self, formed: Tensor | None) -> None:
         """Keep the map."""
@@ -65,10 +71,11 @@ class KeepMaps:
         self._stack, self.listener = stack, Listener(stack)
         self._watches = not any(isinstance(m, _WITH_A_FAST_PATH) for m in model.modules())  # else modules are run again
         self._watched: WeakSet[Sites] | None = None  # None until the mode is on
+        self._buffers = Buffers()
 
     def begin(self, call: Call, m: AttentionMap, put: Put) -> AwaitedMap:
         """Make the map of a call that is about to run: now, or as soon as the module has projected its queries and keys."""
-        awaited = AwaitedMap(call, m, put, self._decline)
+        awaited = AwaitedMap(call, m, put, self._decline, self._buffers)
         self.listener.begin(awaited)
         return awaited
 

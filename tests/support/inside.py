@@ -45,10 +45,12 @@ from hookattn.maps.vectors import values_by_recipe
 from hookattn.recipes import global_attention, registry, window_attention
 from hookattn.recipes.registry import find_recipe, list_recipes
 from hookattn.recording import edits
+from hookattn.recording.buffers import Buffers
 from support.oracle import own_softmax
 
 __all__ = [
     "QK",
+    "Buffers",
     "Chunk",
     "Images",
     "Projected",

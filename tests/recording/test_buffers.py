@@ -1,0 +1,151 @@
+"""Memory of maps, in which those of the next forward are made: never what anybody still holds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.image import SWIN, made_of
+from support.inside import QK, Buffers
+from support.models import randomise, tiny
+from support.modes import operators_of
+from support.reading import maps_of, same
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hookattn import AttentionMap, AttentionRecorder
+from hookattn.recording.maps import Maps
+
+HOLD: dict[str, Callable[[AttentionRecorder], Any]] = {
+    "all maps": lambda rec: rec.maps,
+    "a map": lambda rec: rec.maps[0],
+    "its tensor": lambda rec: rec.maps[0]._origin._attention,  # type: ignore[union-attr]
+    "a part of it": lambda rec: rec.maps[0]._origin._attention[:, 0],  # type: ignore[union-attr]
+    "an array of numpy": lambda rec: rec.maps[0]._origin._attention.detach().numpy(),  # type: ignore[union-attr]
+}
+
+
+def value_of(held: Any) -> Tensor:
+    if isinstance(held, Maps):
+        held = held[0]
+    return held[...] if isinstance(held, AttentionMap) else torch.as_tensor(held)
+
+
+@pytest.mark.parametrize("what", HOLD)
+def test_what_somebody_holds_is_not_written_over(what: str) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model, keep="maps") as rec, torch.no_grad():
+        for scale in (1, 3):
+            model(x * scale)
+        held = HOLD[what](rec)
+        before = value_of(held).clone()
+        for scale in (5, 7):
+            model(x * scale)
+            assert torch.equal(value_of(held), before)
+        assert same({name: m[...] for name, m in rec.maps.items()}, maps_of(model, x * 7))
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "plain": lambda: tiny("vit"),
+    "relative positions": lambda: tiny("relpos"),
+    "shifted windows": made_of("swin_tiny_patch4_window7_224", (40, 72), **SWIN, img_size=(40, 72)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_maps_of_the_next_forward_are_made_in_place_of_the_last(kind: str) -> None:
+    model, x = MODELS[kind]()
+    with AttentionRecorder(model, keep="maps") as rec, torch.no_grad():
+        model(x)
+        first = {m._origin._attention.data_ptr() for m in rec.maps.values()}  # type: ignore[union-attr]
+        expected = {name: m[...] for name, m in rec.maps.items()}
+        seen = operators_of(lambda: model(x))
+        assert {m._origin._attention.data_ptr() for m in rec.maps.values()} == first  # type: ignore[union-attr]
+        assert same({name: m[...] for name, m in rec.maps.items()}, expected)
+    assert seen.count("aten.baddbmm.out") == len(rec.maps)
+
+
+def test_each_forward_has_maps_of_its_own_where_all_are_kept() -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model, keep="maps", passes="all") as rec, torch.no_grad():
+        for scale in (1, 2, 3):
+            model(x * scale)
+    for scale, maps in zip((1, 2, 3), rec.passes):
+        assert same({name: m[...] for name, m in maps.items()}, maps_of(model, x * scale))
+
+
+def test_images_of_another_size_let_the_memory_of_the_last_go() -> None:
+    model = randomise(tiny("vit", dynamic_img_size=True)[0])
+    with AttentionRecorder(model, keep="maps") as rec, torch.no_grad():
+        for size in (64, 96, 64, 128):
+            model(torch.randn(2, 3, size, size))
+            held = sum(t.nbytes for each in buffers() for tensors in each._all.values() for t in tensors)
+            assert held == sum(m[...].nbytes for m in rec.maps.values())
+    assert not buffers()
+
+
+def test_modes_may_change_between_forwards() -> None:
+    model, x = tiny("vit")
+    expected = maps_of(model, x)
+    with AttentionRecorder(model, keep="maps") as rec:
+        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+            with mode():
+                model(x)
+            for name, m in rec.maps.items():
+                torch.testing.assert_close(m[...], expected[name])
+
+
+def test_maps_that_go_elsewhere_need_the_memory_of_one() -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model, keep="maps", dtype=torch.float16) as rec, torch.no_grad():
+        model(x)
+        assert sum(len(tensors) for each in buffers() for tensors in each._all.values()) == 1
+    assert all(m[...].dtype == torch.float16 for m in rec.maps.values())
+
+
+def test_what_is_followed_is_made_in_memory_of_its_own() -> None:
+    q, k = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(1, 2, 5, 8)
+    source = QK(q, k)
+    made = source.values(torch.empty(source.shape))
+    assert made.requires_grad
+    assert torch.equal(made, source.values())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # a kernel that PyTorch has no batching rule for
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch.func.jvp calls
+def test_maps_are_kept_under_transforms() -> None:
+    model, x = tiny("vit", batch=3)
+
+    def first(x: Tensor) -> Tensor:
+        with AttentionRecorder(model, keep="maps") as rec, sdpa_kernel(SDPBackend.MATH):
+            model(x[None])
+        return rec.maps[0][...]
+
+    expected = maps_of(model, x)["blocks.0.attn"]
+    torch.testing.assert_close(torch.func.vmap(first)(x)[:, 0], expected)
+    torch.testing.assert_close(torch.func.jvp(first, (x[0],), (x[0],))[0], expected[:1])
+
+
+def test_scores_that_are_mixed_over_heads_are_as_they_were() -> None:
+    source = QK(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), mix=torch.randn(4, 2))
+    assert torch.equal(source.values(torch.empty(source.shape)), source.values())
+
+
+def test_memory_is_given_out_once_at_a_time() -> None:
+    pool = Buffers()
+    first, second = pool.take((3, 4), torch.float32), pool.take((3, 4), torch.float32)
+    taken = {first.data_ptr(), second.data_ptr()}
+    assert len(taken) == 2
+    part = second[1:].numpy()
+    del first, second
+    third, fourth = pool.take((3, 4), torch.float32), pool.take((3, 4), torch.float32)
+    assert third.data_ptr() in taken
+    assert fourth.data_ptr() not in taken
+    assert part.shape == (2, 4)
+
+
+def buffers() -> list[Buffers]:
+    return [each for each in gc.get_objects() if isinstance(each, Buffers)]
