@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple, Union
 import typer
 
 DEFAULT_MODEL = "vit_small_patch14_reg4_dinov2.lvd142m"
+RETRY = "--retry"  # of extract, which show tells of, too
 
 
 class Asked(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated, Union
 
 import typer
 
-from .asked import DEFAULT_MODEL, NAMES, Asked, Checkpoint, Crop, Device, DType, ImgSize, Json, Layers, Model, Photos
+from .asked import DEFAULT_MODEL, NAMES, RETRY, Asked, Checkpoint, Crop, Device, DType, ImgSize, Json, Layers, Model, Photos
 from .output import answering_errors
 
 
@@ -136,6 +136,7 @@ def extract(
         Union[int, None], typer.Option(help="Images that are written together; up to 1,024 in 128 MB if not given.", min=1)
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
+    retry: Annotated[bool, typer.Option(RETRY, help="Try images again that could not be read, with their blocks.")] = False,
     image_column: Annotated[Union[str, None], typer.Option(help="Of a table: which column holds images.")] = None,
     label_column: Annotated[Union[str, None], typer.Option(help="Of a table: which column holds labels.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",
@@ -151,7 +152,7 @@ def extract(
 
         asked = Asked(model, checkpoint, layers, img_size, crop, device, dtype)
         where = Where(engine, address, actors, gpus)
-        wanted = Wanted(what, store_dtype, batch, workers, block, strict, image_column, label_column, where)
+        wanted = Wanted(what, store_dtype, batch, workers, block, strict, retry, image_column, label_column, where)
         extract_images(source, asked, wanted, out, as_json)
 
 

@@ -22,7 +22,7 @@ from ..extraction.quantities import find_quantities
 from ..extraction.ray_engine import RayEngine
 from ..extraction.read import open_run
 from ..extraction.store import Store, import_zarr
-from .asked import Asked
+from .asked import RETRY, Asked
 from .models import read_size
 from .output import console, name_bytes, print_error, printable, say, say_left_out
 from .photos import Rate, load_asked, read_layers
@@ -41,7 +41,7 @@ class Wanted(NamedTuple):
     """What is taken of which images, how it is stored, and who does it; as it was typed.
 
     Attributes:
-        what, store_dtype, block, strict, batch, workers, image_column, label_column: as for `extraction.extract`.
+        what, store_dtype, block, strict, retry, batch, workers, image_column, label_column: as for `extraction.extract`.
         where: it runs.
     """
 
@@ -51,6 +51,7 @@ class Wanted(NamedTuple):
     workers: int
     block: int | None
     strict: bool
+    retry: bool
     image_column: str | None
     label_column: str | None
     where: Where
@@ -92,6 +93,7 @@ def _extract(sources: Sequence[str], asked: Asked, wanted: Wanted, out: str, eng
             workers=wanted.workers,
             block=wanted.block,
             strict=wanted.strict,
+            retry=wanted.retry,
             image_column=wanted.image_column,
             label_column=wanted.label_column,
             name=asked.model,
@@ -104,12 +106,14 @@ def _tell(summary: Summary, model: str, out: str, as_json: bool) -> None:
     # of the store, since another run or another process may have met them
     broken, size = open_run(out).broken(), _size_of(out)
     say_left_out(broken)
-    say(f"{summary.taken} of {summary.images} images of {model}, {summary.broken} could not be read; {_name_pace(summary)}")
-    told = "" if size is None else f", {name_bytes(size)}"
-    say(f"wrote {printable(out)}{told}; hookattn show takes it, and xarray.open_zarr")
+    left_out = f"{summary.broken} could not be read{f' ({RETRY} tries them again)' if broken else ''}"
+    say(f"{summary.taken} of {summary.images} images of {model}, {left_out}; {_name_pace(summary)}")
+    large = "" if size is None else f", {name_bytes(size)}"
+    say(f"wrote {printable(out)}{large}; hookattn show takes it, and xarray.open_zarr")
     if as_json:
         figures = {**summary._asdict(), "images_per_second": summary.images_per_second, "bytes": size}
-        typer.echo(json.dumps({"model": model, "store": out, **figures, "left_out": broken}))
+        told = {**figures, "left_out": broken, "tried_again_by": RETRY if broken else None}
+        typer.echo(json.dumps({"model": model, "store": out, **told}))
 
 
 def _name_pace(summary: Summary) -> str:

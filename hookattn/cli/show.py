@@ -19,6 +19,7 @@ from ..figures.page import Shown, make_page
 from ..image.photo import Photo
 from ..image.pixels import read_photo
 from ..recording.maps import Maps
+from .asked import RETRY
 from .explore import read_budget
 from .files import MAPS, PICTURES, check_out, write_out
 from .output import join_sizes, name_bytes, printable, say, say_left_out
@@ -68,6 +69,8 @@ def _open_store(where: str, wanted: Wanted) -> tuple[Facts, Find]:
     model, counts = run.facts["run"]["model"]["name"], run.count()
     say(f"{printable(where)}: {model}, {len(run.layers)} layers, {counts.taken} of {len(run)} images")
     say_left_out(broken := run.broken())
+    if broken:
+        say(f"{len(broken)} could not be read; the same hookattn extract with {RETRY} tries them again")
     if counts.pending:
         say(f"{counts.pending} are not there yet; the same hookattn extract goes on with them")
     for spec in run.specs.values():

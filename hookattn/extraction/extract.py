@@ -54,7 +54,7 @@ class Summary(NamedTuple):
     Attributes:
         images: in the data set.
         taken: of which there is something in the store, from runs before this one too.
-        broken: that could not be read; the store's `error` says why.
+        broken: that could not be read; the store's `error` says why, and the same again with `retry=True` tries once more.
         resumed: images that runs before this one had done with.
         seconds: this run took, from its first batch on.
         waited: the share of them in which the model waited for images, between 0 and 1.
@@ -87,6 +87,7 @@ def extract(
     workers: int = 0,
     block: int | None = None,
     strict: bool = False,
+    retry: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -123,6 +124,7 @@ def extract(
         workers: processes that read images ahead.
         block: images that are written together; None for up to 1,024, in at most 128 MB.
         strict: end the run at the first image that cannot be read; else it is left NaN, and `error` of the store says why.
+        retry: take blocks again that hold an image which could not be read, with their other images.
         preprocessing: how the model wants photos, where it does not tell: a data config as timm resolves it.
         image_column, label_column: of a table.
         name: of the model, for the store; None for that of its architecture.
@@ -153,13 +155,23 @@ def extract(
 
     with meet_ranks() as ranks:
         task, facts = ranks.together(plan)
-        return _run(model, task, Store(out), facts, engine, report, ranks)
+        return _run(model, task, Store(out), facts, engine, report, ranks, retry=retry)
 
 
-def _run(model: nn.Module, task: Task, store: Store, facts: Facts, engine: Engine, report: Report, ranks: Ranks) -> Summary:
+def _run(
+    model: nn.Module,
+    task: Task,
+    store: Store,
+    facts: Facts,
+    engine: Engine,
+    report: Report,
+    ranks: Ranks,
+    *,
+    retry: bool,
+) -> Summary:
     """Do what is left to do of a task, as the one of several processes that this is."""
     with ExitStack() as held:
-        done = ranks.from_first(lambda: _begin(store, task, facts, held))
+        done = ranks.from_first(lambda: _begin(store, task, facts, held, retry=retry))
         ranks.together(lambda: _open(store, facts, ranks))
         resumed = sum(stop - start for start, stop in map(task.layout.range_of, compress(count(), done)))
         meter = _Meter(report, resumed, task.layout.images)
@@ -190,8 +202,8 @@ class _Meter:
         self._report(Progress(self._done, self._images, step.broken, self.seconds, self.waited))
 
 
-def _begin(store: Store, task: Task, facts: Facts, held: ExitStack) -> list[bool]:
-    """Hold the store, and make it, or check that it is this run's; which of its blocks are there."""
+def _begin(store: Store, task: Task, facts: Facts, held: ExitStack, *, retry: bool) -> list[bool]:
+    """Hold the store, and make it, or check that it is this run's; which of its blocks are done with."""
     held.enter_context(hold_store(store.where))
     there = store.find_facts()
     if there is None:
@@ -201,4 +213,4 @@ def _begin(store: Store, task: Task, facts: Facts, held: ExitStack) -> list[bool
         store.remove_leftovers()
         if (versions := list_versions()) not in there["versions"]:
             store.note({**there, "versions": [*there["versions"], versions]})
-    return store.find_done(task.layout)
+    return store.find_done(task.layout, retry=retry)

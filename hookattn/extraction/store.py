@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import MissingExtraError, StoreError
-from .layout import PENDING, Array, Block, Layout, Spec, encode
+from .layout import BROKEN, PENDING, Array, Block, Layout, Spec, encode
 
 Facts = dict[str, Any]
 FORMAT = 1  # counted up when a reader of the one before would misread what is written
@@ -26,8 +26,8 @@ class Store:
     Beside an array for each quantity it has, for each image, `status` (0 not there yet, 1 taken, 2 not to be read),
     `label`, `sha256` of what it was made of, `error`, and `grid_rows` and `grid_cols` of its patches.
 
-    A block is there once its `status` is, which is written last; each file of a block is replaced as a whole. So a run that is
-    killed leaves blocks that are whole, and others that count for nothing and are written again.
+    A block is there once its `status` is, which is removed first and written last; each file of a block is replaced as a whole.
+    So a run that is killed leaves blocks that are whole, and others that count for nothing and are written again.
 
     Args:
         where: a folder, or an address that fsspec knows (s3://, gs://).
@@ -104,19 +104,21 @@ class Store:
         found: Array = self.group["status"][:]
         return found
 
-    def find_done(self, layout: Layout) -> list[bool]:
-        """Which blocks are there."""
-        status = self.status()
-        return [bool((status[slice(*layout.range_of(number))] != PENDING).all()) for number in range(layout.blocks)]
+    def find_done(self, layout: Layout, *, retry: bool = False) -> list[bool]:
+        """Which blocks are there; with `retry`, without those that hold an image which could not be read."""
+        status, undone = self.status(), [PENDING, BROKEN] if retry else [PENDING]
+        blocks = (status[slice(*layout.range_of(number))] for number in range(layout.blocks))
+        return [not np.isin(block, undone).any() for block in blocks]
 
     def write(self, block: Block, specs: Sequence[Spec]) -> None:
-        """Write a block; it counts once all of it is there.
+        """Write a block, or write it anew; it counts once all of it is there.
 
         Raises:
             StoreError: it cannot be written, as where the disk is full.
         """
         rows = slice(block.start, block.start + len(block.status))
         with answering_full(self.where):
+            self.group["status"][rows] = PENDING  # what was there counts no longer before the first of it is replaced
             for spec in specs:
                 for name, values in encode(spec, block.values[spec.name]).items():
                     self.group[name][rows] = values

@@ -100,14 +100,36 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, weights: Path, photos: P
     assert stopped.exit_code == 130
     assert stopped.stderr.endswith(f"hookattn: stopped; the same command goes on with what is in {out}.\n")
     again = run(weights, photos, "-o", out)
-    assert "5 of 6 images of test_vit, 1 could not be read; 2 were done before, the others at " in again.output
+    assert (
+        "5 of 6 images of test_vit, 1 could not be read (--retry tries them again); 2 were done before, the others at "
+        in again.output
+    )
     # it was of the run before that it was told
     over = run(weights, photos, "-o", out)
     assert "left out: dog/broken.jpg: a file of 5 bytes is no image that can be read" in over.output
-    assert "1 could not be read; all were done before" in over.output
+    assert "1 could not be read (--retry tries them again); all were done before" in over.output
     # nobody looks at a bar in a file
     assert "waiting for images" not in over.output
     assert "\x1b" not in again.output + over.output
+
+
+def test_images_that_could_not_be_read_are_tried_again_when_it_is_asked_for(
+    tmp_path: Path, weights: Path, photos: Path
+) -> None:
+    out, broken = tmp_path / "x.zarr", photos / "dog/broken.jpg"
+    told = run(weights, photos, "-o", out)
+    assert "5 of 6 images of test_vit, 1 could not be read (--retry tries them again); " in told.output
+    broken.write_bytes(b"hello again")
+    assert json.loads(run(weights, photos, "-o", out, "--json").stdout)["left_out"]["dog/broken.jpg"].startswith(
+        "a file of 5 b"
+    )
+    facts = json.loads(run(weights, photos, "-o", out, "--json", "--retry").stdout)
+    assert facts["left_out"]["dog/broken.jpg"].startswith("a file of 11 bytes is no image")
+    assert (facts["broken"], facts["resumed"], facts["tried_again_by"]) == (1, 4, "--retry")
+    assert "with --retry tries them again" in CliRunner().invoke(app, ["show", str(out)]).output
+    broken.write_bytes(draw(9))
+    facts = json.loads(run(weights, photos, "-o", out, "--json", "--retry").stdout)
+    assert (facts["taken"], facts["left_out"], facts["tried_again_by"]) == (6, {}, None)
 
 
 def test_what_cannot_be_is_told_in_a_line(tmp_path: Path, weights: Path, photos: Path) -> None:

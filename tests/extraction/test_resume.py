@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from support.drawn import Drawn, small_vit
-from support.stores import everything, same
+from support.stores import everything, full_after, same
 
 from hookattn import HookattnError
 from hookattn.errors import StoreError
@@ -143,20 +142,6 @@ def test_versions_of_later_runs_are_noted(tmp_path: Path) -> None:
     consolidated = zarr.open_consolidated(tmp_path / "x.zarr")
     assert consolidated.attrs["hookattn"]["versions"][1]["torch"] == "9.9"
     assert {"cls", "entropy", "image", "layer", "status"} <= {*consolidated.array_keys()}
-
-
-def full_after(writes: int) -> Any:
-    """A disk on which so many files find room, until the test makes some."""
-    from zarr.storage import LocalStore
-
-    whole, left = LocalStore.set, iter(range(writes))
-
-    async def set_or_fail(store: Any, key: str, value: Any) -> None:
-        if next(left, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        await whole(store, key, value)
-
-    return mock.patch.object(LocalStore, "set", set_or_fail)
 
 
 @pytest.mark.parametrize("writes", [0, 3, 14, 30, 36, 41])
