@@ -141,8 +141,10 @@ def extract(
     label_column: Annotated[Union[str, None], typer.Option(help="Of a table: which column holds labels.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",
     address: Annotated[Union[str, None], typer.Option(help="Of a Ray cluster; one is started here if not given.")] = None,
-    actors: Annotated[str, typer.Option(help="How many models run at once under Ray: 4, or 1,8 to let Ray choose.")] = "1",
-    gpus: Annotated[float, typer.Option(help="GPUs of each of them.", min=0.0)] = 0.0,
+    actors: Annotated[
+        Union[str, None], typer.Option(help="How many models run at once under Ray: 4, or 1,8 to let Ray choose.")
+    ] = None,
+    gpus: Annotated[Union[float, None], typer.Option(help="GPUs of each of them.", min=0.0)] = None,
     as_json: Json = False,
     out: Annotated[str, typer.Option("--out", "-o", help="The store: a folder, or an address (s3://).")] = "attention.zarr",
 ) -> None:
@@ -161,7 +163,9 @@ def show(
     image: Annotated[Union[str, None], typer.Option(help="Name or number of an image; without, what there is is told.")] = None,
     query: Annotated[Union[str, None], typer.Option(help="As for record.")] = None,
     photo: Annotated[Union[Path, None], typer.Option(help="The photo, where it is not found again.")] = None,
-    budget: Annotated[str, typer.Option(help="How large a page may be, as for explore.")] = "20MB",
+    budget: Annotated[
+        Union[str, None], typer.Option(help="How large a page may be, as for explore: 20MB if not given.")
+    ] = None,
     as_json: Json = False,
     out: Annotated[
         Union[Path, None], typer.Option("--out", "-o", help="A picture, attention.png if not given, or a page (.html).")

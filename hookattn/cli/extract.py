@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import HookattnError
+from ..errors import HookattnError, listed
 from ..extraction.engines import Engine, run_here
 from ..extraction.extract import Progress, Summary, extract
 from ..extraction.plan import KINDS
@@ -29,12 +29,12 @@ from .photos import Rate, load_asked, read_layers
 
 
 class Where(NamedTuple):
-    """Who does the work: "local" or "ray", and of Ray the address, how many actors, and GPUs of each."""
+    """Who does the work: "local" or "ray", and of Ray the address, how many actors, and GPUs of each; None if not given."""
 
     engine: str
     address: str | None
-    actors: str
-    gpus: float
+    actors: str | None
+    gpus: float | None
 
 
 class Wanted(NamedTuple):
@@ -61,7 +61,7 @@ def extract_images(sources: Sequence[str], asked: Asked, wanted: Wanted, out: st
     """Extract what was asked for, with a bar, and tell what came of it."""
     import_zarr()
     _check(wanted, out)
-    engine = _find_engine(wanted.where)
+    engine = _find_engine(wanted.where, asked.device)
     with _one_prints() as rank, _answering_stop(out):
         summary = _extract(sources, asked, wanted, out, engine, is_hidden=rank > 0)
         if rank == 0:
@@ -78,10 +78,9 @@ def _check(wanted: Wanted, out: str) -> None:
 
 
 def _extract(sources: Sequence[str], asked: Asked, wanted: Wanted, out: str, engine: Engine, *, is_hidden: bool) -> Summary:
-    model = load_asked(_on_own_gpu(asked))
     with _Told(is_hidden=is_hidden) as told:
         return extract(
-            model,
+            lambda: load_asked(_on_own_gpu(asked)),
             list(sources) if len(sources) > 1 else sources[0],
             out,
             wanted.what,
@@ -128,19 +127,27 @@ def _size_of(out: str) -> int | None:
     return None if folder is None else sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _find_engine(where: Where) -> Engine:
-    if where.engine == "local":
-        return run_here
-    if where.engine != "ray":
+def _find_engine(where: Where, device: str) -> Engine:
+    if where.engine not in ("local", "ray"):
         raise HookattnError(f"--engine {where.engine!r} is none: local, or ray.")
-    fewest, _, most = where.actors.partition(",")
-    try:
-        actors = (int(fewest), int(most or fewest))
-    except ValueError as error:
+    if where.engine == "local":
+        if given := [f"--{name}" for name, value in where._asdict().items() if name != "engine" and value is not None]:
+            raise HookattnError(f"{listed(given)} would change nothing without Ray: add --engine ray, or leave it out.")
+        return run_here
+    if device != "cpu" and not where.gpus:
         raise HookattnError(
-            f"--actors {where.actors!r} is no number of actors: 4, or 1,8 for the fewest and the most."
-        ) from error
-    return RayEngine(where.address, actors=actors, gpus=where.gpus)
+            f"--device {device} would change nothing under Ray, whose actors run on the GPUs that they are given: --gpus 1, "
+            "or a share of one, without --device."
+        )
+    return RayEngine(where.address, actors=_read_actors(where.actors or "1"), gpus=where.gpus or 0)
+
+
+def _read_actors(text: str) -> tuple[int, int]:
+    fewest, _, most = text.partition(",")
+    try:
+        return int(fewest), int(most or fewest)
+    except ValueError as error:
+        raise HookattnError(f"--actors {text!r} is no number of actors: 4, or 1,8 for the fewest and the most.") from error
 
 
 @contextmanager
@@ -194,7 +201,6 @@ class _Told:
         self._broken, self._is_first = 0, True
 
     def __enter__(self) -> _Told:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -205,6 +211,7 @@ class _Told:
         self._broken += len(now.broken)
         left_out = f", {self._broken} left out" if self._broken else ""
         more = f"{now.waited / (now.seconds or 1.0):.0%} waiting for images{left_out}"
+        self._bar.start()  # not before: there is one such line at a time, and the model's is the first
         # images of runs before this one are no part of how fast it is
         tell = self._bar.reset if self._is_first else self._bar.update
         tell(self._task, completed=now.done, total=now.images, more=more)

@@ -39,23 +39,25 @@ class Wanted(NamedTuple):
         image: name or number; None to say what there is.
         query: as for `hookattn record`.
         photo: the photo, where the store cannot find it, or a file of maps does not say.
-        budget: of a page.
+        budget: of a page; None for 20MB.
         out: a picture or a page; None for attention.png.
     """
 
     image: str | None
     query: str | None
     photo: Path | None
-    budget: str
+    budget: str | None
     out: Path | None
 
 
 def show_stored(where: str, wanted: Wanted, as_json: bool) -> None:
     """Say what is in a store or a file; of one of its images draw the maps, or make a page of them."""
     kinds = (*PICTURES, *_PAGES)
-    if wanted.image is None and (wanted.out or wanted.query or wanted.photo):
+    if wanted.image is None and (wanted.out or wanted.query or wanted.photo or wanted.budget):
         raise HookattnError("name the image that is to be drawn, by its name or number: --image 0.")
     out = None if wanted.image is None else check_out(wanted.out or Path("attention.png"), kinds, [wanted.photo])
+    if wanted.budget is not None and not _is_page(out):
+        raise HookattnError(f"--budget {wanted.budget} is of a page, and {out} is a picture: -o NAME.html, or leave it out.")
     told, find = _open_file(Path(where), wanted) if where.lower().endswith(MAPS) else _open_store(where, wanted)
     if out is not None:
         with _answering_rows():
@@ -135,12 +137,16 @@ def _answering_rows() -> Iterator[None]:
         ) from error
 
 
+def _is_page(out: Path | None) -> bool:
+    return out is not None and out.suffix.lower() in _PAGES
+
+
 def _draw(shown: Shown, wanted: Wanted, out: Path) -> None:
     query = None if wanted.query is None else read_query(wanted.query)
     maps = cast(Maps, shown.maps)
-    if out.suffix.lower() not in _PAGES:
+    if not _is_page(out):
         save_picture(shown.image, maps, query, out, f"{shown.name}, {maps.model}", shown.index)
         return
-    page = make_page([shown], query=query, budget=read_budget(wanted.budget), title=maps.model)
+    page = make_page([shown], query=query, budget=read_budget(wanted.budget or "20MB"), title=maps.model)
     write_out(out, page.save)
     say(f"wrote {printable(out)}, {name_bytes(out.stat().st_size)}")

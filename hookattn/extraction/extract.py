@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import compress, count
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..errors import ModelError
 from ..image.preprocessing import Crop
 from ..image.tokens import Size
 from ..recording.selection import Layers
 from .engines import Engine, Job, run_here
-from .inputs import Source, describe_source, find_inputs
+from .inputs import Opened, Source, check_how_shown, describe_source, find_inputs, open_source
 from .layout import BROKEN, TAKEN
 from .locks import hold_store
 from .manifest import check_same_run, list_versions
-from .plan import Reading, describe, find_coordinates, plan_run
+from .plan import Reading, check_numbers, describe, find_coordinates, find_reading, plan_run
 from .quantities import Quantity, What, find_quantities
 from .ranks import Ranks, meet_ranks
 from .store import Facts, Store, import_zarr
@@ -74,7 +73,7 @@ class Summary(NamedTuple):
 
 
 def extract(
-    model: nn.Module,
+    model: nn.Module | Callable[[], nn.Module],
     source: Source,
     out: str | os.PathLike[str],
     what: str | Quantity | Iterable[What] = "cls,entropy,distance",
@@ -83,8 +82,8 @@ def extract(
     size: Size | int | None = None,
     crop: Crop | None = "center",
     dtype: str = "float16",
-    batch_size: int = 32,
-    workers: int = 0,
+    batch_size: int | None = None,
+    workers: int | None = None,
     block: int | None = None,
     strict: bool = False,
     retry: bool = False,
@@ -109,7 +108,7 @@ def extract(
     Under `torchrun`, with a process group that is initialised, each process takes its share of the blocks.
 
     Args:
-        model: in eval mode, on the device it is to run on.
+        model: in eval mode, on the device it is to run on; or what loads it, which is called when all else has been looked at.
         source: a folder, a list, an archive, a table or a data set of photos, see `open_images`; or a data set of torch, or a
             `DataLoader`, of which data set, batch size and workers are taken. Images are stored in the order of the data set.
         out: a folder, by habit NAME.zarr, or an address that fsspec knows ("s3://bucket/run.zarr").
@@ -120,8 +119,8 @@ def extract(
             follow the prefix tokens row by row.
         dtype: of what grows with the number of tokens: "float16", "float32", or "uint8" for shares of the largest of each row,
             which is in `NAME_max`: the value is NAME / 255 * NAME_max. Figures of heads are float32.
-        batch_size: images in a forward.
-        workers: processes that read images ahead.
+        batch_size: images in a forward; 32 if not given.
+        workers: processes that read images ahead; none if not given.
         block: images that are written together; None for up to 1,024, in at most 128 MB.
         strict: end the run at the first image that cannot be read; else it is left NaN, and `error` of the store says why.
         retry: take blocks again that hold an image which could not be read, with their other images.
@@ -141,43 +140,53 @@ def extract(
         MissingExtraError: zarr is not installed.
     """
 
-    def plan() -> tuple[Task, Facts]:
+    def look() -> tuple[Source, Opened, Reading, Sequence[Quantity]]:
         import_zarr()
-        if any(module.training for module in model.modules()):
+        quantities, (images, reading) = find_quantities(what), find_reading(source, batch_size, workers, strict)
+        check_numbers(dtype, block, reading)
+        opened = open_source(images, image_column, label_column)
+        check_how_shown(opened, size, crop, preprocessing)
+        return images, opened, reading, quantities
+
+    def plan() -> Planned:
+        loaded = model if isinstance(model, nn.Module) else model()
+        if any(module.training for module in loaded.modules()):
             raise ModelError("the model is in training mode, in which each image changes the figures of others: model.eval().")
-        images, reading = source, Reading(batch_size, workers, strict)
-        if isinstance(source, DataLoader):
-            images, reading = source.dataset, Reading(source.batch_size or batch_size, source.num_workers, strict)
-        wanted = model if preprocessing is None else preprocessing
-        inputs = find_inputs(images, wanted, size, crop, image_column, label_column)
-        task = plan_run(model, layers, inputs, find_quantities(what), dtype, block, reading)
-        return task, describe(model, task, name, describe_source(images, image_column, label_column))
+        inputs = find_inputs(opened, loaded if preprocessing is None else preprocessing, size, crop)
+        task = plan_run(loaded, layers, inputs, quantities, dtype, block, reading)
+        return Planned(loaded, task, describe(loaded, task, name, describe_source(images, image_column, label_column)))
 
-    with meet_ranks() as ranks:
-        task, facts = ranks.together(plan)
-        return _run(model, task, Store(out), facts, engine, report, ranks, retry=retry)
+    store = Store(out)
+    with meet_ranks() as ranks, ExitStack() as held:
+        images, opened, reading, quantities = ranks.together(look)
+        ranks.from_first(lambda: _hold(store, held))
+        return _run(ranks.together(plan), store, engine, report, ranks, retry=retry)
 
 
-def _run(
-    model: nn.Module,
-    task: Task,
-    store: Store,
-    facts: Facts,
-    engine: Engine,
-    report: Report,
-    ranks: Ranks,
-    *,
-    retry: bool,
-) -> Summary:
+class Planned(NamedTuple):
+    """A model, what is taken with it, and what that is in plain values."""
+
+    model: nn.Module
+    task: Task
+    facts: Facts
+
+
+def _hold(store: Store, held: ExitStack) -> None:
+    """Keep other runs out, and see that there is nothing else, before anything takes long."""
+    held.enter_context(hold_store(store.where))
+    store.find_facts()
+
+
+def _run(planned: Planned, store: Store, engine: Engine, report: Report, ranks: Ranks, *, retry: bool) -> Summary:
     """Do what is left to do of a task, as the one of several processes that this is."""
-    with ExitStack() as held:
-        done = ranks.from_first(lambda: _begin(store, task, facts, held, retry=retry))
-        ranks.together(lambda: _open(store, facts, ranks))
-        resumed = sum(stop - start for start, stop in map(task.layout.range_of, compress(count(), done)))
-        meter = _Meter(report, resumed, task.layout.images)
-        pending = [number for number, is_done in enumerate(done) if not is_done]
-        ranks.together(lambda: engine(Job(model, task, store, pending[ranks.rank :: ranks.count], meter.add)))
-        status = store.status()
+    model, task, facts = planned
+    done = ranks.from_first(lambda: _begin(store, task, facts, retry=retry))
+    ranks.together(lambda: _open(store, facts, ranks))
+    resumed = sum(stop - start for start, stop in map(task.layout.range_of, compress(count(), done)))
+    meter = _Meter(report, resumed, task.layout.images)
+    pending = [number for number, is_done in enumerate(done) if not is_done]
+    ranks.together(lambda: engine(Job(model, task, store, pending[ranks.rank :: ranks.count], meter.add)))
+    status = store.status()
     taken, broken = (int((status == kind).sum()) for kind in (TAKEN, BROKEN))
     return Summary(task.layout.images, taken, broken, resumed, meter.seconds, meter.waited / (meter.seconds or 1.0))
 
@@ -202,9 +211,8 @@ class _Meter:
         self._report(Progress(self._done, self._images, step.broken, self.seconds, self.waited))
 
 
-def _begin(store: Store, task: Task, facts: Facts, held: ExitStack, *, retry: bool) -> list[bool]:
-    """Hold the store, and make it, or check that it is this run's; which of its blocks are done with."""
-    held.enter_context(hold_store(store.where))
+def _begin(store: Store, task: Task, facts: Facts, *, retry: bool) -> list[bool]:
+    """Make the store, or check that it is this run's; which of its blocks are done with."""
     there = store.find_facts()
     if there is None:
         store.create(task.layout, find_coordinates(task), {**facts, "versions": [list_versions()]})

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookattnError
+from ..errors import HookattnError, listed
 from ..image.photo import Photo
 from ..image.preprocessing import Crop, Preprocessing, preprocessing_of
 from ..image.tokens import Size
@@ -137,17 +137,46 @@ class DataSet:
 
 
 Inputs = Union[Photos, DataSet]
+Opened = Union[Images, DataSet]
 Source = Union[str, "os.PathLike[str]", Sequence[Any], Images, Any]
 """Whatever `open_images` takes, `Images`, or a data set of torch."""
 
 
+def open_source(source: Source, image_column: str | None = None, label_column: str | None = None) -> Opened:
+    """The images of a source, before there is a model to show them to.
+
+    Raises:
+        HookattnError: there are none, or columns are named of what has none.
+    """
+    if isinstance(source, (str, os.PathLike, list, tuple)):
+        source = open_images(source, image=image_column, label=label_column)
+    elif image_column is not None or label_column is not None:
+        raise HookattnError(
+            f"image_column and label_column are of tables that are opened here, and {type(source).__name__} gives images "
+            "itself: leave them out."
+        )
+    found: Opened = source if isinstance(source, (Images, DataSet)) else DataSet(source)
+    if not len(found.names):
+        raise HookattnError("there are no images in it.")
+    return found
+
+
+def check_how_shown(opened: Opened, size: Size | int | None, crop: Crop | None, preprocessing: object) -> None:
+    """Check that nothing is said about how images are shown which are made by somebody else.
+
+    Raises:
+        HookattnError: something is.
+    """
+    told = {"size": size is not None, "crop": crop not in ("center", None), "preprocessing": preprocessing is not None}
+    if isinstance(opened, DataSet) and any(told.values()):
+        raise HookattnError(
+            f"{listed(name for name, is_told in told.items() if is_told)} would change nothing: a data set of torch makes "
+            "images as the model is shown them. Leave it out, and let the transform of the data set do it."
+        )
+
+
 def find_inputs(
-    source: Source,
-    model: nn.Module | Mapping[str, Any],
-    size: Size | int | None,
-    crop: Crop | None,
-    image_column: str | None = None,
-    label_column: str | None = None,
+    source: Source, model: nn.Module | Mapping[str, Any], size: Size | int | None = None, crop: Crop | None = "center"
 ) -> Inputs:
     """The images of a source, as a model is shown them.
 
@@ -155,12 +184,8 @@ def find_inputs(
         HookattnError: there are none.
         TokenError: the model does not tell how it wants photos.
     """
-    if isinstance(source, (str, os.PathLike, list, tuple)):
-        source = open_images(source, image=image_column, label=label_column)
-    found: Inputs = Photos(source, preprocessing_of(model), size, crop) if isinstance(source, Images) else DataSet(source)
-    if not len(found.names):
-        raise HookattnError("there are no images in it.")
-    return found
+    opened = open_source(source)
+    return opened if isinstance(opened, DataSet) else Photos(opened, preprocessing_of(model), size, crop)
 
 
 def describe_source(source: Source, image_column: str | None, label_column: str | None) -> dict[str, Any] | None:

@@ -50,6 +50,7 @@ def _taken(where: str, whose: str) -> StoreError:
 def _hold_folder(where: str) -> Iterator[None]:
     folder = Path(where).absolute()
     beside = folder.with_name(f".{folder.name}.lock")
+    made = [each for each in folder.parents if not each.exists()]
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(beside, os.O_RDWR | os.O_CREAT)
@@ -64,6 +65,8 @@ def _hold_folder(where: str) -> Iterator[None]:
         finally:
             with suppress(OSError):  # the next run makes it again
                 beside.unlink()
+                for each in made:  # that nothing came into
+                    each.rmdir()
     finally:
         os.close(file)
 

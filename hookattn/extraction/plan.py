@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Sequence, Sized
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ..errors import HookattnError
 from ..image.preprocessing import most_cells
@@ -40,6 +41,46 @@ class Reading(NamedTuple):
     strict: bool
 
 
+def find_reading(source: Any, batch_size: int | None, workers: int | None, strict: bool) -> tuple[Any, Reading]:
+    """What images are read from, and how: of a `DataLoader` its data set, batch size and workers.
+
+    Raises:
+        HookattnError: something is asked for that the loader tells otherwise.
+    """
+    if not isinstance(source, DataLoader):
+        return source, Reading(32 if batch_size is None else batch_size, workers or 0, strict)
+    for name, given, own in (("batch_size", batch_size, source.batch_size), ("workers", workers, source.num_workers)):
+        if given is not None and own is not None:
+            raise HookattnError(f"{name} is that of the DataLoader, {own}: set it there, or give its data set alone.")
+    _check_sampler(source)
+    return source.dataset, Reading(source.batch_size or batch_size or 32, source.num_workers, strict)
+
+
+def _check_sampler(loader: DataLoader[Any]) -> None:
+    if isinstance(loader.dataset, IterableDataset) or isinstance(loader.sampler, DistributedSampler):
+        return  # refused elsewhere; or a share of the images, as each process takes one here
+    images, chosen = len(cast(Sized, loader.dataset)), len(cast(Sized, loader.sampler))
+    if chosen != images:
+        raise HookattnError(
+            f"the sampler of the DataLoader chooses {chosen} of {images} images, and is not asked here: give "
+            "torch.utils.data.Subset(dataset, indices)."
+        )
+
+
+def check_numbers(dtype: str, block: int | None, reading: Reading) -> None:
+    """Check what is stored as what, and how much at once.
+
+    Raises:
+        HookattnError: a number or dtype makes no sense.
+    """
+    if dtype not in KINDS:
+        raise HookattnError(f"dtype={dtype!r} is not stored: {', '.join(KINDS)}.")
+    if reading.batch_size < 1 or reading.workers < 0 or (block is not None and block < 1):
+        raise HookattnError(
+            "batch_size and block are numbers of images from 1 on, and workers a number of processes from 0 on."
+        )
+
+
 def plan_run(
     model: nn.Module,
     layers: Layers,
@@ -52,14 +93,8 @@ def plan_run(
     """Run the model on one image, and lay out what all will give.
 
     Raises:
-        HookattnError: no image can be read, something cannot be had of the model, or a number or dtype makes no sense.
+        HookattnError: no image can be read, or something cannot be had of the model.
     """
-    if dtype not in KINDS:
-        raise HookattnError(f"dtype={dtype!r} is not stored: {', '.join(KINDS)}.")
-    if reading.batch_size < 1 or reading.workers < 0 or (block is not None and block < 1):
-        raise HookattnError(
-            "batch_size and block are numbers of images from 1 on, and workers a number of processes from 0 on."
-        )
     first = _find_readable(inputs, reading.strict)
     shapes = Taker(model, layers, quantities).probe(first.tensor[None])
     if isinstance(inputs, Photos) and inputs.varies:

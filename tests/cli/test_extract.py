@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.drawn import draw
-from support.inside import load_model
+from support.inside import hold_store, load_model
 from typer.testing import CliRunner, Result
 
 from hookattn.cli.app import app
@@ -149,9 +149,53 @@ def test_what_cannot_be_is_told_in_a_line(tmp_path: Path, weights: Path, photos:
     assert "nope://x.zarr cannot be written (Protocol not known: nope)" in refusal("-o", "nope://x.zarr")
     assert "no attention module is called 'nope'. There is: blocks.0.attn" in refusal("--layers", "nope")
     assert "none of the images can be read. broken.jpg: a file" in refusal_of(photos / "dog/broken.jpg")
+    assert "--budget 1MB is of a page, and" in show_refusal("x.zarr", "--image", "0", "--budget", "1MB")
+    assert "name the image that is to be drawn" in show_refusal("x.zarr", "--budget", "1MB")
     strict = run(weights, photos, "-o", tmp_path / "x.zarr", "--strict")
     assert strict.exit_code == 1
     assert "dog/broken.jpg cannot be read (a file of 5 bytes is no image" in strict.stderr
+
+
+def show_refusal(*args: str) -> str:
+    result = CliRunner().invoke(app, ["show", *args])
+    assert result.exit_code == 1
+    return result.stderr
+
+
+REFUSED = {
+    "--what clss": "nothing called 'clss' to take",
+    "--layers blocks.0*,": "--layers 'blocks.0*,' has an empty name in it",
+    "--store-dtype int4": "--store-dtype 'int4' is none of float16",
+    "-o photos": "photos is there, and is no store of Zarr v3; name another.",
+    "-o held.zarr": "another run of this process writes to held.zarr",
+    "--address auto": "--address would change nothing without Ray: add --engine ray, or leave it out.",
+    "--actors 1 --gpus 0": "--actors, --gpus would change nothing without Ray",
+    "--engine dask": "--engine 'dask' is none: local, or ray.",
+    "--engine ray --actors many": "--actors 'many' is no number of actors: 4, or 1,8",
+    "--engine ray --actors 0": "actors is a number from 1 on",
+    "--engine ray --device cuda": "--device cuda would change nothing under Ray",
+    "--image-column image": "columns of images and labels are those of tables",
+    "--crop left": "--crop='left' is no choice",
+    "--dtype int8": "--dtype 'int8' is none of",
+    "nowhere": "nowhere'",
+    "empty": "has no photos, .tar or .parquet files in it",
+}
+
+
+@pytest.mark.parametrize("typed", REFUSED)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    tmp_path: Path, photos: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("hookattn.cli.photos.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    with hold_store("held.zarr"):
+        result = run(weights, *(() if typed in ("nowhere", "empty") else ("photos",)), *typed.split())
+    assert result.exit_code == 1, result.output
+    assert REFUSED[typed] in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
