@@ -212,7 +212,8 @@ class _Told:
         left_out = f", {self._broken} left out" if self._broken else ""
         more = f"{now.waited / (now.seconds or 1.0):.0%} waiting for images{left_out}"
         self._bar.start()  # not before: there is one such line at a time, and the model's is the first
+        whose = f"images of process {now.process + 1} of {now.processes}" if now.processes > 1 else "images"
         # images of runs before this one are no part of how fast it is
         tell = self._bar.reset if self._is_first else self._bar.update
-        tell(self._task, completed=now.done, total=now.images, more=more)
+        tell(self._task, completed=now.done, total=now.images, description=whose, more=more)
         self._is_first = False

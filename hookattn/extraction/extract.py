@@ -27,14 +27,15 @@ from .work import Step, Task
 
 
 class Progress(NamedTuple):
-    """How far a run is, after a batch.
+    """How far a run is, after a batch; under `torchrun`, how far this process is.
 
     Attributes:
-        done: images that are done with, those of runs before this one too; under torchrun, of this process.
-        images: in the data set.
+        done: images that are done with, those of runs before this one too.
+        images: how many that will be in the end: all, but for the shares of other processes.
         broken: images of the batch that could not be read, by name, with the reason.
         seconds: since the first batch was asked for.
         waited: the part of them in which the model waited for images.
+        process, processes: the number of this process, from 0 on, and how many share the work.
     """
 
     done: int
@@ -42,6 +43,8 @@ class Progress(NamedTuple):
     broken: Mapping[str, str]
     seconds: float
     waited: float
+    process: int = 0
+    processes: int = 1
 
 
 Report = Callable[[Progress], None]
@@ -182,10 +185,10 @@ def _run(planned: Planned, store: Store, engine: Engine, report: Report, ranks: 
     model, task, facts = planned
     done = ranks.from_first(lambda: _begin(store, task, facts, retry=retry))
     ranks.together(lambda: _open(store, facts, ranks))
-    resumed = sum(stop - start for start, stop in map(task.layout.range_of, compress(count(), done)))
-    meter = _Meter(report, resumed, task.layout.images)
-    pending = [number for number, is_done in enumerate(done) if not is_done]
-    ranks.together(lambda: engine(Job(model, task, store, pending[ranks.rank :: ranks.count], meter.add)))
+    resumed = task.layout.count(compress(count(), done))
+    share = [number for number, is_done in enumerate(done) if not is_done][ranks.rank :: ranks.count]
+    meter = _Meter(report, resumed, resumed + task.layout.count(share), ranks)
+    ranks.together(lambda: engine(Job(model, task, store, share, meter.add)))
     status = store.status()
     taken, broken = (int((status == kind).sum()) for kind in (TAKEN, BROKEN))
     return Summary(task.layout.images, taken, broken, resumed, meter.seconds, meter.waited / (meter.seconds or 1.0))
@@ -200,15 +203,15 @@ def _open(store: Store, facts: Facts, ranks: Ranks) -> None:
 class _Meter:
     """Adds up what batches took, and tells how far the run is."""
 
-    def __init__(self, report: Report, done: int, images: int) -> None:
-        self._report, self._done, self._images = report, done, images
+    def __init__(self, report: Report, done: int, images: int, ranks: Ranks) -> None:
+        self._report, self._done, self._images, self._ranks = report, done, images, (ranks.rank, ranks.count)
         self.seconds = self.waited = 0.0
 
     def add(self, step: Step) -> None:
         self._done += step.images
         self.seconds += step.seconds
         self.waited += step.waited
-        self._report(Progress(self._done, self._images, step.broken, self.seconds, self.waited))
+        self._report(Progress(self._done, self._images, step.broken, self.seconds, self.waited, *self._ranks))
 
 
 def _begin(store: Store, task: Task, facts: Facts, *, retry: bool) -> list[bool]:

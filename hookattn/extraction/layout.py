@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,6 +91,10 @@ class Layout:
     def range_of(self, number: int) -> tuple[int, int]:
         """The numbers of the images of a block, from the first to before the last."""
         return number * self.block, min((number + 1) * self.block, self.images)
+
+    def count(self, numbers: Iterable[int]) -> int:
+        """How many images these blocks have."""
+        return sum(stop - start for start, stop in map(self.range_of, numbers))
 
 
 def encode(spec: Spec, values: Array) -> dict[str, Array]:

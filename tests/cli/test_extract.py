@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def test_of_two_processes_one_prints(tmp_path: Path, weights: Path, photos: Path
     both = [forks.Process(target=type_as_one_of_two, args=(rank, port, typed, told)) for rank in (0, 1)]
     for each in both:
         each.start()
-    (_, (first, refused)), (_, (second, refused_too)) = sorted(told.get(timeout=60) for _ in both)
+    (_, (first, refused), bar), (_, (second, refused_too), no_bar) = sorted(told.get(timeout=60) for _ in both)
     for each in both:
         each.join()
     facts = json.loads(first[1])
@@ -224,9 +225,16 @@ def test_of_two_processes_one_prints(tmp_path: Path, weights: Path, photos: Path
     assert second == (0, "", "")
     assert (refused[0], refused_too[0]) == (1, 1)
     assert (refused[2] + refused_too[2]).count("was begun with other settings") == 1
+    assert " 4/4 " in bar.split("\rimages of process 1 of 2 ")[-1]  # of three blocks, the first and the last
+    assert no_bar == ""
 
 
-def type_as_one_of_two(rank: int, port: int, typed: tuple[Path | str, ...], told: Any) -> None:
+def type_as_one_of_two(rank: int, port: int, typed: Any, told: Any) -> None:
     torch.set_num_threads(1)  # threads of the parent are not there after a fork
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    told.put((rank, [(r.exit_code, r.stdout, r.stderr) for r in (run(*typed), run(*typed, "--block", "3"))]))
+    results = [(r.exit_code, r.stdout, r.stderr) for r in (run(*typed), run(*typed, "--block", "3"))]
+    terminal = Console(file=(file := io.StringIO()), force_terminal=True, width=160, color_system=None)
+    for name in ("extract", "output"):
+        setattr(import_module(f"hookattn.cli.{name}"), "console", terminal)  # noqa: B010
+    run(*typed, "-o", typed[3].with_name("y.zarr"))
+    told.put((rank, results, file.getvalue()))

@@ -26,8 +26,11 @@ def extract(out: Path, name: str) -> Any:
         extract(out, "broken")
     torch.manual_seed(0)
     broken = {"broken": [2, 6], "failing": [6] if distributed.get_rank() == 1 else []}.get(name, [])
-    how = {"strict": name == "failing", "retry": name == "whole"}
-    return extraction.extract(small_vit(), Drawn(14, broken=broken), out, "cls,entropy", batch_size=3, block=4, **how)
+    how: dict[str, Any] = {"strict": name == "failing", "retry": name == "whole"}
+    steps = list[Any]()
+    how |= {"batch_size": 3, "block": 4, "report": steps.append}
+    found = extraction.extract(small_vit(), Drawn(14, broken=broken), out, "cls,entropy", **how)
+    return {**found._asdict(), "steps": [(each.done, each.images, each.process, each.processes) for each in steps]}
 
 
 def main(folder: Path) -> None:
@@ -36,7 +39,7 @@ def main(folder: Path) -> None:
     for name in ("held", "whole", "failing"):
         told, error = folder / f"{name}.{distributed.get_rank()}.json", None
         try:
-            found = extract(folder / f"{name}.zarr", name)._asdict()
+            found = extract(folder / f"{name}.zarr", name)
         except Exception as raised:
             found, error = {"error": f"{type(raised).__name__}: {raised}"}, raised
         told.write_text(json.dumps(found))
