@@ -6,7 +6,7 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import HookattnError
 from .inputs import Input, Inputs
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -38,8 +40,13 @@ Range = tuple[int, int]
 """The numbers of the images of a block: from the first to before the last."""
 
 
-def load_batches(inputs: Inputs, blocks: dict[int, Range], size: int, workers: int, *, pin: bool) -> Iterator[Batch]:
+def load_batches(
+    inputs: Inputs, blocks: dict[int, Range], size: int, workers: int, *, pin: bool, in_order: bool = False
+) -> Iterator[Batch]:
     """Read the images of blocks, one block after the other, in batches of a size.
+
+    Of a block, each worker reads batches that follow one another: so it need not read groups of rows of a table, or parts of a
+    file, that others read, too.
 
     Args:
         inputs: the images.
@@ -47,12 +54,10 @@ def load_batches(inputs: Inputs, blocks: dict[int, Range], size: int, workers: i
         size: how many a batch has, or fewer at the end of a block.
         workers: processes that read ahead; 0 to read when a batch is asked for.
         pin: whether to lay them where a GPU copies from.
+        in_order: whether batches come in the order of the images, and workers take them in turn.
     """
-    plan = [
-        (block, list(range(first, min(first + size, stop))), first + size >= stop)
-        for block, (start, stop) in blocks.items()
-        for first in range(start, stop, size)
-    ]
+    runs = 1 if in_order else max(1, workers)
+    plan = [each for block, numbers in blocks.items() for each in _plan_block(block, numbers, size, runs)]
     # a generator of its own: with none the loader draws from the global one, which is the user's
     generator = torch.Generator("cpu")
     loader = DataLoader(
@@ -64,6 +69,19 @@ def load_batches(inputs: Inputs, blocks: dict[int, Range], size: int, workers: i
         worker_init_fn=_leave_stopping_to_parent,
     )
     yield from loader
+
+
+def _plan_block(block: int, numbers: Range, size: int, runs: int) -> list[tuple[int, list[int], bool]]:
+    start, stop = numbers
+    batches = _deal([list(range(first, min(first + size, stop))) for first in range(start, stop, size)], runs)
+    return [(block, batch, place == len(batches)) for place, batch in enumerate(batches, 1)]
+
+
+def _deal(batches: list[T], runs: int) -> list[T]:
+    """Cut batches into runs of one length, or one more, and take one of each run in turn, as a loader hands out to workers."""
+    length, longer = divmod(len(batches), runs)
+    starts = [run * length + min(run, longer) for run in range(runs)]
+    return [batches[starts[place % runs] + place // runs] for place in range(len(batches))]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import HookattnError
 from .batches import Batch, answering_lost_workers, load_batches
-from .inputs import Inputs
+from .inputs import DataSet, Inputs
 from .layout import BROKEN, TAKEN, Block, Layout
 from .quantities import Quantity
 from .taking import Shapes, Taker
@@ -73,7 +73,9 @@ def take_blocks(
     """
     taker, names = Taker(model, list(task.shapes.layers), task.quantities), task.inputs.names
     blocks = {number: task.layout.range_of(number) for number in numbers}
-    batches = load_batches(task.inputs, blocks, task.batch_size, task.workers, pin=_is_on_gpu(model))
+    # the first image that cannot be read is to be the first of all; and somebody's data set is asked as a loader asks it
+    in_order = task.strict or isinstance(task.inputs, DataSet)
+    batches = load_batches(task.inputs, blocks, task.batch_size, task.workers, pin=_is_on_gpu(model), in_order=in_order)
     block: Block | None = None
     before = time.perf_counter()
     with answering_lost_workers():
