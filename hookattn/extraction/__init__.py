@@ -5,6 +5,7 @@ From top to bottom, an import may only point down:
     read         a store that is read
     extract      a run from beginning to end, or from where one stopped
     ray_engine   who does the work on a cluster: actors, among which Ray Data shares it out
+    ray_session  Ray itself, connected to and left
     engines      who does the work: this process, a thread of which writes
     ranks        processes of one run, as torchrun starts them
     plan         what a run is, and how it is laid out

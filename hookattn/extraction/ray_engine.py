@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
-import threading
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,13 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import HookattnError, MissingExtraError, StoreError
+from ..errors import HookattnError, StoreError, listed
 from .engines import Job
+from .ray_session import answering_ray, connected, counting_tries, import_ray, wait_for_scheduler
 from .sent_errors import make_sendable
 from .store import Store
 from .work import Step, Task, take_blocks
 
 _BUNDLES = 10_000  # that Ray keeps account of, of one block or more each
+_TRIES = 4  # of a block whose process ends, on one node
+_LOST = 8  # blocks that may be given up before it is no fault of theirs
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class RayEngine:
         extract(model, "s3://bucket/photos/", "s3://bucket/run.zarr", engine=RayEngine("auto", actors=(1, 16), gpus=1))
 
     Which actor takes which block, how many actors there are and what becomes of them where nodes come and go is Ray Data's. A
-    block whose node dies is taken again elsewhere. Images and store have to be where all nodes see them: a shared folder, or an
+    block whose node or process dies is taken again, four times at most; then the run ends with an error that names its images,
+    when all others are done. Images and store have to be where all nodes see them: a shared folder, or an
     address (s3://); hookattn has to be installed on all of them. Figures are those of `run_here` with as many threads.
 
     Ray is connected to, or started on this machine, without a word and left at the end. Where `ray.init` was called before
@@ -61,37 +64,42 @@ class RayEngine:
         """Do a job.
 
         Raises:
-            HookattnError: there is no such cluster, or Ray has given up; what an actor raises is raised as it is.
+            HookattnError: there is no such cluster, a block has ended all processes that took it, or Ray has given up; what an
+                actor raises is raised as it is.
             StoreError: nodes have written to some other store.
             MissingExtraError: ray is not installed.
         """
         ray = import_ray()
         if not job.pending:
             return
-        order = _pack(job, self)
-        with _connected(self.address), _answering_ray():
+        _check_device(job.model, self.gpus)
+        order, lost = _pack(job, self), list[int]()
+        with connected(self.address), answering_ray():
             self._look_for_room()
             ended = 0.0
-            for steps in self._take(ray.put(order), job.pending):
+            for number, steps in self._take(ray.put(order), job.pending):
                 now = time.perf_counter()
                 step = _sum(steps, now - ended if ended else None)
                 ended = now
+                lost += [] if steps else [number]
                 job.report(step)
+                _check_none_lost(job, lost, _LOST)
+        _check_none_lost(job, lost)
         _check_all_there(job)
 
     @property
     def _range(self) -> tuple[int, int]:
         return self.actors if isinstance(self.actors, tuple) else (self.actors, self.actors)
 
-    def _take(self, order: Any, pending: Sequence[int]) -> Iterator[Sequence[Step]]:
-        """Let actors take blocks: of each what it took, in whatever order they are done."""
+    def _take(self, order: Any, pending: Sequence[int]) -> Iterator[tuple[int, Sequence[Step]]]:
+        """Let actors take blocks: of each its number and what it took, none where it was given up; in any order."""
         data = import_ray().data
         fewest, most = self._range
         blocks = data.from_items([{"block": each} for each in pending], override_num_blocks=min(len(pending), _BUNDLES))
         rows = blocks.map_batches(
             _Worker,
             batch_size=1,
-            fn_constructor_args=(order,),
+            fn_constructor_args=(order, uuid.uuid4().hex, _TRIES),
             compute=data.ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2),
             num_cpus=self.cpus,
             num_gpus=self.gpus,
@@ -99,9 +107,9 @@ class RayEngine:
         try:
             with closing(iter(rows)) as found:  # which ends the actors, also where one of them has failed
                 for row in found:
-                    yield _unpack(row["outcome"])
+                    yield int(row["block"]), _unpack(row["outcome"])
         finally:
-            _wait_for_scheduler()
+            wait_for_scheduler()
 
     def _look_for_room(self) -> None:
         """Warn where an actor is larger than any node."""
@@ -135,10 +143,16 @@ class _Order(NamedTuple):
 
 
 class _Worker:
-    """An actor: takes the blocks whose numbers it is given."""
+    """An actor: takes the blocks whose numbers it is given.
 
-    def __init__(self, order: Any) -> None:
-        self._sent = order
+    Args:
+        order: where it is.
+        run: a name of this run.
+        tries: how often a block is taken whose process ends each time; Ray would take it for ever.
+    """
+
+    def __init__(self, order: Any, run: str, tries: int) -> None:
+        self._sent, self._run, self._tries = order, run, tries
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Write blocks; what comes back are steps, or the error, which Ray would wrap."""
@@ -148,13 +162,15 @@ class _Worker:
             outcome: Any = [step for number in batch["block"] for step in self._take(int(number))]
         except Exception as error:
             outcome = make_sendable(error, cloudpickle.dumps), traceback.format_exc()
-        return {"outcome": [cloudpickle.dumps(outcome)]}
+        return {"block": batch["block"], "outcome": [cloudpickle.dumps(outcome)]}
 
     def _take(self, number: int) -> list[Step]:
-        model, task, store = self._opened
         steps: list[Step] = []
-        for block in take_blocks(model, task, [number], steps.append):
-            store.write(block, task.layout.specs)
+        with counting_tries(f"hookattn {self._run} {number}") as tries:
+            if tries <= self._tries:
+                model, task, store = self._opened
+                for block in take_blocks(model, task, [number], steps.append):
+                    store.write(block, task.layout.specs)
         return steps
 
     @cached_property  # not in the constructor, whose errors Ray tells in its own words
@@ -176,15 +192,6 @@ class _Worker:
 _SHARED = "name a folder that all nodes share, or an address (s3://)."
 
 
-def import_ray() -> Any:
-    """The module `ray`, imported when the first job is done on a cluster."""
-    try:
-        import ray.data
-    except ImportError as error:
-        raise MissingExtraError('work on a cluster needs Ray: pip install "hookattn[ray]".') from error
-    return ray
-
-
 def _pack(job: Job, engine: RayEngine) -> bytes:
     """An order, which is opened by an actor and not by Ray, so that the model goes to the actor's device."""
     from ray import cloudpickle
@@ -204,6 +211,13 @@ def _pack(job: Job, engine: RayEngine) -> bytes:
     return packed
 
 
+def _check_device(model: nn.Module, gpus: float) -> None:
+    """Check that a model on a GPU is not sent to actors that have none, where other figures would come out, slowly."""
+    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
+    if device is not None and not gpus:
+        raise HookattnError(f"the model is on {device}, and actors have no GPU: RayEngine(gpus=1), or a share of one.")
+
+
 def _unpack(outcome: bytes) -> list[Step]:
     from ray import cloudpickle
 
@@ -216,13 +230,6 @@ def _unpack(outcome: bytes) -> list[Step]:
     raise error from HookattnError(f"in an actor:\n{told}")
 
 
-def _wait_for_scheduler() -> None:
-    """Wait for Ray Data's own thread, which after two seconds is left to itself, and would start another Ray."""
-    for thread in threading.enumerate():
-        if type(thread).__module__.startswith("ray.data."):
-            thread.join(60)
-
-
 def _sum(steps: Sequence[Step], seconds: float | None) -> Step:
     """Steps of one actor as one of all of them: by the clock of this process, the share of waiting as it was there."""
     own, waited = sum(step.seconds for step in steps), sum(step.waited for step in steps)
@@ -231,70 +238,19 @@ def _sum(steps: Sequence[Step], seconds: float | None) -> Step:
     return Step(sum(step.images for step in steps), broken, seconds, waited / (own or 1.0) * seconds)
 
 
+def _check_none_lost(job: Job, lost: Sequence[int], most: int = 1) -> None:
+    """Check that fewer blocks than so many were given up."""
+    names = job.task.inputs.names
+    told = [f"{names[start]} to {names[stop - 1]}" for start, stop in map(job.task.layout.range_of, lost)]
+    if len(told) >= most:
+        raise HookattnError(
+            f"the process that took {listed(told)} ended each of {_TRIES} times: most often a decoder that crashes on one of "
+            "the images, or want of memory. What is in the store is whole, and the same again tries these once more, with "
+            "smaller batches if you like."
+        )
+
+
 def _check_all_there(job: Job) -> None:
     done = job.store.find_done(job.task.layout)
     if not all(done[number] for number in job.pending):
         raise StoreError(f"nodes have written to a {job.store.where} of their own: {_SHARED}")
-
-
-@contextmanager
-def _answering_ray() -> Iterator[None]:
-    """Say what a failure of Ray itself means for the run."""
-    from ray.data import exceptions
-    from ray.exceptions import RayError
-
-    try:
-        yield
-    except (RayError, getattr(exceptions, "ExecutionTimeoutError", RayError)) as error:  # the latter since 2.5x
-        raise HookattnError(
-            f"Ray has given up ({type(error).__name__}: {str(error).strip()}). What is in the store is whole: the same again "
-            "goes on from there."
-        ) from error
-
-
-@contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """Have Ray for as long as the block lasts: as it is, or quietly."""
-    ray = import_ray()
-    if ray.is_initialized():
-        yield
-        return
-    with _quiet():
-        try:
-            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise HookattnError(f"there is no Ray at {address!r} ({error}): `ray start --head` begins a cluster.") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Let Ray print no progress and no warnings, of which it has many; its files of logs have all."""
-    ray = import_ray()
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        # what nodes tell of each other is printed where this says so, whatever ray.init was told
-        printing = _set(ray._private.worker, _worker_logs_enabled=False)
-        bars = _set(ray.data.DataContext.get_current(), enable_progress_bars=False, print_on_execution_start=False)
-        with printing, bars:
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _set(target: Any, **values: Any) -> Iterator[None]:
-    """Give attributes other values for as long as the block lasts."""
-    before = {name: getattr(target, name, None) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)

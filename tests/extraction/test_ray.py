@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from support.drawn import Drawn, small_vit
-from support.inside import make_sendable
-from support.on_nodes import FailElsewhere, Stuck, wait_for
+from support.inside import Job, make_sendable, try_blocks
+from support.on_nodes import FailElsewhere, KillElsewhere, Stuck, wait_for
 from support.stores import everything, metadata, same
 from torch import Tensor
 
@@ -93,6 +93,21 @@ def test_an_error_in_an_actor_comes_back_as_what_it_was(tmp_path: Path, cluster:
     assert run(tmp_path / "x.zarr", Drawn(8), model, what).resumed == 0
 
 
+def test_an_image_that_ends_each_process_that_reads_it_is_told_when_all_others_are_done(
+    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try_blocks(monkeypatch, 2)
+    (tmp_path / "read").mkdir()
+    kill, model = KillElsewhere(tmp_path / "read", 5), small_vit()
+    with pytest.raises(HookattnError, match=r"took photo 004\.png to photo 007\.png ended each of 2 times: .* once more"):
+        run(tmp_path / "x.zarr", Drawn(12, account=kill), model, engine=RayEngine(cluster.address))
+    assert "Traceback" not in capfd.readouterr().err
+    assert kill.read() == [0, 1, 2, 3, 4, 4, 5, 5, 8, 9, 10, 11]
+    assert run(tmp_path / "x.zarr", Drawn(12), model).resumed == 8
+    run(tmp_path / "whole.zarr", Drawn(12), model)
+    assert same(everything(tmp_path / "x.zarr"), everything(tmp_path / "whole.zarr"))
+
+
 class OwnError(Exception):
     """One that cannot be made again of its message alone."""
 
@@ -142,6 +157,8 @@ def test_what_cannot_be_done_on_a_cluster_is_refused_before_there_is_one(
     lock = Lock()
     with pytest.raises(HookattnError, match=r"cannot be sent .* files are opened when an image"):
         run(tmp_path / "x.zarr", Drawn(4, account=lambda _: lock.locked()), engine=RayEngine())
+    with pytest.raises(HookattnError, match=r"the model is on meta, and actors have no GPU: RayEngine\(gpus=1\)"):
+        RayEngine()(Job(small_vit().to("meta"), None, None, [0], None))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r'pip install "hookattn\[ray\]"'):
         run(tmp_path / "y.zarr", Drawn(4), engine=RayEngine())

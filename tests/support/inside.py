@@ -27,6 +27,8 @@ from hookattn.conditions.cuda_graphs import is_capturing as is_capturing
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
+from hookattn.extraction import ray_engine
+from hookattn.extraction.engines import Job
 from hookattn.extraction.locks import hold_store
 from hookattn.extraction.sent_errors import make_sendable
 from hookattn.extraction.sources.images import Images
@@ -53,6 +55,7 @@ __all__ = [
     "Buffers",
     "Chunk",
     "Images",
+    "Job",
     "Projected",
     "Scores",
     "Sum",
@@ -220,6 +223,11 @@ def read_by(patch: pytest.MonkeyPatch, recipe: Any = global_attention.attention)
     """Read every module by one recipe: that of timm's `Attention`, or another."""
     patch.setattr(reading, "find_recipe", lambda _: recipe)
     patch.setattr(established, "find_recipe", lambda _: recipe)
+
+
+def try_blocks(patch: pytest.MonkeyPatch, times: int) -> None:
+    """How often a block is taken whose process ends, before it is given up."""
+    patch.setattr(ray_engine, "_TRIES", times)
 
 
 def ignore_shift_masks(patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,30 @@ class Stuck:
     def stuck(self) -> list[int]:
         """What was read on the node that is to be killed."""
         return [index for node, index in self.read() if node == self.node]
+
+
+@dataclass
+class KillElsewhere:
+    """Account of images that are read: the one of this number ends the process that reads it, but this one.
+
+    Attributes:
+        folder: in which there is a file for each image read in another process.
+        index: of the image.
+    """
+
+    folder: Path
+    index: int
+    here: int = os.getpid()
+
+    def __call__(self, index: int) -> None:
+        if os.getpid() != self.here:
+            self.folder.joinpath(f"{index} {time.time_ns()}").touch()
+            if index == self.index:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def read(self) -> list[int]:
+        """Images that other processes have read."""
+        return sorted(int(path.name.split()[0]) for path in self.folder.iterdir())
 
 
 @dataclass

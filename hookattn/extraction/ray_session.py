@@ -1,0 +1,104 @@
+"""Ray itself: connected to quietly and left again, and what its failures mean for a run."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import HookattnError, MissingExtraError
+
+
+def import_ray() -> Any:
+    """The module `ray`, imported when the first job is done on a cluster."""
+    try:
+        import ray.data
+    except ImportError as error:
+        raise MissingExtraError('work on a cluster needs Ray: pip install "hookattn[ray]".') from error
+    return ray
+
+
+def wait_for_scheduler() -> None:
+    """Wait for Ray Data's own thread, which after two seconds is left to itself, and would start another Ray."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("ray.data."):
+            thread.join(60)
+
+
+@contextmanager
+def answering_ray() -> Iterator[None]:
+    """Say what a failure of Ray itself means for the run."""
+    from ray.data import exceptions
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RayError, getattr(exceptions, "ExecutionTimeoutError", RayError)) as error:  # the latter since 2.5x
+        raise HookattnError(
+            f"Ray has given up ({type(error).__name__}: {str(error).strip()}). What is in the store is whole: the same again "
+            "goes on from there."
+        ) from error
+
+
+@contextmanager
+def counting_tries(name: str) -> Iterator[int]:
+    """How often something of this name was begun on this machine, by processes that ended before it did, and with this time."""
+    path = Path(tempfile.gettempdir(), name)
+    with path.open("ab") as file:
+        file.write(b"x")
+    try:
+        yield path.stat().st_size
+    finally:
+        path.unlink()
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Have Ray for as long as the block lasts: as it is, or quietly."""
+    ray = import_ray()
+    if ray.is_initialized():
+        yield
+        return
+    with _quiet():
+        try:
+            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise HookattnError(f"there is no Ray at {address!r} ({error}): `ray start --head` begins a cluster.") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Ray print no progress and no warnings, of which it has many; its files of logs have all."""
+    ray = import_ray()
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # what nodes tell of each other is printed where this says so, whatever ray.init was told
+        printing = _set(ray._private.worker, _worker_logs_enabled=False)
+        bars = _set(ray.data.DataContext.get_current(), enable_progress_bars=False, print_on_execution_start=False)
+        with printing, bars:
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _set(target: Any, **values: Any) -> Iterator[None]:
+    """Give attributes other values for as long as the block lasts."""
+    before = {name: getattr(target, name, None) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
