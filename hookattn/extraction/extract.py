@@ -155,7 +155,7 @@ def extract(
         loaded = model if isinstance(model, nn.Module) else model()
         if any(module.training for module in loaded.modules()):
             raise ModelError("the model is in training mode, in which each image changes the figures of others: model.eval().")
-        inputs = find_inputs(opened, loaded if preprocessing is None else preprocessing, size, crop)
+        inputs = find_inputs(opened, loaded, size, crop, preprocessing)
         task = plan_run(loaded, layers, inputs, quantities, dtype, block, reading)
         return Planned(loaded, task, describe(loaded, task, name, describe_source(images, image_column, label_column)))
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookattnError, listed
+from ..errors import HookattnError, TokenError, listed
 from ..image.photo import Photo
 from ..image.preprocessing import Crop, Preprocessing, preprocessing_of
 from ..image.tokens import Size
+from ..image.trunk import cut_of, trunk_of
 from .sources.images import Images
 from .sources.open_images import open_images
 
@@ -123,7 +124,8 @@ class DataSet:
             what = f"a tensor {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
             raise HookattnError(
                 f"image {index} of {type(self._dataset).__name__} is {what}: a data set gives (channels, height, width) in "
-                'floating point, as the model is called with, alone, first in a tuple, or as "pixel_values" in a dict.'
+                'floating point, as the model is called with, alone, first in a tuple, or as "pixel_values" in a dict. Its '
+                "transform makes it so; what a DataLoader would make of several is not asked."
             )
         found = found.detach().cpu().contiguous()
         return Input(found, label, hashlib.sha256(found.view(torch.uint8).numpy().data).hexdigest())
@@ -136,6 +138,7 @@ class DataSet:
         return {"dataset": type(self._dataset).__qualname__, "transform": told}
 
 
+_EXAMPLE = 'preprocessing={"input_size": (3, 224, 224), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}'
 Inputs = Union[Photos, DataSet]
 Opened = Union[Images, DataSet]
 Source = Union[str, "os.PathLike[str]", Sequence[Any], Images, Any]
@@ -173,19 +176,41 @@ def check_how_shown(opened: Opened, size: Size | int | None, crop: Crop | None, 
             f"{listed(name for name, is_told in told.items() if is_told)} would change nothing: a data set of torch makes "
             "images as the model is shown them. Leave it out, and let the transform of the data set do it."
         )
+    if not (preprocessing is None or isinstance(preprocessing, (Mapping, Preprocessing))):
+        raise HookattnError(
+            f"{type(preprocessing).__name__} does not say how photos are made: {_EXAMPLE}; where it is a function that makes "
+            "them, give a data set of torch with it as its transform."
+        )
 
 
 def find_inputs(
-    source: Source, model: nn.Module | Mapping[str, Any], size: Size | int | None = None, crop: Crop | None = "center"
+    source: Source,
+    model: nn.Module,
+    size: Size | int | None = None,
+    crop: Crop | None = "center",
+    preprocessing: Mapping[str, Any] | Preprocessing | None = None,
 ) -> Inputs:
     """The images of a source, as a model is shown them.
 
     Raises:
         HookattnError: there are none.
-        TokenError: the model does not tell how it wants photos.
+        TokenError: the model does not tell how it wants photos, and nobody else does.
     """
     opened = open_source(source)
-    return opened if isinstance(opened, DataSet) else Photos(opened, preprocessing_of(model), size, crop)
+    if isinstance(opened, DataSet):
+        return opened
+    return Photos(opened, _prepare_for(model, preprocessing, whole=crop == "none"), size, crop)
+
+
+def _prepare_for(model: nn.Module, told: Mapping[str, Any] | Preprocessing | None, *, whole: bool) -> Preprocessing:
+    if told is None:
+        try:
+            return preprocessing_of(model)
+        except TokenError as error:
+            raise TokenError(f"{type(model).__name__} does not say how it wants its images; say it: {_EXAMPLE}.") from error
+    found, patch = preprocessing_of(told), cut_of(trunk_of(model)).patch_size
+    # a config does not tell that whole photos are to be made of whole patches
+    return found._replace(multiple=max(found.multiple, *patch)) if whole and patch is not None else found
 
 
 def describe_source(source: Source, image_column: str | None, label_column: str | None) -> dict[str, Any] | None:

@@ -175,7 +175,8 @@ def _answering_model(model: nn.Module, images: Tensor) -> Iterator[None]:
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         kind, shape = type(model).__name__, " x ".join(map(str, images.shape))
         raise HookattnError(
-            f"this {kind} takes no images {shape} ({type(error).__name__}: {error}). Show all at its own size, crop='center'."
+            f"this {kind} takes no images {shape} ({type(error).__name__}: {error}). Show all at its own size: crop='center' "
+            'without another size, the "input_size" of preprocessing, or what the transform of a data set makes.'
         ) from error
 
 

@@ -299,7 +299,7 @@ def test_a_data_set_that_is_none(tmp_path: Path) -> None:
 
 def test_what_a_model_does_not_take_or_have_is_told_at_the_first_image(tmp_path: Path) -> None:
     cait, out = timm.create_model("cait_xxs24_224", img_size=64, depth=2, num_classes=0).eval(), tmp_path / "x.zarr"
-    with pytest.raises(HookattnError, match=r"takes no images 1 x 3 x 50 x 50 \(.*its own size, crop='center'"):
+    with pytest.raises(HookattnError, match=r"takes no images 1 x 3 x 50 x 50 \(.*its own size: crop='center'"):
         extraction.extract(small_vit(), Numbered(lambda i: torch.zeros(3, 50, 50)), out)
     with pytest.raises(UnreadableError, match=r"'rollout' cannot be had of this model: .* Leave it out, or choose layers"):
         extraction.extract(cait, Numbered(picture), out, "rollout")
@@ -349,3 +349,44 @@ def test_what_is_asked_for_wrongly_says_what_there_is(tmp_path: Path) -> None:
         extraction.extract(nn.Sequential(small_vit().blocks).eval(), images, out)
     assert not out.exists()
     assert not [*tmp_path.iterdir()]
+
+
+CONFIG = {"input_size": (3, 64, 64), "mean": (0.4,) * 3, "std": (0.6,) * 3, "crop_pct": 1.0}
+
+
+def test_a_model_of_another_library_that_does_not_say_how_it_wants_photos(tmp_path: Path) -> None:
+    vision_transformer = pytest.importorskip("torchvision.models.vision_transformer")
+    model, images = randomise(vision_transformer.VisionTransformer(64, 16, 2, 3, 48, 96)).eval(), Drawn(3)
+    with pytest.raises(TokenError, match=r"does not say how it wants its images; say it: preprocessing=\{\"input_size\""):
+        extraction.extract(model, images, tmp_path / "x.zarr")
+    with pytest.raises(HookattnError, match=r"Compose does not say .* give a data set of torch with it as its transform"):
+        extraction.extract(model, images, tmp_path / "x.zarr", preprocessing=Compose())
+    extraction.extract(model, images, tmp_path / "x.zarr", "cls,rollout,maps", dtype="float32", preprocessing=CONFIG)
+    maps, found = list[Tensor](), stored(tmp_path / "x.zarr").isel(image=2)
+    for layer in model.encoder.layers:
+        layer.self_attention.register_forward_pre_hook(lambda module, args: maps.append(written_out(module, args[0])))
+    with torch.no_grad():
+        model(shown(images, 2, CONFIG))
+    near(found.maps, torch.stack(maps))
+    near(found.cls, torch.stack(maps)[:, :, 0])
+    near(found.rollout, reference.rollout([m[None] for m in maps])[0, 0])
+
+
+class Compose:
+    """Some function that makes images."""
+
+
+def written_out(module: Any, x: Tensor) -> Tensor:
+    """(heads, queries, keys) of a module of PyTorch, from the definition."""
+    heads, width = module.num_heads, x.shape[-1] // module.num_heads
+    q, k, _ = nn.functional.linear(x[0], module.in_proj_weight, module.in_proj_bias).unflatten(-1, (3, heads, width)).unbind(1)
+    return torch.einsum("qhc,khc->hqk", q, k).mul(width**-0.5).softmax(-1)
+
+
+def test_whole_photos_are_made_of_whole_patches_where_a_config_does_not_tell_how_large_they_are(tmp_path: Path) -> None:
+    model, images = small_vit(dynamic_img_size=True), Drawn(3, sizes=((48, 64), (90, 30)))
+    extraction.extract(model, images, tmp_path / "told.zarr", "cls,entropy", crop="none")
+    config = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
+    del model.pretrained_cfg, model.default_cfg
+    extraction.extract(model, images, tmp_path / "x.zarr", "cls,entropy", crop="none", preprocessing=config)
+    assert stored(tmp_path / "x.zarr").equals(stored(tmp_path / "told.zarr"))
