@@ -27,7 +27,7 @@ KILLED = Path(__file__).parents[1] / "support" / "killed.py"
 def test_kill_9_at_random_moments_tears_nothing_and_repeats_little(tmp_path: Path) -> None:
     # one process imports torch once; each run is a fork of it, killed after a random while, and looked at by another fork
     done = subprocess.run(
-        [sys.executable, str(KILLED), str(tmp_path), "24"], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(KILLED), str(tmp_path), "20"], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)

@@ -30,6 +30,8 @@ from hookattn.conditions.training import random_streams as random_streams
 from hookattn.extraction import ray_engine
 from hookattn.extraction.engines import Job
 from hookattn.extraction.locks import hold_store
+from hookattn.extraction.ray_engine import _check_all_there as check_all_there
+from hookattn.extraction.ray_engine import _unpack as unpack
 from hookattn.extraction.sent_errors import make_sendable
 from hookattn.extraction.sources.images import Images
 from hookattn.extraction.sources.open_images import open_images
@@ -60,6 +62,7 @@ __all__ = [
     "Scores",
     "Sum",
     "Writer",
+    "check_all_there",
     "compare_runs",
     "establish_axes",
     "find_recipe",
@@ -73,6 +76,7 @@ __all__ = [
     "registry",
     "restoring",
     "size_after",
+    "unpack",
 ]
 may_be_tf32, steps_of_rounding = comparison._may_be_tf32, comparison._steps
 REMEMBERED = "hookattn.calls.callsite.WeakTensorKeyDictionary"  # by tensor, who made it

@@ -73,7 +73,7 @@ class KillElsewhere:
     def __call__(self, index: int) -> None:
         if os.getpid() != self.here:
             self.folder.joinpath(f"{index} {time.time_ns()}").touch()
-            if index == self.index:
+            if index == self.index and self.read().count(index) < 6:  # which is more often than it is to be tried
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def read(self) -> list[int]:
