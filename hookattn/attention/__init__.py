@@ -9,5 +9,6 @@ From top to bottom, an import may only point down:
     softmax      the softmax of scores, in their place or beside them
     projection   queries and keys that are cut to what is asked for before they are computed
     layers       layers that are a projection and nothing else
+    packed       projections that one layer makes at once
     overheard    what a module's own layers put out while it runs
 """

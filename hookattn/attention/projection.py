@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar, Union
+from typing import Any, TypeVar, Union
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .layers import is_plain_conv, is_plain_linear, is_pointwise
-from .overheard import Own, heard_now
+from .overheard import heard_now
+from .packed import PACKED, Packed, plan_of
 
 T = TypeVar("T")
 Pick = Union[slice, Tensor]
@@ -30,41 +30,56 @@ class Projected(Tensor):
 
     Attributes:
         x: (batch, tokens, features).
-        weight: (heads, head_dim, features).
-        bias: (heads, head_dim), or None.
-        own: where the module makes it itself; None where no layer does.
         sizes: its shape, without a question to PyTorch.
     """
 
     x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    own: Own | None
     sizes: tuple[int, int, int, int]
+    _given: tuple[Tensor, Tensor | None]
+    _packed: Packed | None  # with others in a layer of the module
+    _number: int
     _computed: Tensor | None
     _cast: bool
 
     @staticmethod
-    def __new__(
-        cls,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        own: Own | None = None,
-    ) -> Projected:
-        (batch, tokens, _), (heads, width, _) = x.shape, weight.shape
-        shape = (batch, heads, tokens, width)
-        cast, dtype = False, weight.dtype
+    def __new__(cls, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Projected:
+        """A projection by weight (heads, head_dim, features) and bias (heads, head_dim), or None."""
+        self = Projected._unformed(x, weight.shape[0], weight.shape[1], weight.dtype)
+        self._given, self._packed = (weight, bias), None
+        return self
+
+    @staticmethod
+    def packed(packed: Packed, number: int, x: Tensor) -> Projected:
+        """One of the projections that a layer makes."""
+        self = Projected._unformed(x, packed.heads, packed.width, packed.weight.dtype)
+        self._packed, self._number = packed, number
+        return self
+
+    @staticmethod
+    def _unformed(x: Tensor, heads: int, width: int, dtype: torch.dtype) -> Projected:
+        batch, tokens, _ = x.shape
+        shape, cast = (batch, heads, tokens, width), False
         if torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
             device = x.device.type
             # autocast leaves float64 alone, and asked to cast to it would raise
             cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
             dtype = torch.get_autocast_dtype(device) if cast else dtype
         # Undocumented, torch 2.6 to 2.14: makes a tensor that has a shape and no memory.
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device)
-        self._cast, self.x, self.weight, self.bias, self.own, self._computed = cast, x, weight, bias, own, None
-        self.sizes = shape
+        self = Tensor._make_wrapper_subclass(Projected, shape, dtype=dtype, device=x.device)
+        self._cast, self.x, self._computed, self.sizes = cast, x, None, shape
         return self
+
+    @property
+    def weight(self) -> Tensor:
+        """(heads, head_dim, features)."""
+        return self._given[0] if self._packed is None else self._packed.cut(self._packed.weight, self._number)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(heads, head_dim), or None."""
+        if self._packed is None:
+            return self._given[1]
+        return None if self._packed.bias is None else self._packed.cut(self._packed.bias, self._number)
 
     def narrowed(self, batch: Pick = ALL, heads: Pick = ALL) -> Tensor:
         """This projection for some images and heads; computed only if it was before, or was heard."""
@@ -72,46 +87,58 @@ class Projected(Tensor):
             return self
         if (whole := self.heard()) is not None:
             return pick(whole, batch, heads, ALL)
-        weight, bias = self._of_heads(heads)
-        # without `own`: what the module's layer puts out is all of it, and a part is cheaper computed
-        return Projected(pick(self.x, batch, ALL, ALL), weight, bias)
+        # not packed any more: what the module's layer puts out is all of it, and a part is cheaper computed
+        return Projected(pick(self.x, batch, ALL, ALL), *self._of_heads(heads))
 
     def compute_part(self, batch: Pick, heads: Pick, tokens: Pick) -> Tensor:
         """Compute the projection of some images, heads and tokens and no more."""
         if (batch is ALL and heads is ALL and tokens is ALL) or self.heard() is not None:
             return pick(self.compute(), batch, heads, tokens)
-        return self._compute(pick(self.x, batch, tokens, ALL), *self._of_heads(heads))
+        return self._compute(pick(self.x, batch, tokens, ALL), heads)
 
     def compute(self) -> Tensor:
         """Compute the projection, once, or take it from what the module's own layer has put out, or is awaited to."""
         if self.heard() is None:
-            self._computed = self._compute(self.x, self.weight, self.bias)
+            self._computed = self._compute(self.x, ALL)
         assert self._computed is not None
         return self._computed
 
     def heard(self) -> Tensor | None:
         """The projection if it is there: computed before, or put out by the module's own layer, or awaited of it."""
         heard = heard_now.get()
-        if self._computed is None and heard is not None and self.own is not None:
-            output = heard.output(self.own)
-            self._computed = None if output is None else self.own.part(output)
+        if self._computed is None and heard is not None and self._packed is not None:
+            own = self._packed.own(self._number)
+            output = heard.output(own)
+            self._computed = None if output is None else own.part(output)
         return self._computed
 
     def _of_heads(self, heads: Pick) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.weight, self.bias
         if heads is ALL:
-            return self.weight, self.bias
-        return self.weight[heads], None if self.bias is None else self.bias[heads]
+            return weight, bias
+        return weight[heads], None if bias is None else bias[heads]
 
-    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        flat = weight.flatten(0, 1), None if bias is None else bias.flatten()
-        with self._modes():
-            y = F.linear(x, *flat)
-        return y.view(*x.shape[:2], *weight.shape[:2]).transpose(1, 2)
+    def _compute(self, x: Tensor, heads: Pick) -> Tensor:
+        weight, bias = self._flat(heads)
+        if self._cast or torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
+            with self._modes():
+                y = F.linear(x, weight, bias)
+        else:
+            y = F.linear(x, weight, bias)
+        batch, tokens, _ = x.shape
+        width = self.sizes[3]
+        return y.view(batch, tokens, weight.shape[0] // (width or 1), width).transpose(1, 2)
+
+    def _flat(self, heads: Pick) -> tuple[Tensor, Tensor | None]:
+        """(heads * head_dim, features) and (heads * head_dim) of the weight and the bias."""
+        if (packed := self._packed) is not None and heads is ALL:
+            bias = None if packed.bias is None else packed.flat(packed.bias, self._number)
+            return packed.flat(packed.weight, self._number), bias
+        weight, by_head = self._of_heads(heads)
+        return weight.flatten(0, 1), None if by_head is None else by_head.flatten()
 
     def _modes(self) -> AbstractContextManager[None]:
         """Autocast as it was when this was made, for the product: it may be off by now, as for the softmax."""
-        if not self._cast and not torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
-            return nullcontext()
         device = self.x.device.type
         if not torch.amp.is_autocast_available(device) or self._cast == torch.is_autocast_enabled(device):
             return nullcontext()
@@ -155,7 +182,7 @@ def _with_computed(argument: Any) -> Any:
 
 def is_bare(*tensors: Tensor | None) -> bool:
     """Whether tensors are of PyTorch's own classes, so that a projection of them is nothing but arithmetic."""
-    return all(type(t) in _BARE for t in tensors)
+    return {*map(type, tensors)} <= _BARE
 
 
 def pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:
@@ -168,8 +195,6 @@ def pick(tensor: Tensor, batch: Pick, heads: Pick, rows: Pick) -> Tensor:
 
 
 _BARE = frozenset({Tensor, nn.Parameter, type(None)})
-_AXES = r"\([^()]*\)|[^\s()]+"
-_PACKED = r"\(([^()]*\bparts\b[^()]*)\)"
 
 
 def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, **axes: int) -> tuple[Tensor, ...]:
@@ -191,11 +216,14 @@ def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, *
     """
     if not (is_plain_linear(layer) or is_plain_conv(layer)):
         return torch.unbind(rearrange(layer(x), pattern, parts=of, **axes))[:parts]
-    plan = _plan(pattern)
-    if plan is not None and (isinstance(layer, nn.Linear) or is_pointwise(layer)) and is_bare(x, layer.weight, layer.bias):
-        return _lazily(layer, x, pattern, plan, parts, {"parts": of, **axes})
-    rows = _rows(layer.weight, pattern, parts, of, axes)
-    weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
+    plan, weight, bias = plan_of(pattern), layer.weight, layer.bias
+    if plan is not None and (isinstance(layer, nn.Linear) or is_pointwise(layer)) and is_bare(x, weight, bias):
+        flat = weight if isinstance(layer, nn.Linear) else weight.flatten(1)
+        packed = Packed(layer, x, flat, bias, pattern, plan, {"parts": of, **axes})
+        tokens = packed.tokens()
+        return tuple([Projected.packed(packed, i, tokens) for i in range(parts)])
+    rows = _rows(weight, pattern, parts, of, axes)
+    weight, bias = weight[rows], None if bias is None else bias[rows]
     if isinstance(layer, nn.Linear):
         y = F.linear(x, weight, bias)
     else:
@@ -216,63 +244,6 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tens
     return Projected(x, rearrange(weight, "(h d) c -> h d c", h=heads), by_head)
 
 
-class _Plan(NamedTuple):
-    """How x, weight and bias are cut before they are multiplied, made of a pattern of einops for `project`.
-
-    Attributes:
-        x: the pattern that makes (batch, tokens, features) of x; empty if it is that already.
-        packed: names of the axes that are packed in the rows of the weight, in their order.
-    """
-
-    x: str
-    packed: tuple[str, ...]
-
-    def unpacked(self, t: Tensor, axes: dict[str, int]) -> Tensor:
-        """(parts, heads, head_dim, ...) of (parts * heads * head_dim, ...), in whatever order they are packed."""
-        sizes = [axes.get(name, -1) for name in self.packed]
-        t = t.view(*sizes, *t.shape[1:])
-        order = ("parts", "h", "d")
-        return t if self.packed == order else t.movedim([self.packed.index(name) for name in order], (0, 1, 2))
-
-    def part_of(self, y: Tensor, axes: dict[str, int], i: int) -> Tensor:
-        """(batch, heads, tokens, head_dim) of one part, out of (batch, tokens, parts * heads * head_dim) in their order."""
-        parts = self.packed.index("parts")
-        part = y.view(*y.shape[:2], *[axes.get(name, -1) for name in self.packed]).select(2 + parts, i)
-        heads_first = self.packed.index("h") < self.packed.index("d")
-        return part.transpose(1, 2) if heads_first else part.permute(0, 3, 1, 2)
-
-
-@lru_cache
-def _plan(pattern: str) -> _Plan | None:
-    """The plan of a pattern whose outcome is (parts, batch, heads, tokens, head_dim); None of others, which are not cut."""
-    left, _, right = pattern.partition("->")
-    out, packed = re.findall(_AXES, right), re.search(_PACKED, left)
-    if packed is None or len(out) != 5 or (out[0], out[2], out[4]) != ("parts", "h", "d"):
-        return None
-    names = packed.group(1).split()
-    if sorted(names) != ["d", "h", "parts"]:
-        return None
-    before, after = left.replace(packed.group(0), "c").split(), [*out[1].split(), *out[3].split(), "c"]
-    return _Plan("" if before == after else f"{' '.join(before)} -> {out[1]} {out[3]} c", tuple(names))
-
-
-def _lazily(
-    layer: nn.Linear | nn.Conv2d, x: Tensor, pattern: str, plan: _Plan, parts: int, axes: dict[str, int]
-) -> tuple[Tensor, ...]:
-    """The first parts of a projection as `Projected`, which are not computed yet."""
-    weight, bias = layer.weight, layer.bias
-    weights = plan.unpacked(weight if weight.dim() == 2 else weight.flatten(1), axes).unbind()
-    biases = [None] * len(weights) if bias is None else plan.unpacked(bias, axes).unbind()
-    tokens = rearrange(x, plan.x, **{n: size for n, size in axes.items() if n not in plan.packed}) if plan.x else x
-
-    def part(i: int) -> Callable[[Tensor], Tensor]:
-        if plan.x:
-            return lambda y: rearrange(y, pattern, **axes)[i]
-        return lambda y: plan.part_of(y, axes, i)
-
-    return tuple([Projected(tokens, weights[i], biases[i], Own(layer, x, part(i))) for i in range(parts)])
-
-
 def scale_of(module: nn.Module) -> float | Tensor | None:
     """Look up what a module of timm's scales its scores by; None for head_dim ** -0.5, as on its fused path always."""
     # timm's fused path does not hand `scale` to the kernel, so one that was set by hand counts on the unfused path alone
@@ -283,7 +254,7 @@ def scale_of(module: nn.Module) -> float | Tensor | None:
 
 def _rows(weight: Tensor, pattern: str, parts: int, of: int, axes: dict[str, int]) -> Union[slice, Tensor]:
     """Rows of a weight that make the first parts of a projection: a slice where they come first, else their numbers."""
-    packed = re.search(_PACKED, pattern.split("->")[0])
+    packed = re.search(PACKED, pattern.split("->")[0])
     names = packed.group(1).split() if packed else ["parts"]
     if names[0] == "parts":
         return slice(len(weight) // of * parts)
