@@ -120,8 +120,9 @@ class QK(_Product):
         if batch is ALL and heads is ALL and rows is ALL and not self.is_causal:
             return self
 
-        def narrowed(value: Tensor, like: Pick = heads, count: int = self.shape[1]) -> Tensor:
-            shape = (self.shape[0], count, self.shape[2], value.shape[-1] if value.dim() else 1)
+        def narrowed(value: Tensor, like: Pick = heads, count: int | None = None) -> Tensor:
+            images, own, queries, _ = self.shape
+            shape = (images, own if count is None else count, queries, value.shape[-1] if value.dim() else 1)
             return pick(value.expand(shape), batch, like, rows)
 
         # where scores are mixed over heads, each head needs all heads of q and k
@@ -169,7 +170,8 @@ class QK(_Product):
 
     def _scores_of(self, q: Tensor, k: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
         biases, dtype = self.biases, exact_dtype(q.dtype)
-        scores = self._products(q.to(dtype), k, out)
+        # `to` costs as much as a view also where there is nothing to do
+        scores = self._products(q if q.dtype is dtype else q.to(dtype), k, out)
         writable = is_ours_alone(scores, *biases)
         for bias in biases:
             scores = scores.add_(bias.to(dtype)) if writable else scores + bias.to(dtype).expand_as(scores)
@@ -186,9 +188,12 @@ class QK(_Product):
             q, scale = q * scale, 1.0
         if isinstance(k, Projected):
             # by heads, which have a weight each for all images
-            absorbed = torch.bmm((q * scale).transpose(0, 1).flatten(1, 2), k.weight.to(q.dtype))
-            absorbed = absorbed.view(q.shape[1], q.shape[0], q.shape[2], k.x.shape[2]).transpose(0, 1)
-            scores = torch.bmm(absorbed.flatten(1, 2), k.x.to(q.dtype).mT)
+            weight, x = k.weight, k.x
+            if weight.dtype is not q.dtype or x.dtype is not q.dtype:
+                weight, x = weight.to(q.dtype), x.to(q.dtype)
+            absorbed = torch.bmm((q * scale).transpose(0, 1).flatten(1, 2), weight)
+            absorbed = absorbed.view(q.shape[1], q.shape[0], q.shape[2], x.shape[2]).transpose(0, 1)
+            scores = torch.bmm(absorbed.flatten(1, 2), x.mT)
         else:
             # scaled within the product, which saves a pass over the scores; with beta=0 what is added to is not even read
             k = k.to(q.dtype).expand(*q.shape[:2], -1, -1)
