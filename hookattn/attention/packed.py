@@ -79,6 +79,8 @@ class Packed:
     def cut(self, t: Tensor, number: int) -> Tensor:
         """(heads, head_dim, ...) of one projection, out of the weight or the bias, in whatever order they are packed."""
         names = self._plan.packed
+        if names == _IN_ORDER:
+            return self.flat(t, number).view(self.heads, self.width, *t.shape[1:])
         sizes = {"parts": self._axes["parts"], "h": self.heads, "d": self.width}
         part = t.view(*[sizes[name] for name in names], *t.shape[1:]).select(names.index("parts"), number)
         return part if names.index("h") < names.index("d") else part.transpose(0, 1)

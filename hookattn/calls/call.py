@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..conditions.autocast import Autocast, autocast_now
 from ..conditions.changes import stamps
 from ..conditions.function_modes import modes_in_force, modes_resumed
-from ..conditions.sharding import gathers, is_freed, is_spread
+from ..conditions.sharding import is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
@@ -96,6 +96,10 @@ class Call(NamedTuple):
         self.check_fresh()
         return self.in_its_modes()
 
+    def is_in_its_modes(self) -> bool:
+        """Whether all is set as it was in the call, so that nothing has to be set to read its map."""
+        return next(self._to_be_set(), None) is None
+
     def in_its_modes(self) -> AbstractContextManager[None]:
         """As `resumed`, without a look at what has changed since: for a call that is about to run or has just run."""
         return _Resumed(self)
@@ -145,13 +149,12 @@ class Call(NamedTuple):
     def _is_plainly_fresh(self) -> bool:
         """Whether nothing has changed and all is at hand; False where that takes a closer look."""
         layer, read = self.layer, (*self.tensors, *self.state)
-        for tensor in read:
-            if type(tensor) not in _BARE:
-                return False
+        if not {*map(type, read)} <= _BARE:
+            return False
         # Memory is looked at only of tensors that lie where they lay: what was given back to the system lies nowhere.
         if torch._C._len_torch_function_stack() or any(map(_is_wrapped, read)) or stamps(read, layer.steps) != self.stamps[0]:
             return False
-        if self.held is not layer.caches or [*map(type, layer.inner)] != layer.classes or gathers(layer.classes):
+        if self.held is not layer.caches or layer.gathers or [*map(type, layer.inner)] != layer.classes:
             return False
         is_same = values_of(layer, self.tensors, self.stamps[0], self.held) == self.stamps[1:]
         return is_same and F.scaled_dot_product_attention is self.modes.sdpa and not layer.has_changed(self.held)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2
 
 from ..conditions.changes import SAMPLES, Samples, Stamps, Steps, counted_steps, stamps, values_of_arguments
 from ..conditions.modules import walk
+from ..conditions.sharding import gathers
 from .arguments import tensors_in
 from .hooks import is_ours
 from .restore import INTERNAL, copied
@@ -33,6 +34,7 @@ class Layer(NamedTuple):
         block: the block around it that cuts windows, if there is one.
         inner: the module and all below it.
         classes: of these.
+        gathers: whether one of these gathers its parameters when it is called, see `conditions/sharding.py`.
         attributes: of each of these.
         state: names of its parameters and buffers, all but the statistics.
         tensors: these parameters and buffers.
@@ -60,6 +62,7 @@ class Layer(NamedTuple):
     block: nn.Module | None
     inner: tuple[nn.Module, ...]
     classes: list[type]
+    gathers: bool
     attributes: tuple[dict[str, Any], ...]
     state: tuple[str, ...]
     tensors: tuple[Tensor, ...]
@@ -114,21 +117,25 @@ class Layer(NamedTuple):
         for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
             if "forward" in attributes:
                 return False
-        try:
-            for holder, key, value in self.parts:
-                if holder[key] is not value:
-                    return False
-        except KeyError:
-            return False
-        return True
+        return _hang_there(self.parts)
 
     def has_changed(self, held: Held) -> bool:
         """Whether a layer, a forward or a number of the module is another one than when a call was made that held this."""
         # What is the very same needs no closer look. Caches are put back when the call is read, whatever they are now.
         is_same = type(self.module) is self.structure.cls and self.is_as_it_was()
-        if is_same and [*map(len, self.sized)] == self.sizes and all(d[key] is value for d, key, value in self.things):
-            return False
-        return structure_of(self.inner, held) != self.structure
+        if not is_same or [*map(len, self.sized)] != self.sizes or not _hang_there(self.things):
+            return structure_of(self.inner, held) != self.structure
+        return False
+
+
+def _hang_there(held: Held) -> bool:
+    try:
+        for holder, key, value in held:
+            if holder[key] is not value:
+                return False
+    except KeyError:
+        return False
+    return True
 
 
 class _Looking:
@@ -211,6 +218,7 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
         block=block,
         inner=inner,
         classes=[*map(type, inner)],
+        gathers=gathers(map(type, inner)),
         attributes=attributes,
         state=names,
         tensors=tensors,

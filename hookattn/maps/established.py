@@ -64,7 +64,10 @@ def _describe(call: Call) -> Source | None:
 def as_in_training(call: Call) -> AbstractContextManager[None]:
     """Set random streams as they were in a call in train mode, and put back what a recipe changes there."""
     # A projection may have dropout in it (LoRA) or take a step of its own (spectral norm).
-    return _with_its_random_numbers(call) if True in call.modes.training else nullcontext()
+    return _with_its_random_numbers(call) if True in call.modes.training else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -87,7 +90,11 @@ class NameInErrors:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, UnreadableError) and not str(error).startswith(name := repr(self._call.layer.name)):
+        if (
+            kind is not None
+            and isinstance(error, UnreadableError)
+            and not str(error).startswith(name := repr(self._call.layer.name))
+        ):
             # from None: the traceback of the error would keep what the module was called with
             raise UnreadableError(f"{name}: {error}") from None
 
@@ -107,7 +114,7 @@ class TellWhy:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, self._but):
+        if kind is not None and isinstance(error, Exception) and not isinstance(error, self._but):
             why = f"it could not be computed: {type(error).__name__}: {error}"
             raise UnreadableError(f"{self._name!r}: {why}") from error
 

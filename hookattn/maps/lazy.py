@@ -42,7 +42,8 @@ class Delivery:
     device: torch.device | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype)
+        as_it_comes = self.dtype is None and self.device is None
+        return tensor if as_it_comes else tensor.to(device=self.device, dtype=self.dtype)
 
 
 class LazyArray(AsArray):
@@ -109,16 +110,19 @@ def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, P
     """
     if index is Ellipsis:
         return (ALL, ALL, ALL), index
-    items = list(index) if isinstance(index, tuple) else [index]
+    items = [*index] if isinstance(index, tuple) else [index]
     # Masks, None, several lists: torch's rules for these mix axes, so the whole is computed and torch applies them itself.
-    if any(type(i) not in _SIMPLE for i in items) and not _is_orthogonal(items):
+    if not {*map(type, items)} <= _SIMPLE and not _is_orthogonal(items):
         _check_numbers(items, shape)
         return (ALL, ALL, ALL), index
-    dots = [place for place, item in enumerate(items) if item is Ellipsis]
-    if len(items) - len(dots) > 4 or len(dots) > 1:
+    missing = 4 - len(items)
+    if Ellipsis in items:
+        at, missing = items.index(Ellipsis), missing + 1
+        items[at : at + 1] = [ALL] * missing
+    else:
+        items += [ALL] * missing
+    if missing < 0 or Ellipsis in items:
         raise IndexError(f"a map has 4 axes (batch, head, query, key), which {index!r} does not fit")
-    at = dots[0] if dots else len(items)
-    items[at : at + 1] = [ALL] * (4 - len(items) + len(dots))
     picks, rest = _pick_and_rest(items, shape)
     rest[3] = items[3]  # keys are picked last: a row's softmax needs all of them
     return (picks[0], picks[1], picks[2]), tuple(rest)
