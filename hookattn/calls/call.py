@@ -108,7 +108,7 @@ class Call(NamedTuple):
         """What is not as it was in the call, one after the other, the later ones asked for when the earlier are set."""
         modes, layer = self.modes, self.layer
         if torch.is_grad_enabled() is not modes.grad:
-            yield torch.set_grad_enabled(modes.grad)
+            yield torch.enable_grad() if modes.grad else torch.no_grad()  # `set_grad_enabled` would set it right now
         if modes.autocast is not None and (modes.autocast.enabled or torch._C._is_any_autocast_enabled()):
             device, enabled, dtype, cached = modes.autocast
             # Autocast keeps the parameters it has cast for whoever comes next, in or out of this block: one that was cast

@@ -117,25 +117,25 @@ class Layer(NamedTuple):
         for attributes in self.bare:  # a loop, since it runs at every call and costs half of what any(...) does
             if "forward" in attributes:
                 return False
-        return _hang_there(self.parts)
+        try:
+            for holder, key, value in self.parts:
+                if holder[key] is not value:
+                    return False
+        except KeyError:
+            return False
+        return True
 
     def has_changed(self, held: Held) -> bool:
         """Whether a layer, a forward or a number of the module is another one than when a call was made that held this."""
         # What is the very same needs no closer look. Caches are put back when the call is read, whatever they are now.
         is_same = type(self.module) is self.structure.cls and self.is_as_it_was()
-        if not is_same or [*map(len, self.sized)] != self.sizes or not _hang_there(self.things):
-            return structure_of(self.inner, held) != self.structure
-        return False
-
-
-def _hang_there(held: Held) -> bool:
-    try:
-        for holder, key, value in held:
-            if holder[key] is not value:
+        if is_same and [*map(len, self.sized)] == self.sizes:
+            for attributes, name, value in self.things:
+                if attributes.get(name) is not value:
+                    break
+            else:
                 return False
-    except KeyError:
-        return False
-    return True
+        return structure_of(self.inner, held) != self.structure
 
 
 class _Looking:

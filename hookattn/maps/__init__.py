@@ -4,6 +4,7 @@ From top to bottom, an import may only point down:
 
     store          maps in a file, and back
     tensor_file    named tensors in a file, written one at a time, read lazily
+    together       the row of a query in several maps, read together
     attention_map  AttentionMap, read when it is sliced
     outputs        what multiplies the values, and what each head adds to the output of its module
     vectors        queries, keys and values of a map

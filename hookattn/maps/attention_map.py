@@ -21,7 +21,7 @@ from .labelled import Labelled
 from .lazy import Delivery, Spec
 from .notebook import describe_in_html
 from .outputs import OfOutputs
-from .picture import draw_rows, read_rows
+from .picture import draw_rows, index_of_row
 from .reading import Captured, Deferred, Kept, Loaded, Lost, Origin, Watched, keep_or_lose, reason_of
 from .sites import Watch
 
@@ -212,7 +212,7 @@ class AttentionMap(OfOutputs, Labelled):
         Raises:
             TokenError: there is no such query, or it stands in several windows.
         """
-        return self._deliver(read_rows(self, *self._both_tokens(), query))
+        return self[index_of_row(self.name, *self._both_tokens(), query)]
 
     def computed(self) -> AttentionMap:
         """This map computed now, for keep="maps" while the call is at hand; or one that says why it could not be.

@@ -104,19 +104,22 @@ class TellWhy:
 
     Args:
         but: errors that are let through, as ours are and those of memory that ran out.
+
+    Attributes:
+        name: of what is computed; another one where the block goes on with that.
     """
 
     def __init__(self, name: str, *but: type[Exception]) -> None:
-        self._name = name
+        self.name = name
         self._but: tuple[type[Exception], ...] = (HookattnError, NotEstablishedError, MemoryError, torch.OutOfMemoryError, *but)
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> TellWhy:
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if kind is not None and isinstance(error, Exception) and not isinstance(error, self._but):
             why = f"it could not be computed: {type(error).__name__}: {error}"
-            raise UnreadableError(f"{self._name!r}: {why}") from error
+            raise UnreadableError(f"{self.name!r}: {why}") from error
 
 
 def arrange(call: Call, sites: Following) -> Arrangement:

@@ -23,18 +23,18 @@ def draw_rows(
     return pixels if heads is None else pixels.mean(1)
 
 
-def read_rows(m: LazyArray, queries: Tokens, keys: Tokens, query: Query) -> Tensor:
-    """Compute the row of a query, of every image and head; see `AttentionMap.rows`."""
+def index_of_row(name: str, queries: Tokens, keys: Tokens, query: Query) -> tuple[slice, slice, int]:
+    """The index of the row of a query in a map of this name, of every image and head; see `AttentionMap.rows`."""
     if queries.places is None:  # all tokens in one window
-        return m.read((ALL, ALL, queries.index(query)))
+        return ALL, ALL, queries.index(query)
     at = select_queries(queries, keys, query).nonzero()
     if len(at) != 1:
         raise TokenError(
-            f"{query!r} stands in {len(at)} rows of {m.name!r}, of several windows or images: see m.image({query!r}), or slice "
+            f"{query!r} stands in {len(at)} rows of {name!r}, of several windows or images: see m.image({query!r}), or slice "
             "the map itself, m[...]."
         )
     _, window, row = at[0].tolist()
-    return m.read((slice(window, None, queries.windows), ALL, row))
+    return slice(window, None, queries.windows), ALL, row
 
 
 def select_queries(queries: Tokens, keys: Tokens, query: Query) -> Tensor:

@@ -218,6 +218,8 @@ def keep_or_lose(array: LazyArray) -> Kept | Lost:
 
 def source_of(call: Call) -> Source:
     """Make what the map of a call is computed from, by recipe or by replay; the modes of the call are on already."""
+    if True not in call.modes.training:
+        return source_by_recipe(call) or replayed(call)
     with as_in_training(call):
         return source_by_recipe(call) or replayed(call)
 

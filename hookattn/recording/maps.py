@@ -19,6 +19,7 @@ from ..maps.lazy import Delivery
 from ..maps.notebook import list_in_html
 from ..maps.store import Rows, What, Writer, read_maps
 from ..maps.tensor_file import PathLike
+from ..maps.together import read_rows
 
 _NONE: Mapping[str, str] = {}
 
@@ -84,7 +85,7 @@ class Maps(Mapping[str, AttentionMap]):
 
     def rows(self, query: Query = "cls") -> dict[str, Tensor]:
         """The rows of a query in every map, by name, see `AttentionMap.rows`."""
-        return {name: m.rows(query) for name, m in self._maps.items()}
+        return read_rows(self._maps, query)
 
     def stack(self) -> Tensor:
         """Compute all maps as one tensor, (layers, batch, heads, queries, keys), in the order the modules ran.
