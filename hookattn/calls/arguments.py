@@ -24,7 +24,7 @@ def keep_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: boo
     tensors: list[Tensor] = []
     # The usual call, bare tensors and numbers, is told without walking trees. The dict is copied all the same: a hook of
     # somebody else may be given it after ours, and put other values in.
-    for value in (*args, *kwargs.values()):
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if type(value) is Tensor and not (detach and value.requires_grad):
             tensors += (value,)  # no call of a method: this runs at every recorded call
         elif type(value) not in _AS_THEY_ARE:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import Token
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .restore import copied, in_place, reading, training_flags
 from .staleness import structure_of
 
 _BARE = frozenset({Tensor, nn.Parameter})
+_TRAINING = itemgetter("training")
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # undocumented, torch 2.6 to 2.14: of a torch.func transform
 
 
@@ -117,7 +119,7 @@ class Call(NamedTuple):
             yield torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached)
         if modes.functions or torch._C._len_torch_function_stack():
             yield modes_resumed(modes.functions)
-        if [attributes["training"] for attributes in layer.attributes] != modes.training:
+        if [*map(_TRAINING, layer.attributes)] != modes.training:
             yield training_flags(layer.inner, modes.training)
         if not layer.is_as_it_was():
             yield in_place(layer.slots)
@@ -232,9 +234,10 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     (args, kwargs), tensors = keep_arguments(args, kwargs, detach=detach)
     if not layer.is_as_it_was():  # somebody has swapped tensors, wrapped layers or set numbers of the module
         layer = look_up(*layer[:4])
-    training = [attributes["training"] for attributes in layer.attributes]
+    training = [*map(_TRAINING, layer.attributes)]
     in_eval = True not in training
-    (names, state), held = layer.state_now(in_eval=in_eval), layer.mutable_now(in_eval=in_eval)
+    names, state = (layer.all_state, layer.all_tensors) if in_eval else layer.state_in_training()
+    held = layer.mutable_now(in_eval=in_eval)
     functions: tuple[TorchFunctionMode, ...] = ()
     if not torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.14
         stamped = stamps_of(layer, tensors, state, held)

@@ -38,7 +38,8 @@ class Layer(NamedTuple):
         attributes: of each of these.
         state: names of its parameters and buffers, all but the statistics.
         tensors: these parameters and buffers.
-        all_state, all_tensors: the same with statistics and moving buffers, which a call in eval mode reads as they are.
+        all_state, all_tensors: the same with statistics and moving buffers: parameters and buffers that a call in eval mode
+            reads as they are, names and tensors; to be compared when it is read.
         statistics: running statistics by name, each with its norm: a norm reads them unless it is in train mode, where it
             moves them.
         moving: small buffers of other modules, such as the vectors of a spectral norm: a module, the name of the buffer. In
@@ -83,12 +84,10 @@ class Layer(NamedTuple):
     structure: Structure
     steps: Steps
 
-    def state_now(self, *, in_eval: bool) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-        """Parameters and buffers that a call made now reads as they are, names and tensors; to be compared when it is read."""
+    def state_in_training(self) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+        """`all_state` and `all_tensors` but what a call made now, with a module in train mode, does not read as it is."""
         # A norm in train mode moves its statistics, and reads those of its batch: they must not make its map stale. Buffers
         # that a forward in train mode may move are held as copies, see `mutable_now`.
-        if in_eval:
-            return self.all_state, self.all_tensors
         still = [(name, tensor) for name, tensor, norm in self.statistics if not norm.training]
         still += [(path, b) for path, m, name in self.moving if not m.training and (b := m._buffers[name]) is not None]
         return (*self.state, *[name for name, _ in still]), (*self.tensors, *[tensor for _, tensor in still])
@@ -252,7 +251,11 @@ def stamps_of(layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ..
 
 def values_of(layer: Layer, tensors: tuple[Tensor, ...], read: Stamps, held: Held) -> tuple[Any, ...]:
     """The rest of `stamps_of`, for which memory is looked at; `read` are stamps of arguments and of the state."""
-    hooks = _hooks_of_others(layer.hooks) if any(layer.hooks) else []
+    hooks: list[int] = []
+    for each in layer.hooks:  # as in `is_as_it_was`
+        if each:
+            hooks = _hooks_of_others(layer.hooks)
+            break
     if held is layer.caches:  # as they hang there while nothing fills them
         cached = None
     else:

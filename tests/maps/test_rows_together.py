@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.inside import is_reading
 from support.models import TINY, randomise, tiny
 from support.reading import NAMES, record
 from torch import Tensor, nn
@@ -85,13 +86,34 @@ def test_layers_that_ran_in_other_modes_than_the_first_are_read_in_their_own(fir
         compare(rec)
 
 
+def test_what_runs_meanwhile_is_known_to_be_no_forward() -> None:
+    model, x = tiny("vit")
+    seen: list[bool] = []
+
+    class Looking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(is_reading())
+            return x
+
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attn.q_norm = Looking()  # type: ignore[union-attr]
+    rec = record(model, x)
+    rec.rows()
+    seen.clear()
+    with torch.no_grad():
+        rec.rows()
+    assert seen == [True, True]
+    assert not is_reading()
+
+
 def test_no_mode_is_left_behind() -> None:
     model, x = tiny("vit")
     with AttentionRecorder(model, detach=False) as rec, torch.autocast("cpu", torch.bfloat16):
         model(x)
     with torch.no_grad():
         rec.rows()
-        assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
     with AttentionRecorder(model) as again:  # a reading that did not end would have it see no forward
         model(x)
     assert again.rows().keys() == rec.rows().keys()
@@ -102,6 +124,7 @@ def test_no_mode_is_left_behind() -> None:
 def test_a_layer_that_has_changed_since_is_told(name: str, what: str) -> None:
     model, x = tiny("vit")
     rec = record(model, x)
+    rec.rows()  # which looks up what it does not look up again
     attention: Any = model.get_submodule(name)
     if what == "weight":
         attention.qkv.weight.data.mul_(2)
@@ -138,18 +161,19 @@ def test_what_recipes_compute_is_not_kept_of_all_layers_at_once() -> None:
     assert len(Norm.made) == 8
 
 
+@pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("step", ["narrow", "values"])
-def test_an_error_is_told_of_the_layer_that_it_is_of(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_told_of_the_layer_that_it_is_of(step: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = tiny("vit")
     rec = record(model, x)
     before, calls = getattr(QK, step), []
 
-    def fail_the_second_time(source: QK, *args: Any) -> Any:
+    def fail_once(source: QK, *args: Any) -> Any:
         calls.append(source)
-        if len(calls) == 2:
+        if len(calls) == number + 1:
             raise RuntimeError("out of luck")
         return before(source, *args)
 
-    monkeypatch.setattr(QK, step, fail_the_second_time)
-    with pytest.raises(UnreadableError, match=f"'{NAMES[1]}': it could not be computed: RuntimeError: out of luck"):
+    monkeypatch.setattr(QK, step, fail_once)
+    with pytest.raises(UnreadableError, match=f"'{NAMES[number]}': it could not be computed: RuntimeError: out of luck"):
         rec.rows()
