@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, Union
 
@@ -44,20 +44,15 @@ class Projected(Tensor):
     @staticmethod
     def __new__(cls, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Projected:
         """A projection by weight (heads, head_dim, features) and bias (heads, head_dim), or None."""
-        self = Projected._unformed(x, weight.shape[0], weight.shape[1], weight.dtype)
-        self._given, self._packed = (weight, bias), None
+        self = Projected.of(x, weight.shape[:2], weight.dtype)
+        self._given = weight, bias
         return self
 
     @staticmethod
-    def packed(packed: Packed, number: int, x: Tensor) -> Projected:
-        """One of the projections that a layer makes."""
-        self = Projected._unformed(x, packed.heads, packed.width, packed.weight.dtype)
-        self._packed, self._number = packed, number
-        return self
-
-    @staticmethod
-    def _unformed(x: Tensor, heads: int, width: int, dtype: torch.dtype) -> Projected:
+    def of(x: Tensor, sizes: Sequence[int], dtype: torch.dtype, packed: Packed | None = None, number: int = 0) -> Projected:
+        """A projection to (heads, head_dim) of this dtype, by rows that it is given later or that a layer packs with others."""
         batch, tokens, _ = x.shape
+        heads, width = sizes
         shape, cast = (batch, heads, tokens, width), False
         if torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
             device = x.device.type
@@ -66,7 +61,7 @@ class Projected(Tensor):
             dtype = torch.get_autocast_dtype(device) if cast else dtype
         # Undocumented, torch 2.6 to 2.14: makes a tensor that has a shape and no memory.
         self = Tensor._make_wrapper_subclass(Projected, shape, dtype=dtype, device=x.device)
-        self._cast, self.x, self._computed, self.sizes = cast, x, None, shape
+        self.x, self.sizes, self._cast, self._computed, self._packed, self._number = x, shape, cast, None, packed, number
         return self
 
     @property
@@ -220,8 +215,8 @@ def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, *
     if plan is not None and (isinstance(layer, nn.Linear) or is_pointwise(layer)) and is_bare(x, weight, bias):
         flat = weight if isinstance(layer, nn.Linear) else weight.flatten(1)
         packed = Packed(layer, x, flat, bias, pattern, plan, {"parts": of, **axes})
-        tokens = packed.tokens()
-        return tuple([Projected.packed(packed, i, tokens) for i in range(parts)])
+        tokens, sizes, dtype = packed.tokens(), (packed.heads, packed.width), flat.dtype
+        return tuple([Projected.of(tokens, sizes, dtype, packed, number) for number in range(parts)])
     rows = _rows(weight, pattern, parts, of, axes)
     weight, bias = weight[rows], None if bias is None else bias[rows]
     if isinstance(layer, nn.Linear):
