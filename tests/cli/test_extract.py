@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
-import os
-import socket
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from support.drawn import draw
 from support.inside import hold_store, load_model
@@ -206,35 +201,3 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, weights: Path, photos: Path, monk
     last = file.getvalue().split("\rimages ")[-1]
     assert " 6/6 " in last
     assert "waiting for images, 1 left out" in last
-
-
-def test_of_two_processes_one_prints(tmp_path: Path, weights: Path, photos: Path) -> None:
-    forks, typed = multiprocessing.get_context("fork"), (weights, photos, "-o", tmp_path / "x.zarr", "--json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = forks.Queue()
-    both = [forks.Process(target=type_as_one_of_two, args=(rank, port, typed, told)) for rank in (0, 1)]
-    for each in both:
-        each.start()
-    (_, (first, refused), bar), (_, (second, refused_too), no_bar) = sorted(told.get(timeout=60) for _ in both)
-    for each in both:
-        each.join()
-    facts = json.loads(first[1])
-    assert (facts["taken"], facts["broken"], list(facts["left_out"])) == (5, 1, ["dog/broken.jpg"])
-    assert second == (0, "", "")
-    assert (refused[0], refused_too[0]) == (1, 1)
-    assert (refused[2] + refused_too[2]).count("was begun with other settings") == 1
-    assert " 4/4 " in bar.split("\rimages of process 1 of 2 ")[-1]  # of three blocks, the first and the last
-    assert no_bar == ""
-
-
-def type_as_one_of_two(rank: int, port: int, typed: Any, told: Any) -> None:
-    torch.set_num_threads(1)  # threads of the parent are not there after a fork
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    results = [(r.exit_code, r.stdout, r.stderr) for r in (run(*typed), run(*typed, "--block", "3"))]
-    terminal = Console(file=(file := io.StringIO()), force_terminal=True, width=160, color_system=None)
-    for name in ("extract", "output"):
-        setattr(import_module(f"hookattn.cli.{name}"), "console", terminal)  # noqa: B010
-    run(*typed, "-o", typed[3].with_name("y.zarr"))
-    told.put((rank, results, file.getvalue()))

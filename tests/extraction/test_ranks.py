@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+from safetensors.torch import save_file
+from support.drawn import draw
 from support.plain import Noise, Plain
 from support.stores import everything, metadata, same
 
@@ -22,11 +27,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have been at work, see the script."""
     found = tmp_path_factory.mktemp("ranks")
     (found / "held.zarr").write_text("something else")
+    for number, name in enumerate("abcde"):
+        (found / "photos" / name).with_suffix(".png").parent.mkdir(exist_ok=True)
+        (found / "photos" / name).with_suffix(".png").write_bytes(draw(number, 60, 40 + 10 * number))
+    (found / "photos/broken.jpg").write_bytes(b"hello")
+    save_file(timm.create_model("test_vit").state_dict(), found / "weights.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    with ExitStack() as held:  # all at once, or one might come twice
+        free = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        command += [str(each.getsockname()[1]) for each in free]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0  # the last of them fails
     assert (found / "failing.1.json").exists(), done.stderr[-3000:]
     return found
+
+
+def test_of_two_processes_that_type_the_command_one_prints(folder: Path) -> None:
+    one, other = told_of(folder, "typed")
+    facts = json.loads(one["first"][1])
+    assert (facts["taken"], facts["broken"], list(facts["left_out"])) == (5, 1, ["broken.jpg"])
+    assert other["first"] == [0, "", ""]
+    assert (one["other"][0], other["other"][0]) == (1, 1)
+    assert (one["other"][2] + other["other"][2]).count("was begun with other settings") == 1
+    assert " 4/4 " in one["bar"].split("\rimages of process 1 of 2 ")[-1]  # of three blocks, the first and the last
+    assert other["bar"] == ""
 
 
 def told_of(folder: Path, name: str) -> list[dict[str, Any]]:
