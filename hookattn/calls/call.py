@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..conditions.autocast import Autocast, autocast_now
 from ..conditions.changes import stamps
 from ..conditions.function_modes import modes_in_force, modes_resumed
-from ..conditions.sharding import is_freed, is_spread
+from ..conditions.sharding import gathers, is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
 from ..errors import StaleMapError, UnreadableError
@@ -156,7 +156,7 @@ class Call(NamedTuple):
         # Memory is looked at only of tensors that lie where they lay: what was given back to the system lies nowhere.
         if torch._C._len_torch_function_stack() or any(map(_is_wrapped, read)) or stamps(read, layer.steps) != self.stamps[0]:
             return False
-        if self.held is not layer.caches or layer.gathers or [*map(type, layer.inner)] != layer.classes:
+        if self.held is not layer.caches or [*map(type, layer.inner)] != layer.classes or gathers(layer.classes):
             return False
         is_same = values_of(layer, self.tensors, self.stamps[0], self.held) == self.stamps[1:]
         return is_same and F.scaled_dot_product_attention is self.modes.sdpa and not layer.has_changed(self.held)

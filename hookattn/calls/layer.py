@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2
 
 from ..conditions.changes import SAMPLES, Samples, Stamps, Steps, counted_steps, stamps, values_of_arguments
 from ..conditions.modules import walk
-from ..conditions.sharding import gathers
 from .arguments import tensors_in
 from .hooks import is_ours
 from .restore import INTERNAL, copied
@@ -34,7 +33,6 @@ class Layer(NamedTuple):
         block: the block around it that cuts windows, if there is one.
         inner: the module and all below it.
         classes: of these.
-        gathers: whether one of these gathers its parameters when it is called, see `conditions/sharding.py`.
         attributes: of each of these.
         state: names of its parameters and buffers, all but the statistics.
         tensors: these parameters and buffers.
@@ -63,7 +61,6 @@ class Layer(NamedTuple):
     block: nn.Module | None
     inner: tuple[nn.Module, ...]
     classes: list[type]
-    gathers: bool
     attributes: tuple[dict[str, Any], ...]
     state: tuple[str, ...]
     tensors: tuple[Tensor, ...]
@@ -217,7 +214,6 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
         block=block,
         inner=inner,
         classes=[*map(type, inner)],
-        gathers=gathers(map(type, inner)),
         attributes=attributes,
         state=names,
         tensors=tensors,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -26,15 +26,19 @@ def is_freed(tensor: Tensor) -> bool:
 
 def gathers(classes: Iterable[type]) -> bool:
     """Whether modules of one of these classes gather their parameters when they are called."""
-    for cls in set(classes):
-        if (known := _KNOWN.get(cls)) is None:
-            known = _KNOWN[cls] = any(base.__name__ in _GATHERS for base in cls.__mro__)
-        if known:
+    different = {*classes}
+    if {*map(ref, different)} <= _KNOWN:
+        return False
+    for cls in different:
+        if any(base.__name__ in _GATHERS for base in cls.__mro__):
             return True
+        _KNOWN.add(ref(cls, _KNOWN.discard))
     return False
 
 
-_KNOWN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # asked at each reading, for each module below the one that is read
+# Classes that do not. By references, and not in a WeakSet, which calls functions of Python for each: this is asked at each
+# reading, for each module below the one that is read.
+_KNOWN: set[ref[type]] = set()
 
 
 def is_spread(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> bool:
