@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Undocumented, torch 2.6 to 2.14: counts the tensors, arrays of numpy and others that show the memory of a storage.
+_count_holders = torch._C._storage_Use_Count
 
-class _Kind(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    inference: bool  # what is made in inference mode is not written to outside of it
+
+class _Buffer(NamedTuple):
+    tensor: Tensor
+    storage: int
+    alone: int  # its count where nobody else holds it
 
 
 class Buffers:
@@ -23,7 +26,7 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._all: dict[_Kind, list[Tensor]] = {}
+        self._all: dict[object, list[_Buffer]] = {}  # of each kind, those that were given out last at the end
         self._lock = Lock()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -31,24 +34,15 @@ class Buffers:
 
         What is free and of no use here goes: images have another size now.
         """
-        kind = _Kind(shape, dtype, torch.is_inference_mode_enabled())
+        kind = shape, dtype, torch.is_inference_mode_enabled()  # what is made in that mode is not written to outside of it
         with self._lock:
-            found = next(filter(_is_free, self._all.get(kind, ())), None)
-            if found is None:
-                self._all = {kind: [t for t in tensors if not _is_free(t)] for kind, tensors in self._all.items()}
-                found = torch.empty(shape, dtype=dtype, device="cpu")
-                self._all.setdefault(kind, []).append(found)
-            return found.detach()
-
-
-def _is_free(tensor: Tensor) -> bool:
-    """Whether nobody but its list holds the memory of a tensor."""
-    return _holders(tensor) == _HOLDERS
-
-
-def _holders(tensor: Tensor) -> int:
-    # Undocumented, torch 2.6 to 2.14: counts tensors, arrays of numpy and others that show the same memory.
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-_HOLDERS = _holders(torch.empty(0, device="cpu"))
+            alike = self._all.setdefault(kind, [])
+            for place, (tensor, storage, alone) in enumerate(alike):
+                if _count_holders(storage) == alone:
+                    alike.append(alike.pop(place))
+                    return tensor.detach()
+            self._all = {kind: [b for b in each if _count_holders(b.storage) > b.alone] for kind, each in self._all.items()}
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
+            storage = tensor.untyped_storage()._cdata
+            self._all[kind].append(_Buffer(tensor, storage, _count_holders(storage)))
+            return tensor.detach()

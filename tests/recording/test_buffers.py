@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.image import SWIN, made_of
-from support.inside import QK, Buffers
+from support.inside import QK, Buffers, Maps
 from support.models import randomise, tiny
 from support.modes import operators_of
 from support.reading import maps_of, same
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hookattn import AttentionMap, AttentionRecorder
-from hookattn.recording.maps import Maps
 
 HOLD: dict[str, Callable[[AttentionRecorder], Any]] = {
     "all maps": lambda rec: rec.maps,
@@ -82,7 +81,7 @@ def test_images_of_another_size_let_the_memory_of_the_last_go() -> None:
     with AttentionRecorder(model, keep="maps") as rec, torch.no_grad():
         for size in (64, 96, 64, 128):
             model(torch.randn(2, 3, size, size))
-            held = sum(t.nbytes for each in buffers() for tensors in each._all.values() for t in tensors)
+            held = sum(b.tensor.nbytes for each in buffers() for alike in each._all.values() for b in alike)
             assert held == sum(m[...].nbytes for m in rec.maps.values())
     assert not buffers()
 
@@ -102,7 +101,7 @@ def test_maps_that_go_elsewhere_need_the_memory_of_one() -> None:
     model, x = tiny("vit")
     with AttentionRecorder(model, keep="maps", dtype=torch.float16) as rec, torch.no_grad():
         model(x)
-        assert sum(len(tensors) for each in buffers() for tensors in each._all.values()) == 1
+        assert sum(len(alike) for each in buffers() for alike in each._all.values()) == 1
     assert all(m[...].dtype == torch.float16 for m in rec.maps.values())
 
 

@@ -50,6 +50,7 @@ from hookattn.recipes import global_attention, registry, window_attention
 from hookattn.recipes.registry import find_recipe, list_recipes
 from hookattn.recording import edits
 from hookattn.recording.buffers import Buffers
+from hookattn.recording.maps import Maps
 from support.oracle import own_softmax
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Chunk",
     "Images",
     "Job",
+    "Maps",
     "Projected",
     "Scores",
     "Sum",
