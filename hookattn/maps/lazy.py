@@ -42,8 +42,12 @@ class Delivery:
     device: torch.device | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        as_it_comes = self.dtype is None and self.device is None
-        return tensor if as_it_comes else tensor.to(device=self.device, dtype=self.dtype)
+        return tensor if self.is_as_it_comes else tensor.to(device=self.device, dtype=self.dtype)
+
+    @property
+    def is_as_it_comes(self) -> bool:
+        """Whether slices stay as they are computed."""
+        return self.dtype is None and self.device is None
 
 
 class LazyArray(AsArray):

@@ -44,9 +44,9 @@ class AwaitedMap(Awaited):
     def form(self, source: Source) -> Tensor:
         """The map."""
         # on other devices PyTorch itself keeps memory, and what a transform of torch.func makes has none that can be told apart
-        if not isinstance(source, QK) or source.device.type != "cpu" or not is_ours_alone():
-            return source.narrow().values()
-        return source.values(self._buffers.take(source.shape, source.dtype))
+        if isinstance(source, QK) and source.device.type == "cpu" and is_ours_alone() and self.m._deliver.is_as_it_comes:
+            return source.values(self._buffers.take(source.shape, source.dtype))
+        return source.narrow().values()
 
     def take(self, formed: Tensor | None) -> None:
         """Keep the map."""

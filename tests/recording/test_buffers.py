@@ -97,11 +97,11 @@ def test_modes_may_change_between_forwards() -> None:
                 torch.testing.assert_close(m[...], expected[name])
 
 
-def test_maps_that_go_elsewhere_need_the_memory_of_one() -> None:
+def test_of_maps_that_go_elsewhere_nothing_stays() -> None:
     model, x = tiny("vit")
     with AttentionRecorder(model, keep="maps", dtype=torch.float16) as rec, torch.no_grad():
         model(x)
-        assert sum(len(alike) for each in buffers() for alike in each._all.values()) == 1
+        assert not any(alike for each in buffers() for alike in each._all.values())
     assert all(m[...].dtype == torch.float16 for m in rec.maps.values())
 
 
