@@ -92,7 +92,7 @@ def run_extract(model: nn.Module, photos: Path, batch: int, workers: int, what: 
 
 def measure_rates(model: nn.Module, o: Namespace, folder: Path) -> dict[str, Any]:
     """Images a second of the bare model and of each case, and each case over the bare model of its round."""
-    count, workers = (16 if o.quick else 64), 1
+    count, workers = (16 if o.quick else 256), 1
     photos = draw_photos(folder / "photos", count, (500, 375))
     turns: dict[str, Callable[[int], float]] = {"bare": lambda _: run_bare(model, photos, o.batch, workers)}
     for title, what in CASES.items():

@@ -44,7 +44,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "arguments": ("calls.call:keep_arguments",),
     "is the module as it was looked up?": (FRESH,),
     "autocast": ("calls.call:autocast_now",),
-    "caches and moving buffers": ("calls.layer:Layer.state_now", "calls.layer:Layer.mutable_now"),
+    "caches and moving buffers": ("calls.layer:Layer.mutable_now",),
     "stamps of x and of parameters": ("calls.layer:stamps",),
     "some values of x": ("calls.layer:values_of_arguments",),
     "some values of parameters": ("conditions.changes:Samples.take",),

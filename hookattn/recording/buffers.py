@@ -22,7 +22,7 @@ class Buffers:
     """Tensors on the CPU that are given out again, once whoever was given them has let go of them and of all that shows them.
 
     Memory of large maps goes back to the system with the map, and what is new has to be cleared by it, page by page, when it
-    is written to: a fifth of the time of a forward at 1,370 tokens.
+    is written to: an eighth of the time of a forward at 1,370 tokens.
     """
 
     def __init__(self) -> None:
