@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.heard import Around, Twice
+from support.heard import Around, Twice, declining
 from support.inside import find_recipe, own_registers, project_heads, read_by
 from support.models import SCORES, TINY, B, C, D, H, N, plain, randomise, tiny
 from support.modes import operations_of
@@ -20,7 +20,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
-from hookattn import QK, AttentionRecorder, RecorderError, UnreadableError, project, recipe
+from hookattn import QK, AttentionRecorder, RecorderError, UnreadableError
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -297,17 +297,7 @@ def test_maps_that_are_kept_let_go_of_all_tensors_of_the_call_however_they_were_
 
 def test_a_call_that_its_recipe_declines_is_kept_after_one_that_it_describes(monkeypatch: pytest.MonkeyPatch) -> None:
     own_registers(monkeypatch)
-
-    class Declined(Attention):  # type: ignore[misc]
-        def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-            return super().forward(x, attn_mask=attn_mask)  # type: ignore[no-any-return]
-
-    @recipe(Declined)
-    def without_a_mask(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Any:
-        q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-        return QK(q, k) if attn_mask is None else NotImplemented
-
-    attn, x, mask = Declined(16, 4).eval(), torch.randn(2, 5, 16), torch.randn(5, 5)
+    attn, x, mask = declining(), torch.randn(2, 5, 16), torch.randn(5, 5)
     with AttentionRecorder(attn, keep="maps", passes="all") as rec, torch.no_grad():
         for given in (None, mask, None, mask):
             attn(x, attn_mask=given)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.heard import Around, Twice
+from support.heard import Around, Twice, declining
 from support.inside import own_registers, project_heads
 from support.models import B, C, D, H, N, plain, randomise, tiny
 from support.modes import operations_of, operators_of
@@ -257,17 +257,7 @@ def test_a_layer_that_is_more_than_a_projection_runs_once_for_the_module_and_onc
 
 def test_a_call_that_its_recipe_declines_is_reduced_beside_one_that_it_describes(monkeypatch: pytest.MonkeyPatch) -> None:
     own_registers(monkeypatch)
-
-    class Declined(Attention):  # type: ignore[misc]
-        def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-            return super().forward(x, attn_mask=attn_mask)  # type: ignore[no-any-return]
-
-    @recipe(Declined)
-    def without_a_mask(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Any:
-        q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
-        return QK(q, k) if attn_mask is None else NotImplemented
-
-    attn, x, mask = Declined(16, 4).eval(), torch.randn(2, 5, 16), torch.randn(5, 5)
+    attn, x, mask = declining(), torch.randn(2, 5, 16), torch.randn(5, 5)
     q, k, _ = attn.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
     for order in ((None, mask, None, mask), (mask, None, mask, None)):
         with AttentionRecorder(attn, keep=lambda m: m[...]) as rec, torch.no_grad():

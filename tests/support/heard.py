@@ -6,8 +6,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
+from hookattn import QK, project, recipe
 from support.models import D, H
 
 
@@ -25,3 +26,18 @@ class Around(Attention):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def declining() -> nn.Module:
+    """Attention whose recipe, which is registered now, declines calls with a mask."""
+
+    class Declined(Attention):  # type: ignore[misc]
+        def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+            return super().forward(x, attn_mask=attn_mask)  # type: ignore[no-any-return]
+
+    @recipe(Declined)
+    def without_a_mask(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Any:
+        q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
+        return QK(q, k) if attn_mask is None else NotImplemented
+
+    return Declined(16, 4).eval()
