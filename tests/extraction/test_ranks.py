@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ExitStack() as held:  # all at once, or one might come twice
         free = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         command += [str(each.getsockname()[1]) for each in free]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode != 0  # the last of them fails
     assert (found / "failing.1.json").exists(), done.stderr[-3000:]
     return found
