@@ -9,6 +9,7 @@ From top to bottom, an import may only point down:
     registers    what goes to the class token, to registers and to patches of high norm
     masks        which patches hold most of what a query gives away
     statistics   entropy, attention received, head mean, distance: figures of a map that is never held whole
+    centres      where queries and keys lie, in pixels
     rollouts     rollout and relevance: the maps of all layers as one
     layers       what functions of several maps take
 """

@@ -5,7 +5,7 @@
     entropy(m)                                          # (batch, heads, queries)
     compute_statistics(m, entropy, mean_attention_distance)     # both, while the map is computed once
 
-No more of the map is held than one chunk, whatever the number of tokens (2**20 elements on a CPU, 2**24 elsewhere, or one row
+No more of the map is held than one chunk, whatever the number of tokens (2**20 elements on a CPU, 2**25 elsewhere, or one row
 of all heads of an image), and some intermediates of that size, beside the results and what the map is computed from: queries
 and keys, a bias or a mask of queries x keys if there is one, and the scores where a module shows nothing else. Results go where
 the recorder brings slices (`device`, `dtype`) and are added up in float32, in float64 for a float64 model. With `detach=False`
@@ -14,7 +14,7 @@ they are differentiable; the graph then holds what autograd needs, the map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..attention.softmax import Chunk
 from ..attention.sources import exact_dtype, without_autocast
-from ..errors import TokenError
 from ..maps.attention_map import AttentionMap
+from .centres import Places, places_of
 
 __all__ = ["Statistic", "Sum", "compute_statistics", "entropy", "head_mean", "mean_attention_distance", "received"]
 
@@ -164,14 +164,13 @@ def mean_attention_distance(m: AttentionMap) -> Sum:
     and figure 7; Raghu et al. 2021, "Do Vision Transformers see like convolutional neural networks?".
     """
     batch, heads, queries, _ = m.shape
-    starts, ends = _centres(m)
-    windows = starts.shape[1]
-    laid: list[_Places] = []  # once the first chunk tells where: all that follow find them there
+    find_places, windows = places_of(m), m.tokens.windows
+    laid: list[Places] = []  # once the first chunk tells on which device
     measured: dict[tuple[int, int], Tensor] = {}  # by rows
 
     def add(total: Tensor, items: slice, rows: slice, chunk: Chunk) -> None:
         if not laid:
-            laid.append(_Places.of(batch, starts.to(chunk.values), ends.to(chunk.values)))
+            laid.append(find_places(chunk.values))
         middles, places, share = laid[0].cut(items, rows)
         span = rows.start, rows.stop
         if len(laid[0].share) > 1 or span not in measured:  # one at a time, which is no more than a chunk
@@ -192,62 +191,6 @@ def mean_attention_distance(m: AttentionMap) -> Sum:
     return Sum((2, batch, heads, queries), add, finish)
 
 
-def _centres(m: AttentionMap) -> Iterator[Tensor]:
-    """Centres of the patches that queries, and then keys, stand for, see `Tokens.centres`.
-
-    Raises:
-        TokenError: it is not known, or there are no patches among them.
-    """
-    for tokens, which in ((m.query_tokens, "queries"), (m.tokens, "keys")):
-        if not (tokens.patches >= 0).any():
-            raise TokenError(
-                f"the {which} of {m.name!r} are no patches ({', '.join(tokens.prefix[:4])}), and distances are from patch to "
-                'patch. Ask for layers in which patches look at patches, or see where a token looks: m.image("cls").'
-            )
-        yield tokens.centres(m._geometry.cell_size(tokens.grid_size))
-
-
-class _Places(NamedTuple):
-    """Where queries and keys of a map lie, on the device and in the dtype of its chunks.
-
-    Attributes:
-        middles: (items or 1, queries, 2), of the places that a query stands for.
-        is_query: (items or 1, queries), False for prefix tokens and padding.
-        places: (items or 1, keys, spread, 2).
-        share: (items or 1, keys), how much of what a key stands for lies on the image.
-    """
-
-    middles: Tensor
-    is_query: Tensor
-    places: Tensor
-    share: Tensor
-
-    @staticmethod
-    def of(batch: int, starts: Tensor, ends: Tensor) -> _Places:
-        """Of the centres (images or 1, windows, tokens, spread, 2); items of the batch are windows of images in turn."""
-        queries, keys = (_of_items(centres, batch) for centres in (starts, ends))
-        return _Places(queries.nanmean(-2), _share(queries).bool(), keys, _share(keys))
-
-    def cut(self, items: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Middles of some queries of some items, and places and shares of the keys of these items."""
-        middles, _, places, share = self if len(self.share) == 1 else (each[items] for each in self)
-        return middles[:, rows], places, share
-
-
-def _of_items(centres: Tensor, batch: int) -> Tensor:
-    """(items or 1, tokens, spread, 2): the centres of each item of the batch, of all where they are the same."""
-    images, windows = centres.shape[:2]
-    if images == windows == 1:
-        return centres[0]
-    numbers = torch.arange(batch, device=centres.device)
-    return centres[numbers // windows % images, numbers % windows]
-
-
-def _share(centres: Tensor) -> Tensor:
-    """(items, tokens): how much of what a token stands for lies on the image."""
-    return 1 - centres.isnan().any(-1).to(centres).mean(-1)
-
-
 def _weigh(chunk: Tensor, share: Tensor) -> Tensor:
     """(items, heads, queries): what each query gives to all keys, each counted by its share."""
     if len(share) > 1:
@@ -255,9 +198,15 @@ def _weigh(chunk: Tensor, share: Tensor) -> Tensor:
     return torch.mv(chunk.flatten(0, 2), share[0]).view(chunk.shape[:3])  # measured: a tenth of a product of matrices
 
 
-def _distances(middles: Tensor, ends: Tensor) -> Tensor:
+def _distances(middles: Tensor, places: Tensor) -> Tensor:
     """(items, queries, keys): distance from the middle of a query to the places of a key, their mean; 0 to where nothing is."""
-    # Not by a product of matrices, which cdist takes from 25 rows on: it loses digits for places near each other. The places of
-    # a key that is spread over several go one after the other, to hold no more than a chunk at a time.
-    apart = (torch.cdist(middles, end, compute_mode="donot_use_mm_for_euclid_dist") for end in ends.unbind(-2))
-    return reduce(torch.add, (distance.nan_to_num_(0.0) for distance in apart)) / ends.shape[-2]
+    # The places of a key that is spread over several go one after the other, to hold no more than a chunk at a time.
+    return reduce(torch.add, (_apart(middles, each).nan_to_num_(0.0) for each in places.unbind())) / len(places)
+
+
+def _apart(starts: Tensor, ends: Tensor) -> Tensor:
+    """(items, queries, keys): distances between places, (2, items, queries, 1) and (2, items, 1, keys)."""
+    # Not by a product of matrices, which loses digits for places near each other. Nor by cdist, which on a GPU takes a block
+    # of threads for each pair: three quarters of the time of four statistics.
+    down, across = (starts - ends).square_().unbind()
+    return down.add_(across).sqrt_()
