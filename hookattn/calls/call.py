@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import Token
 from operator import itemgetter
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..conditions.autocast import Autocast, autocast_now
-from ..conditions.changes import stamps
+from ..conditions.changes import comparing_later, has_any, stamps
 from ..conditions.function_modes import modes_in_force, modes_resumed
 from ..conditions.sharding import gathers, is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
@@ -147,6 +147,20 @@ class Call(NamedTuple):
             self._raise_stale("torch.nn.functional.scaled_dot_product_attention was replaced after the forward")
         if self.layer.has_changed(self.held):
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
+
+    def check_soon(self) -> list[Tensor]:
+        """As `check_fresh`, but nobody waits for a device: what is not known yet is for `check_doubts`, after the reading."""
+        if self.stamps[2][1] is None:  # no values that lie on a device
+            self.check_fresh()
+            return []
+        with comparing_later() as doubts:
+            self.check_fresh()
+        return doubts
+
+    def check_doubts(self, doubts: Sequence[Tensor]) -> None:
+        """Raise as `check_fresh` if one of these has come true."""
+        if doubts and has_any(doubts):
+            self.check_fresh()
 
     def _is_plainly_fresh(self) -> bool:
         """Whether nothing has changed and all is at hand; False where that takes a closer look."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -150,8 +152,8 @@ def _address(tensor: Tensor) -> int:
 class Values:
     """Values of tensors to be compared later with others; equal when all are, NaN with NaN.
 
-    Nobody waits for a device when they are taken, only when they are compared; not even then while a CUDA graph is captured,
-    where they are values that nothing has computed yet.
+    Nobody waits for a device when they are taken, only when they are compared, or later in `comparing_later`; not even then
+    while a CUDA graph is captured, where they are values that nothing has computed yet.
     """
 
     def __init__(self, *values: Tensor) -> None:
@@ -160,13 +162,44 @@ class Values:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Values):
             return False
-        return is_capturing() or all(map(_are_equal, self.values, other.values))
+        if is_capturing():
+            return True
+        if (doubts := _doubts.get()) is None:
+            return not has_any(map(_differ, self.values, other.values))
+        doubts += map(_differ, self.values, other.values)
+        return True
 
     __hash__ = object.__hash__  # which Python takes from a class that defines `__eq__`
 
 
-def _are_equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+_doubts: ContextVar[list[Tensor] | None] = ContextVar("doubts", default=None)
+
+
+@contextmanager
+def comparing_later() -> Iterator[list[Tensor]]:
+    """A block in which values count as equal, and nobody waits for a device: whether they do differ is told by `has_any`."""
+    found: list[Tensor] = []
+    token = _doubts.set(found)
+    try:
+        yield found
+    finally:
+        _doubts.reset(token)
+
+
+def has_any(doubts: Iterable[Tensor]) -> bool:
+    """Whether one of several flags is set, each of which may lie on another device; waits once for each device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for each in doubts:
+        by_device.setdefault(each.device, []).append(each)
+    return any(bool(torch.stack(each).any()) for each in by_device.values())
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    """A flag, where the values lie: whether some are not the same."""
+    if a.shape != b.shape:
+        return torch.ones((), dtype=torch.bool, device=a.device)
+    differ = a != b
+    return (differ & ~(a.isnan() & b.isnan()) if a.is_floating_point() else differ).any()
 
 
 class Samples:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from support.inside import forget_steps, sample_by_kernel
 from support.models import tiny
+from support.modes import operators_of
 from support.oracle import own_map
 from support.reading import read, same
 from timm.utils import ModelEmaV3
 from torch.optim import optimizer as torch_optimizer
 
 from hookattn import AttentionRecorder, StaleMapError
+from hookattn.analysis import compute_statistics, entropy, received
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -210,3 +212,56 @@ def test_values_are_those_of_the_parameters_where_they_lie_after_a_move_inside_t
     double(model.blocks[0].attn)  # type: ignore[index,union-attr]
     with pytest.raises(StaleMapError, match="values of parameters changed"):
         rec.maps[0][0]
+
+
+LOOK = "aten._local_scalar_dense.default"  # where somebody waits for a device
+
+
+def recorded_elsewhere(patch: pytest.MonkeyPatch) -> tuple[Any, AttentionRecorder]:
+    """A model whose parameters are looked at as they are on a GPU, and its maps."""
+    sample_by_kernel(patch)
+    model, x = tiny("vit")
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(x)
+    rec.rows("cls")
+    return model, rec
+
+
+READ: dict[str, Callable[[AttentionRecorder], Any]] = {
+    "a row": lambda rec: rec.maps[1][:, :, 0],
+    "rows of all layers": lambda rec: rec.rows("cls"),
+    "a map": lambda rec: rec.maps[1][...],
+    "a statistic": lambda rec: compute_statistics(rec.maps[1], entropy, received),
+}
+
+
+@pytest.mark.parametrize("what", READ)
+def test_a_device_is_waited_for_once_and_when_all_that_is_read_is_under_way(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, rec = recorded_elsewhere(monkeypatch)
+    found = [
+        name for name in operators_of(lambda: READ[what](rec)) if name in (LOOK, "aten._softmax.default", "aten.bmm.default")
+    ]
+    assert found.count(LOOK) == 1
+    assert found[-1] == LOOK
+
+
+@pytest.mark.parametrize("what", READ)
+def test_what_was_read_of_other_values_is_not_handed_out(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rec = recorded_elsewhere(monkeypatch)
+    before = READ[what](rec)
+    double(model.blocks[1].attn)
+    with pytest.raises(StaleMapError, match=r"the map of 'blocks.1.attn' \(Attention\) is stale: values of parameters changed"):
+        READ[what](rec)
+    halve(model.blocks[1].attn)
+    torch.testing.assert_close(READ[what](rec), before, rtol=0, atol=0)
+
+
+def test_what_else_is_wrong_with_a_reading_is_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rec = recorded_elsewhere(monkeypatch)
+    double(model.blocks[1].attn)
+    with pytest.raises(IndexError, match="query 99"):
+        rec.maps[1][:, :, 99]
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.mul_(2)
+    with pytest.raises(StaleMapError, match=r"qkv\.weight' changed in place"):
+        rec.rows("cls")
