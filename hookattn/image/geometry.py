@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -92,13 +93,22 @@ class Geometry(NamedTuple):
 
     def _find_cells(self, image_size: Size, grid_size: Size) -> Cells:
         cut = self._cut
-        return find_cells(image_size, grid_size, cut.patch_size, stem_grid(cut, image_size), reductions_of(cut.trunk))
+        return cut.remember(
+            (find_cells, image_size, grid_size),
+            lambda: find_cells(image_size, grid_size, cut.patch_size, stem_grid(cut, image_size), reductions_of(cut.trunk)),
+        )
 
     def measured(self, queries: Tokens, keys: Tokens) -> tuple[Tokens, Tokens]:
         """Queries and keys with how much of the image their grids cover and see, where that is known."""
         size = self.image_size
         if size is None or not all(size):
             return queries, keys
+        if queries is keys and keys.places is None:  # of the whole grid, as most are: one for all layers
+            asked = (_measure, keys.prefix, keys.grid_size, keys.spread, keys.extent, keys.seen, size)
+            return self._cut.remember(asked, lambda: self._measure(keys, keys, size))
+        return self._measure(queries, keys, size)
+
+    def _measure(self, queries: Tokens, keys: Tokens, size: Size) -> tuple[Tokens, Tokens]:
         cells = {each.grid_size: self._find_cells(size, each.grid_size) for each in (queries, keys) if all(each.grid_size)}
         if len(cells) == 2:  # what the attention itself tells of how it makes one of the other says more than sizes
             strides = sorted({pair(m.stride)[0] for m in self.module.modules() if isinstance(m, STRIDING)})
@@ -154,20 +164,20 @@ class Geometry(NamedTuple):
         Raises:
             TokenError: the count does not fit the image, or the module does not see patches.
         """
-        if not sees_patches(self.model, self.name):
+        cut = self._cut
+        if not cut.remember((sees_patches, self.model, self.name), lambda: sees_patches(self.model, self.name)):
             raise TokenError(
                 f"{self.name!r} is outside of the part of the {type(self.model).__name__} that cuts the image into patches, so "
                 "its tokens may be words, or what was made of patches; slice the map itself, m[...]."
             )
-        cut = self._cut
-        names = cut.prefix
-        if isinstance(self.images, Patches):
-            return _lay_out_patches(self.images, {None: (names, ()), True: (names,), False: ((),)}[prefix], count)
-        size = self.image_size
+        names, size = cut.prefix, self.image_size
         # where it is not known whether prefix tokens are among them, with them is tried first
-        for each in {None: (names, ()), True: (names,), False: ((),)}[prefix]:
-            grid = grid_size(cut, size, count - len(each), exactly=prefix is not None)
-            if grid is not None:
+        prefixes = {None: (names, ()), True: (names,), False: ((),)}[prefix]
+        if isinstance(self.images, Patches):
+            return _lay_out_patches(self.images, prefixes, count)
+        for each in prefixes:
+            asked = size, count - len(each), prefix is not None
+            if (grid := cut.remember((grid_size, *asked), partial(grid_size, cut, *asked))) is not None:
                 return whole_grid(grid, each)
         seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
         how = {None: "with or without", True: "with", False: "without"}[prefix]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from .sizes import STRIDING, pair, size_after
 from .snapshot import ModuleSnapshot, read_settings
 from .tokens import Size
 
+T = TypeVar("T")
+_MOST = 256  # answers that are remembered of a cut: by layer, by sizes of images
 # Models of timm, transformers, torchvision, open_clip and vit-pytorch name what cuts their image with one of these words. A
 # name decides what is looked at; what a grid is follows from sizes.
 _EMBEDDINGS = ("patch_embed", "embeds", "pixel_embed")
@@ -87,6 +89,7 @@ class Cut(NamedTuple):
         holders: the modules that tell.
         embed: what embeds patches, with its numbers of that time; None where nothing is named so.
         settings: names and values of what all this follows from.
+        known: what has been worked out of it, for the layers and the forwards to come; by what was asked.
     """
 
     trunk: nn.Module
@@ -96,11 +99,22 @@ class Cut(NamedTuple):
     holders: list[nn.Module]
     embed: Any
     settings: list[Any]
+    known: dict[Any, Any]
+
+    def remember(self, asked: Hashable, find: Callable[[], T]) -> T:
+        """What was found before when the same was asked; else what is found now."""
+        known = self.known
+        if asked not in known:
+            while len(known) >= _MOST:
+                known.pop(next(iter(known)), None)
+            known[asked] = find()
+        found: T = known[asked]
+        return found
 
 
 def cut_of(trunk: nn.Module, before: Cut | None = None) -> Cut:
     """Look at how a part of a model cuts an image now; the cut from before, if it still does it like that."""
-    holders = [trunk, *_children(trunk, _STEMS).values()] if before is None else before.holders
+    holders = _find_holders(trunk) if before is None else before.holders
     settings = [each for holder in holders for item in read_settings(holder).items() for each in item]
     # by identity, since what a tuple holds may not be comparable
     if before is not None and len(before.settings) == len(settings) and all(map(operator.is_, before.settings, settings)):
@@ -110,7 +124,12 @@ def cut_of(trunk: nn.Module, before: Cut | None = None) -> Cut:
     stem = _find_stride(trunk)
     # windows of an overlapping stem are larger than the steps they go in, which are what a patch has to itself
     patch_size = _patch_size(holders) if stem is None else pair(stem.stride)
-    return Cut(trunk, _prefix_names(holders), patch_size, stem, holders, snapshot, settings)
+    return Cut(trunk, _prefix_names(holders), patch_size, stem, holders, snapshot, settings, {})
+
+
+def _find_holders(trunk: nn.Module) -> list[nn.Module]:
+    stem = _find_stride(trunk)
+    return [trunk, *_children(trunk, _STEMS).values(), *([] if stem is None else [stem])]
 
 
 def _find_stride(trunk: nn.Module) -> Any:
@@ -164,7 +183,7 @@ def reductions_of(model: Any) -> list[int]:
     return [int(layer["reduction"]) for layer in layers if isinstance(layer, dict) and layer.get("reduction")]
 
 
-def grid_size(cut: Cut, image_size: Size | None, patches: int, *, exactly: bool = False) -> Size | None:
+def grid_size(cut: Cut, image_size: Size | None, patches: int, exactly: bool = False) -> Size | None:
     """(rows, columns) of so many patches; None if they are no grid over the image.
 
     Args:
