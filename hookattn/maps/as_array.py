@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .transfer import copy_to_cpu
+
 
 def _reading(apply: Callable[..., Any]) -> Callable[..., Any]:
     """An operator as a method that reads what it is given first."""
@@ -63,7 +65,7 @@ class AsArray:
 
     def numpy(self) -> npt.NDArray[Any]:
         """Compute the whole of it as an array of numpy, from whatever device; bfloat16, which numpy has not, as float32."""
-        whole = self[...].cpu()
+        whole = copy_to_cpu(self[...])
         array: npt.NDArray[Any] = (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy()
         return array
 

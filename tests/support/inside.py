@@ -27,7 +27,7 @@ from hookattn.conditions.cuda_graphs import is_capturing as is_capturing
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
-from hookattn.extraction import ray_engine
+from hookattn.extraction import ray_engine, taking
 from hookattn.extraction.engines import Job
 from hookattn.extraction.locks import hold_store
 from hookattn.extraction.ray_engine import _check_all_there as check_all_there
@@ -38,13 +38,14 @@ from hookattn.extraction.sources.open_images import open_images
 from hookattn.extraction.writer import Writer
 from hookattn.image import preprocessing
 from hookattn.image.sizes import size_after
-from hookattn.maps import comparison, established, lazy, reading
+from hookattn.maps import comparison, established, lazy, reading, transfer
 from hookattn.maps.comparison import compare_runs
 from hookattn.maps.established import as_in_training
 from hookattn.maps.evidence.establish import establish_axes
 from hookattn.maps.forward import Forward
 from hookattn.maps.reading import source_of
 from hookattn.maps.replay import replayed, replayed_by_evidence
+from hookattn.maps.transfer import Copies, copy_into, copy_to_cpu, start_copies
 from hookattn.maps.vectors import values_by_recipe
 from hookattn.recipes import global_attention, registry, window_attention
 from hookattn.recipes.registry import find_recipe, list_recipes
@@ -57,6 +58,7 @@ __all__ = [
     "QK",
     "Buffers",
     "Chunk",
+    "Copies",
     "Images",
     "Job",
     "Maps",
@@ -66,6 +68,8 @@ __all__ = [
     "Writer",
     "check_all_there",
     "compare_runs",
+    "copy_into",
+    "copy_to_cpu",
     "establish_axes",
     "find_recipe",
     "hold_store",
@@ -78,6 +82,9 @@ __all__ = [
     "registry",
     "restoring",
     "size_after",
+    "start_copies",
+    "taking",
+    "transfer",
     "unpack",
 ]
 may_be_tf32, steps_of_rounding = comparison._may_be_tf32, comparison._steps
