@@ -96,7 +96,8 @@ def plan_run(
         HookattnError: no image can be read, or something cannot be had of the model.
     """
     first = _find_readable(inputs, reading.strict)
-    shapes = Taker(model, layers, quantities).probe(first.tensor[None])
+    with Taker(model, layers, quantities) as taker:
+        shapes = taker.probe(first.tensor[None])
     if isinstance(inputs, Photos) and inputs.varies:
         shapes = shapes.with_room_for(most_cells(inputs.size, inputs.preprocessing), quantities)
     specs = [_specify(quantity, shapes, dtype) for quantity in quantities]

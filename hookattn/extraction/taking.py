@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookattnError, NoMapError, TokenError, UnreadableError
+from ..errors import HookattnError, NoMapError, RecorderError, TokenError, UnreadableError
 from ..image.tokens import Tokens
 from ..maps.attention_map import AttentionMap
+from ..maps.transfer import Copies, copy_into, start_copies
 from ..recording.maps import Maps
 from ..recording.recorder import AttentionRecorder
 from ..recording.reduce import Keep
@@ -24,6 +24,7 @@ from .layout import Array
 from .quantities import Quantity, take_of_map
 
 Shape = tuple[int, ...]
+_MOST = 2**26  # bytes of a batch that are on their way while the next is read: memory that is pinned, and copies on the device
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,24 @@ class Taken(NamedTuple):
     Attributes:
         values: by quantity, (images, layers, *dims), or (images, *dims) of all layers together.
         grid: rows and columns of patches of all images of the batch; zeros where they are not known.
+        copies: what is still on its way into the values.
     """
 
     values: dict[str, Array]
     grid: tuple[int, int]
+    copies: Copies
+
+
+class _Batch(NamedTuple):
+    """The batch that is being taken: how many images, what the model gives, and by quantity where it goes."""
+
+    images: int
+    known: Shapes
+    out: dict[str, Array]
 
 
 class _OfLayer(NamedTuple):
-    """What was taken of one layer: by quantity, and what its keys stand for."""
+    """What was taken of one layer and has not gone yet: by quantity, and what its keys stand for."""
 
     values: dict[str, Tensor]
     tokens: Tokens | None
@@ -88,6 +99,12 @@ class Taker:
     what is made of all layers together, inputs are held until the forward has ended. On the model's device there is never
     more than a chunk of one layer's map at a time, or one layer's map where maps are asked for.
 
+    The model is recorded from the first batch to the end of the block.
+
+        with Taker(model, None, quantities) as taker:
+            known = taker.probe(images[:1])
+            taken = taker.take(images, known)
+
     Args:
         model: in eval mode.
         layers: as for a recorder.
@@ -99,6 +116,16 @@ class Taker:
         self._of_layers = [each for each in quantities if each.per_layer]
         self._of_all = [each for each in quantities if not each.per_layer]
         self._like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+        self._open = ExitStack()
+        self._taking: AttentionRecorder | None = None
+        self._batch = _Batch(0, Shapes({}, {}, None), {})
+
+    def __enter__(self) -> Taker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._taking = None
+        self._open.close()
 
     def probe(self, images: Tensor) -> Shapes:
         """Run the model once to see what it gives.
@@ -107,7 +134,9 @@ class Taker:
             NoMapError: it has no attention that can be read.
             HookattnError: a quantity cannot be had of any layer; the reason is told.
         """
-        maps = self._record(images).maps
+        with AttentionRecorder(self.model, self._layers) as rec:
+            self._run(images)
+        maps = rec.maps
         if not maps:
             raise NoMapError(f"no attention of {maps.model} can be read. {'; '.join(list(maps.skipped.values())[:3])}")
         shapes, missing = dict[str, Shape](), dict[str, dict[str, str]]()
@@ -127,38 +156,48 @@ class Taker:
     def take(self, images: Tensor, known: Shapes) -> Taken:
         """Run the model on a batch; NaN is where an image or a layer has less than others.
 
+        On a GPU it need not have ended when this returns, so that the next batch can be read and begun meanwhile.
+
         Raises:
             HookattnError: something that could be had in the probe cannot be had, or is larger.
         """
         out = {name: np.full((len(images), *shape), np.nan, np.float32) for name, shape in known.shapes.items()}
-        if self._of_all:
-            maps = self._record(images).maps
-            layers = {name: self._take(m, len(images), known) for name, m in maps.items()}
-        else:
-            layers = dict(self._record(images, partial(self._take, images=len(images), known=known)).reduced)
+        self._batch = _Batch(len(images), known, out)
+        rec = self._recorder()
+        self._run(images)
+        layers = {n: self._take(m) for n, m in rec.maps.items()} if self._of_all else _collect(rec)
         if absent := [name for name in known.layers if name not in layers]:
             raise UnreadableError(f"{absent[0]!r} ran for the first image and not for a later one; leave it out: layers=.")
-        for place, name in enumerate(known.layers):
-            for quantity, values in layers[name].values.items():
-                _put(out[quantity][:, place], values, quantity)
-        for each in self._of_all:
-            _put(out[each.name], each.of(maps), each.name)
+        found = [(q, values, place) for place, name in enumerate(known.layers) for q, values in layers[name].values.items()]
+        pairs = [_place(out[name][:, place], values, name) for name, values, place in found]
+        pairs += [_place(out[each.name], each.of(rec.maps), each.name) for each in self._of_all]
+        if sum(values.nbytes for _, values in pairs) > _MOST:
+            copy_into(pairs)
+            pairs = []
         tokens = _common_tokens([layer.tokens for layer in layers.values()])
-        return Taken(out, (0, 0) if tokens is None else tokens.grid_size)
+        return Taken(out, (0, 0) if tokens is None else tokens.grid_size, start_copies(pairs))
 
-    def _record(self, images: Tensor, keep: Keep = "inputs") -> AttentionRecorder:
-        with (
-            AttentionRecorder(self.model, self._layers, keep=keep) as rec,
-            torch.no_grad(),
-            _answering_model(self.model, images),
-        ):
+    def _recorder(self) -> AttentionRecorder:
+        """A recorder that is open, for all batches one."""
+        if self._taking is None:
+            keep: Keep = "inputs" if self._of_all else self._take
+            self._taking = self._open.enter_context(AttentionRecorder(self.model, self._layers, keep=keep))
+        return self._taking
+
+    def _run(self, images: Tensor) -> None:
+        with torch.no_grad(), _answering_model(self.model, images):
             self.model(images.to(self._like.device, self._like.dtype, non_blocking=True))
-        return rec
 
-    def _take(self, m: AttentionMap, images: int, known: Shapes) -> _OfLayer:
-        """What is taken of one map, while its module runs."""
+    def _take(self, m: AttentionMap) -> _OfLayer:
+        """What is taken of one map, while its module runs; maps themselves go to the CPU before the next is made."""
+        images, known, out = self._batch
         wanted = [each for each in self._of_layers if m.name not in known.missing.get(each.name, ())]
-        return _OfLayer(take_of_map(m, images, wanted), _tokens_of(m))
+        taken = take_of_map(m, images, wanted)
+        if m.name in known.layers:
+            place = [*known.layers].index(m.name)
+            maps = [(each.name, taken.pop(each.name)) for each in wanted if "query" in each.dims]
+            copy_into(_place(out[name][:, place], values, name) for name, values in maps)
+        return _OfLayer(taken, _tokens_of(m))
 
 
 @contextmanager
@@ -178,6 +217,16 @@ def _answering_model(model: nn.Module, images: Tensor) -> Iterator[None]:
             f"this {kind} takes no images {shape} ({type(error).__name__}: {error}). Show all at its own size: crop='center' "
             'without another size, the "input_size" of preprocessing, or what the transform of a data set makes.'
         ) from error
+
+
+def _collect(rec: AttentionRecorder) -> dict[str, _OfLayer]:
+    """What was taken of each layer while the model ran, or what was raised there."""
+    try:
+        return dict(rec.reduced)
+    except RecorderError as error:
+        if isinstance(error.__cause__, HookattnError):
+            raise error.__cause__ from None
+        raise
 
 
 def _try_all(maps: Maps, quantity: Quantity) -> Shape:
@@ -220,11 +269,11 @@ def _common_tokens(found: Sequence[Tokens | None]) -> Tokens | None:
     return first if same else None
 
 
-def _put(out: Array, values: Tensor, name: str) -> None:
-    """Write values into the beginning of every axis."""
+def _place(out: Array, values: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The beginning of every axis of an array, as a tensor, and the values that go there."""
     if any(size > room for size, room in zip(values.shape, out.shape)):
         raise UnreadableError(
             f"{name!r} is {tuple(values.shape[1:])} for one of the images, and there is room for {out.shape[1:]}, as for the "
             'first: show all images at one size, crop="center", or make them so in the data set.'
         )
-    out[tuple(slice(size) for size in values.shape)] = values.detach().float().cpu().numpy()
+    return torch.from_numpy(out[tuple(slice(size) for size in values.shape)]), values

@@ -14,7 +14,7 @@ from .batches import Batch, answering_lost_workers, load_batches
 from .inputs import DataSet, Inputs
 from .layout import BROKEN, TAKEN, Block, Layout
 from .quantities import Quantity
-from .taking import Shapes, Taker
+from .taking import Shapes, Taken, Taker
 
 
 @dataclass(frozen=True)
@@ -71,29 +71,78 @@ def take_blocks(
         HookattnError: an image cannot be read and the task is strict, the model does not take an image, or something cannot be
             taken of it.
     """
-    taker, names = Taker(model, list(task.shapes.layers), task.quantities), task.inputs.names
     blocks = {number: task.layout.range_of(number) for number in numbers}
     # the first image that cannot be read is to be the first of all; and somebody's data set is asked as a loader asks it
     in_order = task.strict or isinstance(task.inputs, DataSet)
     batches = load_batches(task.inputs, blocks, task.batch_size, task.workers, pin=_is_on_gpu(model), in_order=in_order)
     block: Block | None = None
     before = time.perf_counter()
-    with answering_lost_workers():
-        for batch in batches:
-            begun = time.perf_counter()
-            broken = {names[number]: why for number, why in batch.broken.items()}
-            if broken and task.strict:
-                raise unreadable(*next(iter(broken.items())))
+    with answering_lost_workers(), Taker(model, list(task.shapes.layers), task.quantities) as taker:
+        for each in _one_behind(_begin(taker, task, batches)):
+            batch = each.batch
             if block is None:
                 block = Block.empty(batch.block, *blocks[batch.block], task.layout.specs)
-            _take_batch(taker, task, batch, block)
+            _put_batch(each, task, block)
             ended = time.perf_counter()
-            count = sum(len(numbers) for numbers, _ in batch.groups) + len(broken)
-            report(Step(count, broken, ended - before, begun - before))
+            count = sum(len(numbers) for numbers, _ in batch.groups) + len(batch.broken)
+            broken = {task.inputs.names[number]: why for number, why in batch.broken.items()}
+            report(Step(count, broken, ended - before, each.waited))
             before = ended
             if batch.is_last:
                 yield block
                 block = None
+
+
+class _Begun(NamedTuple):
+    """A batch of which all is under way that is taken; on a GPU it may still run.
+
+    Attributes:
+        taken: of each of its groups.
+        waited: seconds the model has waited for it.
+    """
+
+    batch: Batch
+    taken: list[Taken]
+    waited: float
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all has been taken."""
+        return all(taken.copies.are_made for taken in self.taken)
+
+
+def _begin(taker: Taker, task: Task, batches: Iterable[Batch]) -> Iterator[_Begun]:
+    """Run the model on batches, one after the other."""
+    last: _Begun | None = None
+    asked = time.perf_counter()
+    for batch in batches:
+        # while it runs on the batch before, it waits for nothing
+        waited = time.perf_counter() - asked if last is None or last.has_ended else 0.0
+        if batch.broken and task.strict:
+            number, why = next(iter(batch.broken.items()))
+            raise unreadable(task.inputs.names[number], why)
+        last = _Begun(batch, [taker.take(images, task.shapes) for _, images in batch.groups], waited)
+        yield last
+        asked = time.perf_counter()
+
+
+def _one_behind(batches: Iterable[_Begun]) -> Iterator[_Begun]:
+    """Batches that have ended at once, each other when the next has been begun: so no GPU waits for this process."""
+    last: _Begun | None = None
+    try:
+        for each in batches:
+            if last is not None:
+                yield last
+            last = each
+            if each.has_ended:
+                last = None
+                yield each
+    except Exception:  # of the next: what is there is not lost
+        if last is not None:
+            yield last
+        raise
+    if last is not None:
+        yield last
 
 
 def unreadable(name: str, why: str) -> HookattnError:
@@ -101,11 +150,12 @@ def unreadable(name: str, why: str) -> HookattnError:
     return HookattnError(f"{name} cannot be read ({why.rstrip('.')}). Without strict it is left out, and counted at the end.")
 
 
-def _take_batch(taker: Taker, task: Task, batch: Batch, block: Block) -> None:
-    """Put what is taken of a batch into its block."""
-    for numbers, images in batch.groups:
+def _put_batch(begun: _Begun, task: Task, block: Block) -> None:
+    """Put what was taken of a batch into its block."""
+    batch = begun.batch
+    for (numbers, _), taken in zip(batch.groups, begun.taken):
         rows = [number - block.start for number in numbers]
-        taken = taker.take(images, task.shapes)
+        taken.copies.finish()
         for name, values in taken.values.items():
             block.values[name][rows] = values
         block.grid[rows], block.status[rows] = taken.grid, TAKEN
