@@ -178,6 +178,22 @@ def class_rows(s: Setup) -> Iterator[Run]:
     yield from read_after(s, (slice(None), slice(None), 0))
 
 
+@case("the same, read together: rec.rows", reads="rows")
+def rows_together(s: Setup) -> Iterator[Run]:
+    model = s.ready()
+    if getattr(model, "cls_token", None) is None:
+        raise NotHereError("there is no class token")
+    with AttentionRecorder(model) as rec:
+        yield lambda x: (model(x), list(rec.rows("cls").values()))
+
+
+@case("the same, while the model runs", reads="rows")
+def rows_in_forward(s: Setup) -> Iterator[Run]:
+    model = s.ready()
+    with AttentionRecorder(model, keep=lambda m: m[:, :, 0]) as rec:
+        yield lambda x: (model(x), list(rec.reduced.values()))
+
+
 @case("one head, every layer", reads="head")
 def one_head(s: Setup) -> Iterator[Run]:
     yield from read_after(s, (slice(None), 0))
@@ -205,6 +221,13 @@ def statistics_without_maps(s: Setup) -> Iterator[Run]:
     model, wanted = s.ready(), (entropy, received, head_mean, mean_attention_distance)
     with AttentionRecorder(model) as rec:
         yield lambda x: (model(x), [found for m in rec.maps.values() for found in compute_statistics(m, *wanted)])
+
+
+@case("the same, while the model runs", reads="statistics")
+def statistics_in_forward(s: Setup) -> Iterator[Run]:
+    model, wanted = s.ready(), (entropy, received, head_mean, mean_attention_distance)
+    with AttentionRecorder(model, keep=lambda m: compute_statistics(m, *wanted)) as rec:
+        yield lambda x: (model(x), [found for each in rec.reduced.values() for found in each])
 
 
 @case("keys of the last layer as descriptors on the grid")

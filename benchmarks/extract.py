@@ -1,10 +1,12 @@
 """What a data set costs: images a second beside the bare model on the same loader, bytes, memory, going on, two Ray nodes.
 
 usage: python benchmarks/extract.py [--quick] [--model vit_small_patch16_224] [--batch 32] [--rounds 7] [--threads 1]
-           [--parts rate,bytes,many,ray] [--device cpu|cuda] [--append] [--out benchmarks/results/extract-cpu.json]
+           [--images 256] [--readers 1] [--cases "class*,rollout"] [--dtypes float32] [--parts rate,bytes,many,ray]
+           [--device cpu|cuda] [--append] [--out benchmarks/results/extract-cpu.json]
 
-The bare model and every run are fed by the same loader, one process of which reads ahead, with JPEGs of 500 x 375 pixels that
-are drawn here; they take turns, and rates are over that of the bare model in the same round. Memory is the resident set of the
+The bare model and every run are fed by the same loader, processes of which read ahead, with JPEGs of 500 x 375 pixels that are
+drawn here, each of which stands there several times where they are many; they take turns, and rates are over that of the bare
+model in the same round. Memory is the resident set of the
 process that extracts and of the one that reads ahead, while ten thousand small images go through a small model.
 """
 
@@ -25,7 +27,8 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from command import measuring_parser, parsed, say, write_results
+from command import DTYPES as KINDS
+from command import matching, measuring_parser, parsed, say, write_results
 from machine import describe_machine, in_words, installed_versions
 from measure import in_turns, spread
 from PIL import Image
@@ -52,14 +55,19 @@ COUNTS = (10**6, 10**9)
 PRICE = 0.023  # $ for a GB and a month: a list price of object storage
 
 
-def draw_photos(folder: Path, count: int, size: tuple[int, int]) -> Path:
+DRAWN = 512  # of more photos, each is one of these
+
+
+def draw_photos(folder: Path, count: int, size: tuple[int, int], drawn: int = MANY) -> Path:
     """JPEGs of coarse noise, as large as photos are."""
     folder.mkdir(parents=True)
-    for i in range(count):
+    for i in range(min(count, drawn)):
         coarse = np.random.default_rng(i).integers(0, 255, (15, 20, 3), dtype=np.uint8)
         file = io.BytesIO()
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         (folder / f"{i:05d}.jpg").write_bytes(file.getvalue())
+    for i in range(drawn, count):
+        (folder / f"{i:05d}.jpg").hardlink_to(folder / f"{i % drawn:05d}.jpg")
     return folder
 
 
@@ -71,7 +79,7 @@ def run_bare(model: nn.Module, photos: Path, batch: int, workers: int) -> float:
     with torch.no_grad():
         for each in load_batches(inputs, {0: (0, len(inputs.names))}, batch, workers, pin=like.is_cuda):
             for _, images in each.groups:
-                model(images.to(like.device, non_blocking=True)).cpu()
+                model(images.to(like.device, like.dtype, non_blocking=True)).cpu()
     return time.perf_counter() - began
 
 
@@ -92,16 +100,17 @@ def run_extract(model: nn.Module, photos: Path, batch: int, workers: int, what: 
 
 def measure_rates(model: nn.Module, o: Namespace, folder: Path) -> dict[str, Any]:
     """Images a second of the bare model and of each case, and each case over the bare model of its round."""
-    count, workers = (16 if o.quick else 256), 1
-    photos = draw_photos(folder / "photos", count, (500, 375))
+    count, workers = (16 if o.quick else o.images), o.readers
+    photos = draw_photos(folder / "photos", count, (500, 375), DRAWN)
     turns: dict[str, Callable[[int], float]] = {"bare": lambda _: run_bare(model, photos, o.batch, workers)}
-    for title, what in CASES.items():
-        turns[title] = partial(lambda what, _: run_extract(model, photos, o.batch, workers, what)[0], what)
+    for title in matching(o.cases, CASES):
+        turns[title] = partial(lambda what, _: run_extract(model, photos, o.batch, workers, what)[0], CASES[title])
     turns["bare"](0)
     found = in_turns(turns, o.rounds)
     bare = found["bare"]
     return {
         "images": count,
+        "dtype": o.dtypes[0],
         "batch": o.batch,
         "readers": workers,
         "rounds": len(bare),
@@ -214,12 +223,17 @@ def main() -> None:
     parser = measuring_parser(__doc__)
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--readers", type=int, default=1, help="processes that read images ahead")
+    parser.add_argument("--cases", default="*", help=f"globs of {'; '.join(CASES)}".replace(", ", " and "))
     parser.add_argument("--parts", default="rate,bytes,many,ray")
     o = parsed(parser, "extract")
     o.threads = o.threads or (1 if o.device == "cpu" else 0)
     if o.threads:
         torch.set_num_threads(o.threads)
-    model = timm.create_model(o.model, num_classes=0).eval().to(o.device)
+    if o.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    model = timm.create_model(o.model, num_classes=0).eval().to(o.device, KINDS[o.dtypes[0]])
     results: dict[str, Any] = json.loads(o.out.read_text()) if o.append and o.out.exists() else {}
     results |= {"machine": describe_machine(o.device), "versions": installed_versions(), "model": o.model}
     measured: dict[str, Callable[[Path], Any]] = {
