@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,12 +66,10 @@ class Taken(NamedTuple):
     """What was taken of a batch.
 
     Attributes:
-        values: by quantity, (images, layers, *dims), or (images, *dims) of all layers together.
         grid: rows and columns of patches of all images of the batch; zeros where they are not known.
-        copies: what is still on its way into the values.
+        copies: what is still on its way to where it goes.
     """
 
-    values: dict[str, Array]
     grid: tuple[int, int]
     copies: Copies
 
@@ -82,7 +79,7 @@ class _Batch(NamedTuple):
 
     images: int
     known: Shapes
-    out: dict[str, Array]
+    out: Mapping[str, Array]
 
 
 class _OfLayer(NamedTuple):
@@ -103,7 +100,7 @@ class Taker:
 
         with Taker(model, None, quantities) as taker:
             known = taker.probe(images[:1])
-            taken = taker.take(images, known)
+            taken = taker.take(images, known, out)
 
     Args:
         model: in eval mode.
@@ -153,15 +150,20 @@ class Taker:
             {name: why for name, why in missing.items() if why},
         )
 
-    def take(self, images: Tensor, known: Shapes) -> Taken:
-        """Run the model on a batch; NaN is where an image or a layer has less than others.
+    def take(self, images: Tensor, known: Shapes, out: Mapping[str, Array]) -> Taken:
+        """Run the model on a batch.
 
         On a GPU it need not have ended when this returns, so that the next batch can be read and begun meanwhile.
+
+        Args:
+            images: (images, channels, height, width).
+            known: what the model gives.
+            out: where it goes, by quantity: (images, layers, *dims), or (images, *dims) of all layers together. What an image
+                or a layer does not have stays as it is.
 
         Raises:
             HookattnError: something that could be had in the probe cannot be had, or is larger.
         """
-        out = {name: np.full((len(images), *shape), np.nan, np.float32) for name, shape in known.shapes.items()}
         self._batch = _Batch(len(images), known, out)
         rec = self._recorder()
         self._run(images)
@@ -175,7 +177,7 @@ class Taker:
             copy_into(pairs)
             pairs = []
         tokens = _common_tokens([layer.tokens for layer in layers.values()])
-        return Taken(out, (0, 0) if tokens is None else tokens.grid_size, start_copies(pairs))
+        return Taken((0, 0) if tokens is None else tokens.grid_size, start_copies(pairs))
 
     def _recorder(self) -> AttentionRecorder:
         """A recorder that is open, for all batches one."""

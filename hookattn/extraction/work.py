@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 from torch import nn
 
 from ..errors import HookattnError
 from .batches import Batch, answering_lost_workers, load_batches
 from .inputs import DataSet, Inputs
-from .layout import BROKEN, TAKEN, Block, Layout
+from .layout import BROKEN, TAKEN, Array, Block, Layout
 from .quantities import Quantity
 from .taking import Shapes, Taken, Taker
 
@@ -75,40 +75,40 @@ def take_blocks(
     # the first image that cannot be read is to be the first of all; and somebody's data set is asked as a loader asks it
     in_order = task.strict or isinstance(task.inputs, DataSet)
     batches = load_batches(task.inputs, blocks, task.batch_size, task.workers, pin=_is_on_gpu(model), in_order=in_order)
-    block: Block | None = None
     before = time.perf_counter()
     with answering_lost_workers(), Taker(model, list(task.shapes.layers), task.quantities) as taker:
-        for each in _one_behind(_begin(taker, task, batches)):
-            batch = each.batch
-            if block is None:
-                block = Block.empty(batch.block, *blocks[batch.block], task.layout.specs)
-            _put_batch(each, task, block)
+        for begun in _one_behind(_begin(taker, task, batches)):
+            _finish(begun, task)
             ended = time.perf_counter()
-            count = sum(len(numbers) for numbers, _ in batch.groups) + len(batch.broken)
-            broken = {task.inputs.names[number]: why for number, why in batch.broken.items()}
-            report(Step(count, broken, ended - before, each.waited))
+            count = len(begun.batch.facts) + len(begun.batch.broken)
+            broken = {task.inputs.names[number]: why for number, why in begun.batch.broken.items()}
+            report(Step(count, broken, ended - before, begun.waited))
             before = ended
-            if batch.is_last:
-                yield block
-                block = None
+            if begun.batch.is_last:
+                yield begun.block
+
+
+_Rows = Union[slice, list[int]]
 
 
 class _Begun(NamedTuple):
     """A batch of which all is under way that is taken; on a GPU it may still run.
 
     Attributes:
-        taken: of each of its groups.
+        block: where it goes.
+        taken: of each of its groups: which images of the block, where values of theirs are, and what is on its way there.
         waited: seconds the model has waited for it.
     """
 
     batch: Batch
-    taken: list[Taken]
+    block: Block
+    taken: list[tuple[_Rows, dict[str, Array], Taken]]
     waited: float
 
     @property
     def has_ended(self) -> bool:
         """Whether all has been taken."""
-        return all(taken.copies.are_made for taken in self.taken)
+        return all(taken.copies.are_made for _, _, taken in self.taken)
 
 
 def _begin(taker: Taker, task: Task, batches: Iterable[Batch]) -> Iterator[_Begun]:
@@ -121,7 +121,14 @@ def _begin(taker: Taker, task: Task, batches: Iterable[Batch]) -> Iterator[_Begu
         if batch.broken and task.strict:
             number, why = next(iter(batch.broken.items()))
             raise unreadable(task.inputs.names[number], why)
-        last = _Begun(batch, [taker.take(images, task.shapes) for _, images in batch.groups], waited)
+        if last is None or last.batch.is_last:
+            block = Block.empty(batch.block, *task.layout.range_of(batch.block), task.layout.specs)
+        taken = []
+        for numbers, images in batch.groups:
+            rows = _rows_of([number - block.start for number in numbers])
+            out = {name: values[rows] for name, values in block.values.items()}
+            taken.append((rows, out, taker.take(images, task.shapes, out)))
+        last = _Begun(batch, block, taken, waited)
         yield last
         asked = time.perf_counter()
 
@@ -150,14 +157,20 @@ def unreadable(name: str, why: str) -> HookattnError:
     return HookattnError(f"{name} cannot be read ({why.rstrip('.')}). Without strict it is left out, and counted at the end.")
 
 
-def _put_batch(begun: _Begun, task: Task, block: Block) -> None:
-    """Put what was taken of a batch into its block."""
-    batch = begun.batch
-    for (numbers, _), taken in zip(batch.groups, begun.taken):
-        rows = [number - block.start for number in numbers]
+def _rows_of(numbers: list[int]) -> _Rows:
+    """Numbers as a slice, whose values are not copied, where they follow one another."""
+    follow = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return slice(numbers[0], numbers[0] + len(numbers)) if follow else numbers
+
+
+def _finish(begun: _Begun, task: Task) -> None:
+    """Wait for what is taken of a batch, and put what is known of its images into their block."""
+    batch, block = begun.batch, begun.block
+    for rows, out, taken in begun.taken:
         taken.copies.finish()
-        for name, values in taken.values.items():
-            block.values[name][rows] = values
+        if not isinstance(rows, slice):
+            for name, values in out.items():
+                block.values[name][rows] = values
         block.grid[rows], block.status[rows] = taken.grid, TAKEN
     for number, (label, sha256) in batch.facts.items():
         block.label[number - block.start], block.sha256[number - block.start] = label, sha256

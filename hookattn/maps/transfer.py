@@ -63,7 +63,11 @@ class Copies(NamedTuple):
         for event in self.made:
             event.synchronize()
         for place, tensor in self.pairs:
-            place.copy_(tensor)
+            # what is small by numpy, in this thread alone: processes that read images leave others little to do it in
+            if tensor.nbytes < _LARGE and tensor.dtype is not torch.bfloat16:
+                place.numpy()[...] = tensor.numpy()
+            else:
+                place.copy_(tensor)
 
 
 def start_copies(pairs: Sequence[tuple[Tensor, Tensor]]) -> Copies:

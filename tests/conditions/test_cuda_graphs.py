@@ -19,7 +19,10 @@ from hookattn import AttentionRecorder, HookattnError, NoMapError, UnreadableErr
 from hookattn.analysis import rollout
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # a prototype, PyTorch says
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # a prototype, PyTorch says
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning"),  # torch 2.11, of graphs it makes itself
+]
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
 KEPT: list[dict[str, Any]] = [{}, {"keep": "maps"}, {"gradients": True}]
 NAMES = list(TINY)

@@ -223,7 +223,6 @@ def recorded_elsewhere(patch: pytest.MonkeyPatch) -> tuple[Any, AttentionRecorde
     model, x = tiny("vit")
     with AttentionRecorder(model) as rec, torch.no_grad():
         model(x)
-    rec.rows("cls")
     return model, rec
 
 

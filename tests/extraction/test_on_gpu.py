@@ -128,7 +128,8 @@ def test_a_store_of_a_gpu_is_that_of_a_cpu(tmp_path: Path, dtype: str) -> None:
     assert a.keys() == b.keys()
     for name, array in a.items():
         if array.dtype.kind == "f":
-            np.testing.assert_allclose(b[name], array, rtol=2e-4, atol=2e-5, err_msg=name)
+            rtol, atol = (2e-3, 1e-3) if array.dtype == np.float16 else (2e-4, 2e-5)
+            np.testing.assert_allclose(b[name], array, rtol=rtol, atol=atol, err_msg=name)
         elif array.dtype == np.uint8 and array.ndim > 1:
             assert abs(b[name].astype(int) - array.astype(int)).max() <= 1, name
         else:
@@ -136,20 +137,24 @@ def test_a_store_of_a_gpu_is_that_of_a_cpu(tmp_path: Path, dtype: str) -> None:
 
 
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_figures_are_taken_while_nobody_waits_for_the_gpu() -> None:
     model, images = small_vit().cuda(), torch.randn(4, 3, 64, 64, device="cuda")
     asked = extraction.quantities.find_quantities("cls,entropy,distance,received,keys")
     taker: Callable[..., Any] = taking.Taker
     with taker(model, None, asked) as taker_of:
         known = taker_of.probe(images[:1])
-        taker_of.take(images, known).copies.finish()
-        torch.cuda.set_sync_debug_mode("error")
+        out = {name: np.full((4, *shape), np.nan, np.float32) for name, shape in known.shapes.items()}
+        taker_of.take(images, known, out).copies.finish()
+        for values in out.values():
+            values.fill(np.nan)
         try:
-            taken = taker_of.take(images, known)
+            torch.cuda.set_sync_debug_mode("error")
+            taken = taker_of.take(images, known, out)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         taken.copies.finish()
-    assert all(np.isfinite(values).all() for values in taken.values.values())
+    assert all(np.isfinite(values).all() for values in out.values())
 
 
 @needs_cuda
