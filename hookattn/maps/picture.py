@@ -76,7 +76,7 @@ def mean_of_rows(m: LazyArray, heads: slice, selected: Tensor, image: int | None
     sums: dict[int, Tensor] = {}
 
     def add(items: slice, span: slice, part: Tensor) -> None:
-        share = (part * weight[items, :, span].to(part)).sum(2)
+        share = (part * weight[items, :, span].to(part.device, part.dtype, non_blocking=True)).sum(2)
         sums[items.start] = sums[items.start] + share if items.start in sums else share
 
     m.visit(add, only, heads, within)
