@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..conditions.autocast import Autocast, autocast_now
-from ..conditions.changes import comparing_later, has_any, stamps
+from ..conditions.changes import NOT_LOOKED_AT, comparing_later, has_any, stamps
 from ..conditions.function_modes import modes_in_force, modes_resumed
 from ..conditions.sharding import gathers, is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
@@ -93,10 +93,10 @@ class Call(NamedTuple):
         """Set everything as it was in the call, to read its map, and set it back when the block ends.
 
         Raises:
-            StaleMapError: an argument or a parameter has changed since the call.
+            StaleMapError: an argument or a parameter has changed since the call; where a device tells it, when the block ends.
         """
-        self.check_fresh()
-        return self.in_its_modes()
+        # What a device tells is looked at when the block ends: so a map is made while the device still runs the model.
+        return _Resumed(self, self.check_soon())
 
     def is_in_its_modes(self) -> bool:
         """Whether all is set as it was in the call, so that nothing has to be set to read its map."""
@@ -138,7 +138,7 @@ class Call(NamedTuple):
             return
         self.check_at_hand()  # before stamps, which look at values: those of a freed parameter must not be looked at
         with torch._C.DisableTorchFunction():
-            now = stamps_of(self.layer, self.tensors, self.state, self.held)
+            now = stamps_of(self.layer, self.tensors, self.state, self.held, self.stamps[2][1] is not NOT_LOOKED_AT)
         if now != self.stamps:
             names = [f"argument {i}" if i else "x" for i in range(len(self.tensors))]
             changed = name_changes([*names, *map(repr, self.names)], self.stamps, now)
@@ -150,7 +150,8 @@ class Call(NamedTuple):
 
     def check_soon(self) -> list[Tensor]:
         """As `check_fresh`, but nobody waits for a device: what is not known yet is for `check_doubts`, after the reading."""
-        if self.stamps[2][1] is None:  # no values that lie on a device
+        _, given, (_, seen), *_ = self.stamps
+        if seen is None and (not given or type(given[0]) is int):  # no values that lie on a device
             self.check_fresh()
             return []
         with comparing_later() as doubts:
@@ -172,7 +173,8 @@ class Call(NamedTuple):
             return False
         if self.held is not layer.caches or [*map(type, layer.inner)] != layer.classes or gathers(layer.classes):
             return False
-        is_same = values_of(layer, self.tensors, self.stamps[0], self.held) == self.stamps[1:]
+        sampled = self.stamps[2][1] is not NOT_LOOKED_AT
+        is_same = values_of(layer, self.tensors, self.stamps[0], self.held, sampled) == self.stamps[1:]
         return is_same and F.scaled_dot_product_attention is self.modes.sdpa and not layer.has_changed(self.held)
 
     def restamped(self) -> Call:
@@ -218,8 +220,8 @@ class _Resumed:
 
     # A class, since this is around each reading and a generator costs several times as much.
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, call: Call, doubts: Sequence[Tensor] = ()) -> None:
+        self._call, self._doubts = call, doubts
         self._set: ExitStack | None = None
         self._before: Token[bool] | None = None
 
@@ -240,10 +242,19 @@ class _Resumed:
         finally:
             assert self._before is not None
             reading.reset(self._before)
+        if self._doubts and error[0] is None:
+            self._call.check_doubts(self._doubts)
 
 
-def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool) -> Call:
-    """Keep a call that is about to be made: its arguments, without a copy, and what it takes to resume it later."""
+def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool, sampled: bool = True) -> Call:
+    """Keep a call that is about to be made: its arguments, without a copy, and what it takes to resume it later.
+
+    Args:
+        layer: that is called.
+        args, kwargs: what with.
+        detach: cut arguments off from the graph.
+        sampled: look at values of parameters where it takes a kernel, too: not for a call that is read while it is made.
+    """
     # The path of every recorded call: no operator of torch is called and no tensor made, but to detach or in train mode.
     (args, kwargs), tensors = keep_arguments(args, kwargs, detach=detach)
     if not layer.is_as_it_was():  # somebody has swapped tensors, wrapped layers or set numbers of the module
@@ -254,10 +265,10 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     held = layer.mutable_now(in_eval=in_eval)
     functions: tuple[TorchFunctionMode, ...] = ()
     if not torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.14
-        stamped = stamps_of(layer, tensors, state, held)
+        stamped = stamps_of(layer, tensors, state, held, sampled)
     else:
         with torch._C.DisableTorchFunction():  # modes of the user's see nothing of it
-            stamped = stamps_of(layer, tensors, state, held)
+            stamped = stamps_of(layer, tensors, state, held, sampled)
         functions = modes_in_force()
     autocast = random = None
     if tensors:

@@ -236,16 +236,19 @@ def look_up(name: str, module: nn.Module, trunk: nn.Module | None = None, block:
     )
 
 
-def stamps_of(layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ...], held: Held) -> tuple[Any, ...]:
+def stamps_of(
+    layer: Layer, tensors: tuple[Tensor, ...], state: tuple[Tensor, ...], held: Held, sampled: bool
+) -> tuple[Any, ...]:
     """What tells a change: stamps of arguments and of the state, values of both, stamps of caches, hooks of others.
 
-    `name_changes` names what has changed by their order. Modes of the user's should see nothing of it.
+    Values of parameters that take a kernel to look at are left out unless `sampled`. `name_changes` names what has changed by
+    their order. Modes of the user's should see nothing of it.
     """
     read = stamps((*tensors, *state), layer.steps)
-    return read, *values_of(layer, tensors, read, held)
+    return read, *values_of(layer, tensors, read, held, sampled)
 
 
-def values_of(layer: Layer, tensors: tuple[Tensor, ...], read: Stamps, held: Held) -> tuple[Any, ...]:
+def values_of(layer: Layer, tensors: tuple[Tensor, ...], read: Stamps, held: Held, sampled: bool) -> tuple[Any, ...]:
     """The rest of `stamps_of`, for which memory is looked at; `read` are stamps of arguments and of the state."""
     hooks: list[int] = []
     for each in layer.hooks:  # as in `is_as_it_was`
@@ -257,7 +260,7 @@ def values_of(layer: Layer, tensors: tuple[Tensor, ...], read: Stamps, held: Hel
     else:
         cached = stamps([*tensors_in([value for _, _, value in held if value is not None])], layer.steps)
     given = values_of_arguments(tensors, read[0], read[1])
-    return given, layer.samples.take(read[1][len(tensors) :]), cached, hooks
+    return given, layer.samples.take(read[1][len(tensors) :], sampled), cached, hooks
 
 
 def name_changes(names: Sequence[str], before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:

@@ -172,6 +172,7 @@ class Values:
     __hash__ = object.__hash__  # which Python takes from a class that defines `__eq__`
 
 
+NOT_LOOKED_AT = Values()
 _doubts: ContextVar[list[Tensor] | None] = ContextVar("doubts", default=None)
 
 
@@ -214,17 +215,20 @@ class Samples:
         self._of = [p for p in parameters if type(p) is nn.Parameter]
         self._addresses: list[int] | None = None  # nothing is looked up before it is asked for
 
-    def take(self, addresses: list[int]) -> tuple[bytes, Values | None]:
+    def take(self, addresses: list[int], by_kernel: bool = True) -> tuple[bytes, Values | None]:
         """Read the values as they are now; called at every recorded call, and again when its map is read.
 
         Args:
             addresses: of all tensors that the module reads, these parameters among them, as they are now.
+            by_kernel: those on other devices, too; else `NOT_LOOKED_AT` stands for them.
         """
         if addresses != self._addresses:  # some have got other memory
             self._look_up()
             self._addresses = addresses
         few = b"".join(map(memoryview.tobytes, self._at_hand))
-        return few, Values(*map(torch.cat, self._elsewhere)) if self._elsewhere else None
+        if not self._elsewhere:
+            return few, None
+        return few, Values(*map(torch.cat, self._elsewhere)) if by_kernel else NOT_LOOKED_AT
 
     def _look_up(self) -> None:
         """Find where the values to be read lie."""

@@ -121,11 +121,16 @@ class Store:
             self.group["status"][rows] = PENDING  # what was there counts no longer before the first of it is replaced
             for spec in specs:
                 for name, values in encode(spec, block.values[spec.name]).items():
-                    self.group[name][rows] = values
+                    self._open(name)[rows] = values
             for name in ("label", "sha256", "error"):
                 self.group[name][rows] = getattr(block, name)
             self.group["grid_rows"][rows], self.group["grid_cols"][rows] = block.grid.T
             self.group["status"][rows] = block.status  # last
+
+    def _open(self, name: str) -> Any:
+        """An array of values, to be written to: whether some are all as in an array that is empty takes long to look for."""
+        with import_zarr().config.set({"array.write_empty_chunks": True}):
+            return self.group[name]
 
     def remove_leftovers(self) -> None:
         """Remove files that a run which was killed had not finished."""

@@ -59,9 +59,7 @@ class _Opened:
         self._call = call
 
     def __enter__(self) -> Source:
-        # What a device tells is looked at when the map is read: so it is made while the device still runs the model.
-        self._doubts = self._call.check_soon()
-        self._modes = self._call.in_its_modes()
+        self._modes = self._call.resumed()
         self._modes.__enter__()
         try:
             with TellWhy(self._call.layer.name):
@@ -72,8 +70,6 @@ class _Opened:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._modes.__exit__(kind, error, traceback)
-        if kind is None and self._doubts:
-            self._call.check_doubts(self._doubts)
 
 
 class Deferred(Captured):

@@ -175,6 +175,11 @@ class _RecordedLayer(Around):
     def __init__(self, layer: Layer, recording: Recording) -> None:
         super().__init__(layer.module)
         self._layer, self._recording = layer, recording
+        wanted = recording.wanted
+        # A map that is made while the module runs is made before anybody can write to parameters; one whose axes have to be
+        # established first may be made later.
+        at_once = wanted.maps and wanted.detach and not (wanted.gradients or wanted.verify)
+        self._sampled = not at_once or find_recipe(layer.module) is None
 
     def begin(self, args: Args, kwargs: Kwargs) -> _Begun | None:
         """Record a call in a forward of this recorder; follow any other, such as one that a checkpoint makes again."""
@@ -216,7 +221,7 @@ class _RecordedLayer(Around):
     def _record(self, name: str, forward: ForwardPass, args: Args, kwargs: Kwargs) -> _Begun | None:
         recording, wanted = self._recording, self._recording.wanted
         changes = self.is_followed()
-        call = capture(self._layer, args, kwargs, detach=wanted.detach)
+        call = capture(self._layer, args, kwargs, detach=wanted.detach, sampled=self._sampled)
         gradient = recording.gradient_of(name, forward) if wanted.gradients else None
         site = None if recording.origins is None else recording.site_of(args, kwargs)
         m = forward.maps[name] = recording.map_of(call, name, forward, site, gradient)

@@ -264,3 +264,27 @@ def test_what_else_is_wrong_with_a_reading_is_told_as_ever(monkeypatch: pytest.M
         model.blocks[1].attn.qkv.weight.mul_(2)
     with pytest.raises(StaleMapError, match=r"qkv\.weight' changed in place"):
         rec.rows("cls")
+
+
+MADE_AT_ONCE: dict[str, Any] = {
+    "maps": "maps",
+    "a function": lambda m: (m[:, :, 0], m[...], m.k[...], compute_statistics(m, entropy, received)),
+}
+
+
+@pytest.mark.parametrize("keep", MADE_AT_ONCE)
+def test_what_is_made_while_the_model_runs_looks_at_no_values_and_waits_for_nothing(
+    keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample_by_kernel(monkeypatch)
+    model, x = tiny("vit")
+    with torch.no_grad(), AttentionRecorder(model, keep=MADE_AT_ONCE[keep]):
+        model(x)
+        found = operators_of(lambda: model(x))
+    with torch.no_grad(), AttentionRecorder(model, keep=MADE_AT_ONCE[keep], verify=keep == "maps"):
+        model(x)
+        looked_at = operators_of(lambda: model(x))
+    alone = operators_of(lambda: model(x))
+    assert LOOK not in found
+    assert found.count("aten.cat.default") == alone.count("aten.cat.default")
+    assert keep != "maps" or looked_at.count("aten.cat.default") > alone.count("aten.cat.default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,10 @@ def test_figures_are_taken_while_nobody_waits_for_the_gpu() -> None:
 
 
 @needs_cuda
-def test_actors_share_a_gpu(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
+@pytest.mark.filterwarnings(r"ignore:`use_\w+` is deprecated:DeprecationWarning")
+def test_actors_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, tests = pytest.importorskip("ray"), Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tests.parent, tests, os.environ.get("PYTHONPATH", "")))))
     model, images = small_vit(), Drawn(13, broken=[4])
     extraction.extract(copy.deepcopy(model).cuda(), images, tmp_path / "a.zarr", WHAT, **HOW)
     ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
