@@ -27,20 +27,21 @@ class Places(NamedTuple):
     Attributes:
         middles: (2, items or 1, queries, 1), of the places that a query stands for, y and x.
         is_query: (items or 1, queries), False for prefix tokens and padding.
-        places: (spread, 2, items or 1, 1, keys), y and x of each that a key stands for.
+        places: of each that a key stands for, (2, items or 1, 1, keys).
         share: (items or 1, keys), how much of what a key stands for lies on the image.
     """
 
     middles: Tensor
     is_query: Tensor
-    places: Tensor
+    places: tuple[Tensor, ...]
     share: Tensor
 
-    def cut(self, items: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def cut(self, items: slice, rows: slice) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Middles of some queries of some items, and places and shares of the keys of these items."""
+        middles = self.middles.narrow(2, rows.start, rows.stop - rows.start)
         if len(self.share) == 1:
-            return self.middles[:, :, rows], self.places, self.share
-        return self.middles[:, items, rows], self.places[:, :, items], self.share[items]
+            return middles, self.places, self.share
+        return middles[:, items], tuple([each[:, items] for each in self.places]), self.share[items]
 
 
 def places_of(m: AttentionMap) -> Callable[[Tensor], Places]:
@@ -60,7 +61,7 @@ def places_of(m: AttentionMap) -> Callable[[Tensor], Places]:
         asked = sizes[0], like.dtype, like.device, torch.is_inference_mode_enabled()
         if (places := known.get(asked)) is None:
             places = _find_places(queries, keys, sizes, batch, like)
-            if len(known) < _MOST and {*map(type, places)} == {Tensor}:
+            if len(known) < _MOST and type(places.share) is Tensor:
                 known[asked] = places
         return places
 
@@ -85,7 +86,8 @@ def _find_places(queries: Tokens, keys: Tokens, sizes: list[Sides], batch: int, 
         for tokens, size in zip((queries, keys), sizes)
     ]
     middles = rearrange(both[0].nanmean(-2), "i q yx -> yx i q 1")
-    return Places(middles, _share(both[0]).bool(), rearrange(both[1], "i k s yx -> s yx i 1 k"), _share(both[1]))
+    places = rearrange(both[1], "i k s yx -> s yx i 1 k").unbind()
+    return Places(middles, _share(both[0]).bool(), places, _share(both[1]))
 
 
 def _of_items(centres: Tensor, batch: int) -> Tensor:

@@ -198,15 +198,15 @@ def _weigh(chunk: Tensor, share: Tensor) -> Tensor:
     return torch.mv(chunk.flatten(0, 2), share[0]).view(chunk.shape[:3])  # measured: a tenth of a product of matrices
 
 
-def _distances(middles: Tensor, places: Tensor) -> Tensor:
+def _distances(middles: Tensor, places: tuple[Tensor, ...]) -> Tensor:
     """(items, queries, keys): distance from the middle of a query to the places of a key, their mean; 0 to where nothing is."""
     # The places of a key that is spread over several go one after the other, to hold no more than a chunk at a time.
-    return reduce(torch.add, (_apart(middles, each).nan_to_num_(0.0) for each in places.unbind())) / len(places)
+    apart = reduce(torch.add, (_apart(middles, each).nan_to_num_(0.0) for each in places))
+    return apart if len(places) == 1 else apart / len(places)
 
 
 def _apart(starts: Tensor, ends: Tensor) -> Tensor:
     """(items, queries, keys): distances between places, (2, items, queries, 1) and (2, items, 1, keys)."""
     # Not by a product of matrices, which loses digits for places near each other. Nor by cdist, which on a GPU takes a block
     # of threads for each pair: three quarters of the time of four statistics.
-    down, across = (starts - ends).square_().unbind()
-    return down.add_(across).sqrt_()
+    return torch.hypot(*(starts - ends).unbind())
