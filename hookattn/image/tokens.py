@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from numbers import Integral, Real
 from typing import Union
 
@@ -180,12 +179,18 @@ class Tokens:
         placed = rearrange(placed, "i w (n spread) -> i w n spread", spread=self.spread)
         return torch.cat((named, placed.any(-1)), dim=-1)
 
-    @cached_property
+    @property
     def patches(self) -> Tensor:
         """`places`, given or not."""
         if self.places is not None:
             return self.places
-        return torch.arange(self.grid_size[0] * self.grid_size[1], device="cpu")[None, None]
+        found: Tensor | None = self.__dict__.get("_patches")
+        if found is None:
+            found = torch.arange(self.grid_size[0] * self.grid_size[1], device="cpu")[None, None]
+            # what a mode of others makes, or inference mode, is of no use to maps that are read without
+            if type(found) is Tensor and not found.is_inference():
+                self.__dict__["_patches"] = found
+        return found
 
     def covered(self) -> list[Size]:
         """(rows, columns) of the patches of each image, in the upper left corner of the grid."""

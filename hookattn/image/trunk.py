@@ -198,6 +198,9 @@ def grid_size(cut: Cut, image_size: Size | None, patches: int, exactly: bool = F
     if grid is None and image_size is not None and any("PatchDrop" in type(m).__name__ for m in cut.trunk.modules()):
         stem = stem_of(cut.trunk)
         grid, exactly = (size_after(image_size, stem), True) if isinstance(stem, nn.Conv2d) else (None, exactly)
+    if grid is None and image_size is not None:  # what the first layer makes, where it leaves out what fills no patch
+        made = stem_grid(cut, image_size)
+        grid = made if made is not None and made[0] * made[1] == patches else None
     if grid is not None and grid[0] * grid[1] == patches:
         return int(grid[0]), int(grid[1])
     if image_size is None or (grid is not None and exactly):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ from support import reference
 from support.image import MVIT, SHRUNK, SIZES, SWIN, VIT, as_patches, build, made_of, naflex, swin_places
 from support.inside import kept, read_in_chunks, show_image
 from support.models import tiny
+from support.modes import operators_of
 from support.reading import record_one
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hookattn import AttentionMap, TokenError
+from hookattn import AttentionMap, AttentionRecorder, TokenError
 from hookattn.analysis import mean_attention_distance
 from hookattn.image import Geometry
 
@@ -183,3 +187,36 @@ def test_distances_of_patches_of_no_known_size_are_refused() -> None:
     m._geometry = never
     with pytest.raises(TokenError, match="has no `patch_size`"):
         mean_attention_distance(m)
+
+
+def test_places_are_worked_out_once_for_all_layers_and_forwards_of_images_of_a_size() -> None:
+    model, x = tiny("vit", depth=3, dynamic_img_size=True)
+    other = torch.nn.functional.interpolate(x, scale_factor=2)
+
+    def step(images: torch.Tensor) -> int:
+        def run() -> None:
+            model(images)
+            for m in rec.maps.values():
+                mean_attention_distance(m)
+
+        return sum("nansum" in each for each in operators_of(run))
+
+    with torch.no_grad(), AttentionRecorder(model) as rec:
+        assert [step(each) for each in (x, x, other, x, other)] == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, lambda: FakeTensorMode(allow_non_fake_inputs=True)])
+def test_places_that_were_made_under_a_mode_are_not_those_of_others(first: Callable[[], Any]) -> None:
+    model: Any
+    model, x = tiny("vit")
+    alone = copy.deepcopy(model)
+    with AttentionRecorder(model, detach=False) as rec:
+        model(x)
+        with first(), suppress(Exception):
+            mean_attention_distance(rec.maps[0])
+        mean_attention_distance(rec.maps[1]).sum().backward()
+    with AttentionRecorder(alone, detach=False) as other:
+        alone(x)
+        mean_attention_distance(other.maps[1]).sum().backward()
+    grads = [each.blocks[1].attn.qkv.weight.grad for each in (model, alone)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)

@@ -288,3 +288,14 @@ def test_what_is_made_while_the_model_runs_looks_at_no_values_and_waits_for_noth
     assert LOOK not in found
     assert found.count("aten.cat.default") == alone.count("aten.cat.default")
     assert keep != "maps" or looked_at.count("aten.cat.default") > alone.count("aten.cat.default")
+
+
+def test_not_a_number_is_no_change() -> None:
+    model, x = tiny("vit")
+    with torch.inference_mode():  # whose tensors have no version: their values are compared
+        x = x.clone()
+        x[0, 0, 0, 0] = torch.nan
+        with AttentionRecorder(model) as rec:
+            model(x)
+        assert rec.maps[0][0].isnan().any()
+        assert rec.maps[0][1].isfinite().all()

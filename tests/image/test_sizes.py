@@ -10,9 +10,11 @@ import torch
 from support.image import SWIN, VIT, Size, build
 from support.inside import size_after
 from support.reading import record
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from hookattn import AttentionRecorder, TokenError
+from hookattn.analysis import mean_attention_distance
 
 
 def test_windows_without_the_block_that_cut_them_lie_nowhere() -> None:
@@ -116,3 +118,35 @@ def test_a_picture_is_that_of_the_forward_when_windows_are_resized_later(keep: A
     assert torch.equal(m.tokens.select((1, 1)).nonzero(), torch.tensor([[0, 0, 5]]))
     if keep == "maps":
         assert torch.equal(m.image((1, 1)), before)
+
+
+class Cutting(nn.Module):
+    """A convolution that leaves out what fills no patch, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 48, 16, 16)
+        self.attn = Attention(48, num_heads=3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.attn(self.conv1(images).flatten(2).mT)
+        return out
+
+
+def test_what_is_remembered_of_a_cut_is_of_images_of_that_size_and_of_that_step() -> None:
+    model, images = Cutting().eval(), [torch.randn(1, 3, *size) for size in ((48, 48), (60, 54), (48, 48), (59, 48))]
+
+    def told(rec: AttentionRecorder, x: Tensor) -> Any:
+        model(x)
+        m = rec.maps[0]
+        assert m.tokens.grid_size == (3, 3)
+        return m.tokens.extent, m.tokens.seen, m.tokens.prefix, mean_attention_distance(m).tolist()
+
+    with torch.no_grad(), AttentionRecorder(model) as rec:
+        for step in (16, 15, 16):
+            model.conv1.stride = (step, step)
+            for x in images:
+                with AttentionRecorder(model) as fresh:
+                    expected = told(fresh, x)
+                assert told(rec, x) == expected
+    assert expected[1] == (48 / 59, 1.0)
