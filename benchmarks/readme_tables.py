@@ -70,7 +70,9 @@ def runs() -> dict[str, dict[str, Any]]:
 def throughput_of_gpu() -> str:
     """Throughput on a GPU over that of the model alone, and of what is captured as a CUDA graph over that of the model so."""
     results = json.loads((RESULTS / "throughput-cuda.json").read_text())
-    head = [f"{COLUMNS[r['model']]}, {r['dtype']}, batch {r['batch']}" for r in results["runs"]]
+    # a run that was not measured anew with the others is of an earlier version
+    earlier = [", earlier" * r.get("earlier", False) for r in results["runs"]]
+    head = [f"{COLUMNS[r['model']]}, {r['dtype']}, batch {r['batch']}{e}" for r, e in zip(results["runs"], earlier)]
     lines = [f"{in_words(results)}\n", f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for case, title in (SHOWN | GRAPHS).items():
         cells = [over_base(r, case) for r in results["runs"]]
@@ -126,7 +128,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "hook of a gpu": lambda: hook.table(json.loads((RESULTS / "hook-cuda.json").read_text())),
     "coverage by tool": lambda: f"{table_by_tool(read_records())}\n\n{the_others(read_records())}",
     "hook": lambda: hook.table(json.loads((RESULTS / "hook-cpu.json").read_text())),
-    "data set on a gpu": lambda: extract.table(json.loads((RESULTS / "extract-cuda.json").read_text())),
     "data set": lambda: extract.table(json.loads((RESULTS / "extract-cpu.json").read_text())),
     "overhead": lambda: overhead.table(json.loads((RESULTS / "overhead-cpu.json").read_text())),
     "coverage by class": lambda: table_by_class(read_records()),

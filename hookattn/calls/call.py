@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..conditions.autocast import Autocast, autocast_now
-from ..conditions.changes import NOT_LOOKED_AT, comparing_later, has_any, stamps
+from ..conditions.changes import NOT_LOOKED_AT, Pair, are_equal, comparing_later, stamps
 from ..conditions.function_modes import modes_in_force, modes_resumed
 from ..conditions.sharding import gathers, is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
@@ -148,7 +148,7 @@ class Call(NamedTuple):
         if self.layer.has_changed(self.held):
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
-    def check_soon(self) -> list[Tensor]:
+    def check_soon(self) -> list[Pair]:
         """As `check_fresh`, but nobody waits for a device: what is not known yet is for `check_doubts`, after the reading."""
         _, given, (_, seen), *_ = self.stamps
         if seen is None and (not given or type(given[0]) is int):  # no values that lie on a device
@@ -158,9 +158,9 @@ class Call(NamedTuple):
             self.check_fresh()
         return doubts
 
-    def check_doubts(self, doubts: Sequence[Tensor]) -> None:
+    def check_doubts(self, doubts: Sequence[Pair]) -> None:
         """Raise as `check_fresh` if one of these has come true."""
-        if doubts and has_any(doubts):
+        if doubts and not are_equal(doubts):
             self.check_fresh()
 
     def _is_plainly_fresh(self) -> bool:
@@ -220,7 +220,7 @@ class _Resumed:
 
     # A class, since this is around each reading and a generator costs several times as much.
 
-    def __init__(self, call: Call, doubts: Sequence[Tensor] = ()) -> None:
+    def __init__(self, call: Call, doubts: Sequence[Pair] = ()) -> None:
         self._call, self._doubts = call, doubts
         self._set: ExitStack | None = None
         self._before: Token[bool] | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..attention.projection import Projected
 from ..attention.sources import QK, Source
 from ..calls.call import Call
-from ..conditions.changes import has_any
+from ..conditions.changes import are_equal
 from ..image.tokens import Query
 from .attention_map import AttentionMap
 from .established import TellWhy
@@ -25,7 +25,7 @@ def read_rows(maps: Mapping[str, AttentionMap], query: Query) -> dict[str, Tenso
     # map and those of the next would have to be fetched from memory each time.
     doubts = [doubt for call in calls.values() for doubt in call.check_soon()]
     found = _read_in_its_modes(next(iter(calls.values())), calls, asked) if calls else {}
-    if doubts and has_any(doubts):  # waited for once, and not for each map
+    if doubts and not are_equal(doubts):  # waited for once, and not for each map
         for call in calls.values():
             call.check_fresh()
     return {name: m._deliver(found[name]) if name in found else m[asked[name]] for name, m in maps.items()}
