@@ -56,9 +56,10 @@ def places_of(m: AttentionMap) -> Callable[[Tensor], Places]:
     def find(like: Tensor) -> Places:
         if queries is not keys or keys.places is not None or is_capturing():  # what a graph makes is there when it is replayed
             return _find_places(queries, keys, sizes, batch, like)
-        # as tensors that are made in inference mode or by modes of others are of no use to anybody else
-        known = _KNOWN.setdefault(keys, {})
-        asked = sizes[0], like.dtype, like.device, torch.is_inference_mode_enabled()
+        # as tensors that are made in inference mode or by modes of others are of no use to anybody else, and those that are on
+        # their way in one stream of a GPU to no other
+        known, stream = _KNOWN.setdefault(keys, {}), torch.cuda.current_stream(like.device) if like.is_cuda else None
+        asked = sizes[0], like.dtype, like.device, stream, torch.is_inference_mode_enabled()
         if (places := known.get(asked)) is None:
             places = _find_places(queries, keys, sizes, batch, like)
             if len(known) < _MOST and type(places.share) is Tensor:

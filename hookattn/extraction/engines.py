@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ Engine = Callable[[Job], None]
 
 def run_here(job: Job) -> None:
     """Do a job in this process: images are read ahead, and blocks are written while the next is taken."""
-    with Writer(partial(job.store.write, specs=job.task.layout.specs)) as writer:
-        for block in take_blocks(job.model, job.task, job.pending, job.report):
+    # closed, so that nothing is left on the model where the writer fails, whoever holds its error
+    with (
+        Writer(partial(job.store.write, specs=job.task.layout.specs)) as writer,
+        closing(take_blocks(job.model, job.task, job.pending, job.report)) as blocks,
+    ):
+        for block in blocks:
             writer.put(block)

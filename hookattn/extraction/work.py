@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Union
 
@@ -58,8 +58,8 @@ class Step(NamedTuple):
 
 def take_blocks(
     model: nn.Module, task: Task, numbers: Iterable[int], report: Callable[[Step], None] = lambda _: None
-) -> Iterator[Block]:
-    """Take the blocks of these numbers, one after the other.
+) -> Generator[Block, None, None]:
+    """Take the blocks of these numbers, one after the other; the model is recorded until the generator ends or is closed.
 
     Args:
         model: in eval mode, where it is to run.

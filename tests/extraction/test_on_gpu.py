@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.drawn import Drawn, small_vit
 from support.inside import Copies, taking
-from support.stores import everything, same
+from support.stores import everything, full_after, same
 
 from hookattn import AttentionMap, HookattnError
 
@@ -118,6 +118,15 @@ def test_no_more_than_one_layers_map_is_held_where_maps_are_asked_for(
     monkeypatch.setattr(taking, "copy_into", note)
     extraction.extract(model, Drawn(2), tmp_path / "x.zarr", what, batch_size=2)
     assert seen == [1] * 3
+
+
+def test_nothing_is_left_on_the_model_where_a_block_cannot_be_written(tmp_path: Path) -> None:
+    model = small_vit()
+    with full_after(120), pytest.raises(HookattnError) as held:
+        extraction.extract(model, Drawn(40), tmp_path / "x.zarr", "cls", batch_size=2, block=4)
+    assert "make room" in str(held.value)  # whose frames are there still
+    assert 0 < list(everything(tmp_path / "x.zarr")["status"]).count(1) < 40
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @needs_cuda
