@@ -122,7 +122,7 @@ def test_no_more_than_one_layers_map_is_held_where_maps_are_asked_for(
 
 def test_nothing_is_left_on_the_model_where_a_block_cannot_be_written(tmp_path: Path) -> None:
     model = small_vit()
-    with full_after(120), pytest.raises(HookattnError) as held:
+    with full_after(65), pytest.raises(HookattnError) as held:
         extraction.extract(model, Drawn(40), tmp_path / "x.zarr", "cls", batch_size=2, block=4)
     assert "make room" in str(held.value)  # whose frames are there still
     assert 0 < list(everything(tmp_path / "x.zarr")["status"]).count(1) < 40
