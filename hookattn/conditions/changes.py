@@ -127,7 +127,7 @@ def _many_values(tensor: Tensor) -> Values | None:
     if tensor.device.type == "meta" or tensor.is_nested or not (tensor.is_inference() or _is_of_others(tensor)):
         return None
     values = tensor.detach().reshape(-1)
-    return Values(values[:: max(1, values.numel() // SAMPLES)].clone())
+    return Values(values[:: max(1, values.numel() // SAMPLES)].clone().view(torch.uint8))  # as bytes, by which a NaN is itself
 
 
 def _is_of_others(tensor: Tensor) -> bool:
@@ -150,7 +150,7 @@ def _address(tensor: Tensor) -> int:
 
 
 class Values:
-    """Values of tensors to be compared later with others; equal when all are, NaN with NaN.
+    """Values of tensors, as integers, to be compared later with others; equal when all are.
 
     Nobody waits for a device when they are taken, only when they are compared, or later in `comparing_later`; not even then
     while a CUDA graph is captured, where they are values that nothing has computed yet.
@@ -191,18 +191,12 @@ def comparing_later() -> Iterator[list[Pair]]:
 
 
 def are_equal(pairs: Iterable[Pair]) -> bool:
-    """Whether values are what they were, NaN counting as NaN; waits once for all that are of a kind."""
+    """Whether values are what they were; waits once for all that are of a kind."""
     by_kind: dict[Any, list[Pair]] = {}
     for pair in pairs:
         by_kind.setdefault((pair[0].device, pair[0].dtype), []).append(pair)
     with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
-        return all(_are_same(*(each[0] if len(each) == 1 else map(torch.cat, zip(*each)))) for each in by_kind.values())
-
-
-def _are_same(a: Tensor, b: Tensor) -> bool:
-    if torch.equal(a, b):
-        return True
-    return a.is_floating_point() and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        return all(torch.equal(*(each[0] if len(each) == 1 else map(torch.cat, zip(*each)))) for each in by_kind.values())
 
 
 class Samples:
