@@ -226,8 +226,11 @@ def source_of(call: Call) -> Source:
 
 def _spec_of(call: Call) -> Spec:
     """Shape, dtype and device of a map, without its values where they need not be looked at."""
-    call.check_soon()  # and no more than that, since sizes do not depend on values
-    if not needs_values(call) and (found := spec_without_values(call)) is not None:
+    by_recipe = not needs_values(call)
+    if by_recipe and (found := _specs_of(call).get(_sizes_of(call))) is not None:
+        return found  # it follows from sizes, whatever has become of values
+    call.check_soon()
+    if by_recipe and (found := spec_without_values(call)) is not None:
         return found
     with call.in_its_modes():
         source = source_of(call)
@@ -242,16 +245,20 @@ def needs_values(call: Call) -> bool:
 
 def spec_without_values(call: Call) -> Spec | None:
     """The same by recipe, remembered for calls of the module with arguments of the same sizes; None where it declines one."""
-    structure, known = _SPECS.get(call.layer.module, (None, {}))
-    if structure != call.layer.structure:  # it has become another module
-        _, known = _SPECS[call.layer.module] = call.layer.structure, {}
     if (key := _sizes_of(call)) is None:
         return _spec_by_recipe(call)
-    if key not in known:
+    if key not in (known := _specs_of(call)):
         while len(known) >= _MOST:
             known.pop(next(iter(known)), None)
         known[key] = _spec_by_recipe(call)
     return known[key]
+
+
+def _specs_of(call: Call) -> dict[Any, Spec | None]:
+    structure, known = _SPECS.get(call.layer.module, (None, {}))
+    if structure != call.layer.structure:  # it has become another module
+        _, known = _SPECS[call.layer.module] = call.layer.structure, {}
+    return known
 
 
 _MOST = 64  # sizes of arguments that are remembered of a module
