@@ -409,7 +409,7 @@ def test_photos_of_a_batch_stand_in_a_strip(open_page: Open, tmp_path: Path) -> 
     shown = open_page(rec.explore(photos, tmp_path / "page.html", name=["one", "two"]))
     compare(shown, rec.maps[-1].name, rec.maps[-1].image("cls")[0])
     shown.page.get_by_role("button", name="two").click()
-    shown.wait_until("document.querySelector('.frame img').alt === 'two'")
+    shown.wait_until("document.querySelector('.frame img')?.alt === 'two'")
     shown.settle()
     compare(shown, rec.maps[-1].name, rec.maps[-1].image("cls")[1])
 
