@@ -197,8 +197,8 @@ class Taker:
         taken = take_of_map(m, images, wanted)
         if m.name in known.layers:
             place = [*known.layers].index(m.name)
-            maps = [(each.name, taken.pop(each.name)) for each in wanted if "query" in each.dims]
-            copy_into(_place(out[name][:, place], values, name) for name, values in maps)
+            maps = [each.name for each in wanted if "query" in each.dims]
+            copy_into(_place(out[name][:, place], taken.pop(name), name) for name in maps)
         return _OfLayer(taken, _tokens_of(m))
 
 

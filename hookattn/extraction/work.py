@@ -16,6 +16,9 @@ from .layout import BROKEN, TAKEN, Array, Block, Layout
 from .quantities import Quantity
 from .taking import Shapes, Taken, Taker
 
+_Rows = Union[slice, list[int]]
+"""Which images of a block."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -86,9 +89,6 @@ def take_blocks(
             before = ended
             if begun.batch.is_last:
                 yield begun.block
-
-
-_Rows = Union[slice, list[int]]
 
 
 class _Begun(NamedTuple):

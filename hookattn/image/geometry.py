@@ -105,10 +105,10 @@ class Geometry(NamedTuple):
             return queries, keys
         if queries is keys and keys.places is None:  # of the whole grid, as most are: one for all layers
             asked = (_measure, keys.prefix, keys.grid_size, keys.spread, keys.extent, keys.seen, size)
-            return self._cut.remember(asked, lambda: self._measure(keys, keys, size))
-        return self._measure(queries, keys, size)
+            return self._cut.remember(asked, lambda: self._measure_both(keys, keys, size))
+        return self._measure_both(queries, keys, size)
 
-    def _measure(self, queries: Tokens, keys: Tokens, size: Size) -> tuple[Tokens, Tokens]:
+    def _measure_both(self, queries: Tokens, keys: Tokens, size: Size) -> tuple[Tokens, Tokens]:
         cells = {each.grid_size: self._find_cells(size, each.grid_size) for each in (queries, keys) if all(each.grid_size)}
         if len(cells) == 2:  # what the attention itself tells of how it makes one of the other says more than sizes
             strides = sorted({pair(m.stride)[0] for m in self.module.modules() if isinstance(m, STRIDING)})

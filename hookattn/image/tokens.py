@@ -187,8 +187,7 @@ class Tokens:
         found: Tensor | None = self.__dict__.get("_patches")
         if found is None:
             found = torch.arange(self.grid_size[0] * self.grid_size[1], device="cpu")[None, None]
-            # what a mode of others makes, or inference mode, is of no use to maps that are read without
-            if type(found) is Tensor and not found.is_inference():
+            if type(found) is Tensor:  # what a mode of others makes is of no use to maps that are read without
                 self.__dict__["_patches"] = found
         return found
 
