@@ -22,6 +22,7 @@ From top to bottom, an import may only point down:
     store        arrays of Zarr v3
     layout       its arrays, blocks of images, and values as they are stored
     locks        one run at a time
+    clients      of stores at addresses: which it takes, and what their errors mean
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Run:
 
     def __init__(self, store: Store, facts: Facts) -> None:
         self._store, self.facts = store, facts
-        self.names: list[str] = [str(name) for name in store.group["image"][:]]
+        self.names: list[str] = [str(name) for name in store.read("image")]
         self.layers: list[str] = list(facts["layers"])
         what = facts["run"]["what"]
         self.specs = {name: Spec(name, tuple(w["dims"]), tuple(w["shape"]), w["dtype"]) for name, w in what.items()}
@@ -60,7 +60,7 @@ class Run:
     @cached_property
     def labels(self) -> list[str]:
         """Of the images; "" where there is none, or it is not there yet."""
-        return [str(label) for label in self._store.group["label"][:]]
+        return [str(label) for label in self._store.read("label")]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -83,11 +83,11 @@ class Run:
             if not -len(self) <= image < len(self):
                 raise HookattnError(f"there is no image {image}: {self._store.where} has {len(self)}.")
             number = image % len(self)
-        status = int(self._store.group["status"][number])
+        status = int(self._store.read("status", number))
         if status == PENDING:
             raise HookattnError(f"image {image} is not there yet; the same extract again goes on with the run.")
         if status == BROKEN:
-            raise HookattnError(f"image {image} could not be read: {self._store.group['error'][number]}")
+            raise HookattnError(f"image {image} could not be read: {self._store.read('error', number)}")
         return number
 
     @cached_property
@@ -101,7 +101,7 @@ class Run:
 
     def broken(self) -> dict[str, str]:
         """The images that could not be read, by name, with the reason."""
-        errors = self._store.group["error"][:]
+        errors = self._store.read("error")
         return {self.names[number]: str(errors[number]) for number in np.flatnonzero(self._store.status() == BROKEN)}
 
     def photo(self, image: int | str, photo: Any = None) -> Photo:
@@ -158,7 +158,7 @@ class Run:
                 "extract maps or cls into another store."
             )
         values = torch.from_numpy(self._read(self.specs[kind], number))
-        rows, cols = (int(self._store.group[name][number]) for name in ("grid_rows", "grid_cols"))
+        rows, cols = (int(self._store.read(name, number)) for name in ("grid_rows", "grid_cols"))
         grid, missing = (rows, cols) if self.facts["varies"] else None, self.facts["missing"].get(kind, {})
         found = {
             name: _make_map(name, kind, values[place], layer, grid)
@@ -171,7 +171,7 @@ class Run:
 
     def _read(self, spec: Spec, number: int) -> Array:
         names = [spec.name, *([f"{spec.name}_max"] if spec.dtype == "uint8" else [])]
-        return decode(spec, {name: np.asarray(self._store.group[name][number]) for name in names})
+        return decode(spec, {name: self._store.read(name, number) for name in names})
 
 
 def open_run(where: str | os.PathLike[str]) -> Run:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import MissingExtraError, StoreError
+from ..errors import HookattnError, MissingExtraError, StoreError
+from .clients import advise, describe_missing, is_address, reason_of
 from .layout import BROKEN, PENDING, Array, Block, Layout, Spec, encode
 
 Facts = dict[str, Any]
@@ -40,7 +41,7 @@ class Store:
     @property
     def folder(self) -> Path | None:
         """The folder it is in; None for one at an address."""
-        return None if "://" in self.where else Path(self.where)
+        return None if is_address(self.where) else Path(self.where)
 
     def find_facts(self, mode: Literal["r", "r+"] = "r+") -> Facts | None:
         """What a run has noted there; None where there is no store, or one that was not finished being made.
@@ -54,11 +55,11 @@ class Store:
         try:
             self.group = zarr.open_group(self.where, mode=mode, zarr_format=3)
         except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-            if self.folder is None or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            if self._is_empty():
                 return None
             raise StoreError(f"{self.where} is there, and is no store of Zarr v3; name another.") from error
         except Exception as error:  # whatever zarr, fsspec and a store's client raise
-            raise StoreError(f"{self.where} cannot be opened ({type(error).__name__}: {_first_line(error)}).") from error
+            raise _tell(self.where, "opened", error) from error
         facts = self.group.attrs.get(_MARK)
         if facts is None:
             raise StoreError(f"{self.where} is a Zarr group that hookattn has not written; name another.")
@@ -78,7 +79,7 @@ class Store:
             StoreError: it cannot be written.
         """
         zarr = import_zarr()
-        with answering_full(self.where):
+        with answering_writes(self.where):
             attributes = {_MARK: {"state": "being made"}}
             self.group = zarr.create_group(self.where, overwrite=True, zarr_format=3, attributes=attributes)
             for spec in layout.specs:
@@ -92,17 +93,36 @@ class Store:
     def note(self, facts: Facts) -> None:
         """Note facts of the run, and put the metadata of all arrays beside them, where readers find it in one piece."""
         zarr = import_zarr()
-        coordinates = [name for name in ("label", "status", "sha256", "error", "grid_rows", "grid_cols") if name in self.group]
-        coordinates += [name for name in ("depth", "key_token", "key_row", "key_col") if name in self.group]
-        with answering_full(self.where), warnings.catch_warnings():
+        names = ("label", "status", "sha256", "error", "grid_rows", "grid_cols", "depth", "key_token", "key_row", "key_col")
+        with answering_writes(self.where), warnings.catch_warnings():
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)  # that other implementations may not look for it
-            self.group.attrs.update({_MARK: facts, "coordinates": " ".join(coordinates)})
+            coordinates = " ".join(name for name in names if name in self.group)
+            self.group.attrs.update({_MARK: facts, "coordinates": coordinates})
             zarr.consolidate_metadata(self.group.store)
+
+    def _is_empty(self) -> bool:
+        """Whether there is nothing at all where the store is to be."""
+        if self.folder is not None:
+            return self.folder.is_dir() and not any(self.folder.iterdir())
+        from fsspec.core import url_to_fs
+
+        with answering_reads(self.where):
+            files, path = url_to_fs(self.where)
+            files.invalidate_cache()  # others may have put something there
+            return not files.exists(path)
 
     def status(self) -> Array:
         """What became of each image."""
-        found: Array = self.group["status"][:]
-        return found
+        return self.read("status")
+
+    def read(self, name: str, rows: Any = ...) -> Array:
+        """Values of an array: all of them, or of some images.
+
+        Raises:
+            StoreError: they cannot be read at an address.
+        """
+        with answering_reads(self.where):
+            return np.asarray(self.group[name][rows])
 
     def find_done(self, layout: Layout, *, retry: bool = False) -> list[bool]:
         """Which blocks are there; with `retry`, without those that hold an image which could not be read."""
@@ -117,7 +137,7 @@ class Store:
             StoreError: it cannot be written, as where the disk is full.
         """
         rows = slice(block.start, block.start + len(block.status))
-        with answering_full(self.where):
+        with answering_writes(self.where):
             self.group["status"][rows] = PENDING  # what was there counts no longer before the first of it is replaced
             for spec in specs:
                 for name, values in encode(spec, block.values[spec.name]).items():
@@ -194,19 +214,43 @@ def import_zarr() -> Any:
 
 
 @contextmanager
-def answering_full(where: str) -> Iterator[None]:
-    """Turn what a file system says while something is written into an error that says what to do."""
+def answering_writes(where: str) -> Iterator[None]:
+    """Turn what a file system or a client says while something is written into an error that says what to do."""
     try:
         yield
-    except OSError as error:
+    except (HookattnError, MemoryError):
+        raise
+    except Exception as error:  # those of clients share no base
+        if is_address(where):
+            told = _tell(where, "written", error)
+            raise StoreError(f"{told} What is there is whole, and the same again goes on from there.") from error
+        if not isinstance(error, OSError):
+            raise
         raise StoreError(
-            f"{where} cannot be written ({error.strerror or _first_line(error)}). What is there is whole: make room, and "
+            f"{where} cannot be written ({error.strerror or reason_of(error)}). What is there is whole: make room, and "
             "run the same again to go on from there."
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).split("\n") or [""])[0]
+@contextmanager
+def answering_reads(where: str) -> Iterator[None]:
+    """Turn what a client says of an address while something is read into an error that says what to do."""
+    try:
+        yield
+    except (HookattnError, MemoryError):
+        raise
+    except Exception as error:
+        if not is_address(where):
+            raise
+        raise _tell(where, "read", error) from error
+
+
+def _tell(where: str, done: str, error: Exception) -> HookattnError:
+    """Why a store cannot be opened, read or written."""
+    if isinstance(error, ImportError):
+        return MissingExtraError(f"{where} cannot be {done}: {describe_missing(error, where)}")
+    advice = advise(where, error) if is_address(where) else ""
+    return StoreError(f"{where} cannot be {done}: {reason_of(error)} {advice}".rstrip())
 
 
 def _divisor(number: int, most: int) -> int:

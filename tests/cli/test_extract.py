@@ -142,7 +142,7 @@ def test_what_cannot_be_is_told_in_a_line(tmp_path: Path, weights: Path, photos:
     assert "-o '' names no store: -o NAME.zarr." in refusal("-o", "")
     assert f"{photos} is there, and is no store of Zarr v3; name another." in refusal("-o", photos)
     assert f"{weights} is there, and is no store of Zarr v3; name another." in refusal("-o", weights)
-    assert "nope://x.zarr cannot be written (Protocol not known: nope)" in refusal("-o", "nope://x.zarr")
+    assert "nope://x.zarr cannot be written: Protocol not known: nope" in refusal("-o", "nope://x.zarr")
     assert "no attention module is called 'nope'. There is: blocks.0.attn" in refusal("--layers", "nope")
     assert "none of the images can be read. broken.jpg: a file" in refusal_of(photos / "dog/broken.jpg")
     assert "--budget 1MB is of a page, and" in show_refusal("x.zarr", "--image", "0", "--budget", "1MB")

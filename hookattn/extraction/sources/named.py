@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 from ...errors import HookattnError, MissingExtraError, did_you_mean, listed
+from ..clients import reason_of
 from .columns import choose_images, choose_labels, name_label, name_rows
 from .images import Images
-from .places import answering, read_bytes, reason_of
+from .places import answering, read_bytes
 
 _PREFIX = "datasets:"
 _COLON = re.compile(r":(?![^\[]*\])")  # not that of a part of a split, as in train[:100]

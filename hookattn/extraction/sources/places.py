@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 from fsspec.core import url_to_fs
 
 from ...errors import HookattnError, MissingExtraError
+from ..clients import advise, describe_missing, reason_of
 
 _REMOTE = re.compile(r"[a-zA-Z][\w+.-]*://")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -39,15 +40,10 @@ def answering(place: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise HookattnError(f"there is no {place!r} (any more).") from error
     except ImportError as error:
-        raise MissingExtraError(f"{place!r} is out of reach: {error}.") from error
+        raise MissingExtraError(f"{place!r} is out of reach: {describe_missing(error, place)}") from error
     except Exception as error:  # clients of remote stores, and readers of formats, raise errors that share no base
-        raise HookattnError(f"{place!r} cannot be read: {reason_of(error)}") from error
-
-
-def reason_of(error: BaseException) -> str:
-    """What an error says, in one line, with its kind."""
-    text = " ".join(str(error).split())
-    return f"{text or 'no reason is told'} ({type(error).__name__})."
+        advice = advise(place, error) if is_remote(place) else ""
+        raise HookattnError(f"{place!r} cannot be read: {reason_of(error)} {advice}".rstrip()) from error
 
 
 def find_places(typed: str) -> list[str]:
@@ -62,6 +58,9 @@ def find_places(typed: str) -> list[str]:
     if not typed:
         raise HookattnError("images come from a folder, a file or an address, not from an empty name.")
     address = typed if is_remote(typed) else os.path.abspath(os.path.expanduser(typed)).replace(os.sep, "/")
+    if is_remote(address):
+        with answering(address):
+            url_to_fs(address)[0].invalidate_cache()  # what it knows of folders since it was asked before
     # a name may well have brackets and stars in it: what is there by its name is meant by it
     if is_there(address):
         return [address]
