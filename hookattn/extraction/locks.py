@@ -14,9 +14,12 @@ from threading import Event, Thread
 from typing import Any
 
 from ..errors import MissingExtraError, StoreError
+from .clients import advise, describe_missing, is_address, is_whole_bucket, reason_of
 
 _HELD: set[str] = set()
 """Stores that runs of this process write to: of itself a process gets a lock of a file again."""
+_ENDED: set[str] = set()
+"""Runs of this process that have ended: what one noted is still there where its store could not be reached at its end."""
 _RENEWED, _LASTS = 15.0, 60.0  # seconds: how often what is noted at an address is renewed, and how long it counts
 
 
@@ -25,18 +28,21 @@ def hold_store(where: str) -> Iterator[None]:
     """Hold a store for as long as the block lasts.
 
     Of a folder the system lets go where the process is killed. At an address (s3://) who writes is noted in an object beside
-    the store, renewed while it lasts, and counts for a minute after the last time; two runs that begin in the same second may
-    both go on there.
+    the store, renewed while it lasts, and counts for a minute after the last time. Two runs that begin together are told apart
+    there, but not two that go on in the same second where a third was killed.
 
     Raises:
-        StoreError: another run holds it.
+        StoreError: another run holds it, or it cannot be written.
+        MissingExtraError: the client of an address is not installed.
     """
-    key = where if "://" in where else os.path.realpath(where)
+    if is_whole_bucket(where):
+        raise StoreError(f"{where} is a whole bucket: name a store in it, {where.rstrip('/')}/NAME.zarr.")
+    key = where.rstrip("/") if is_address(where) else os.path.realpath(where)
     if key in _HELD:
         raise _taken(where, "of this process")
     _HELD.add(key)
     try:
-        with _hold_address(where) if "://" in where else _hold_folder(where):
+        with _hold_address(where) if is_address(where) else _hold_folder(where):
             yield
     finally:
         _HELD.discard(key)
@@ -99,11 +105,12 @@ def _hold_address(where: str) -> Iterator[None]:
         note = _Note(where)
         other = note.take()
     except ImportError as error:
-        raise MissingExtraError(f"{where} needs a package: {error}") from error
+        raise MissingExtraError(f"{where} cannot be written: {describe_missing(error, where)}") from error
     except Exception as error:  # whatever fsspec and a store's client raise
-        raise StoreError(f"{where} cannot be written ({error}).") from error
+        raise StoreError(f"{where} cannot be written: {reason_of(error)} {advise(where, error)}".rstrip()) from error
     if other is not None:
-        raise _taken(where, f"on {other.get('host')} (process {other.get('pid')})")
+        taken = _taken(where, f"on {other.get('host')} (process {other.get('pid')})")
+        raise StoreError(f"{taken} Where that was killed, the same again goes on a minute later.")
     ended = Event()
     renewing = Thread(target=note.renew_until, args=(ended,), name="hookattn lock", daemon=True)
     renewing.start()
@@ -127,41 +134,60 @@ class _Note:
 
     def take(self) -> dict[str, Any] | None:
         """Note that it is us, unless somebody else writes: then what is noted of them."""
-        if (other := self.read()) is not None and not _is_over(other):
+        other = self.read()
+        if other is not None and not _is_over(other):
             return other
-        self.write()
+        self.write(is_first=other is None)
         other = self.read() or {}
-        return None if other.get("run") == self.run else other  # who wrote after us
+        return None if other.get("run") == self.run else other  # who wrote before or after us
 
     def read(self) -> dict[str, Any] | None:
         """What it says; None where there is none."""
         self._files.invalidate_cache()
         try:
             found = json.loads(self._files.cat_file(self._path))
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             return None
-        return found if isinstance(found, dict) else None
+        except ValueError:  # nothing that a run has written
+            return {}
+        return found if isinstance(found, dict) else {}
 
-    def write(self) -> None:
-        """Say that it is us, now."""
+    def write(self, *, is_first: bool = False) -> None:
+        """Say that it is us, now; where we are to be the first, only if nobody has said so meanwhile."""
         told = {"run": self.run, "host": socket.gethostname(), "pid": os.getpid(), "renewed": time.time()}
-        self._files.pipe_file(self._path, json.dumps(told).encode())
+        data = json.dumps(told).encode()
+        try:
+            self._files.pipe_file(self._path, data, mode="create" if is_first else "overwrite")
+        except FileExistsError:
+            pass
+        except Exception as error:
+            # which stores that are like S3 answer to a condition that they do not know
+            if not is_first or "NotImplemented" not in repr(error.__cause__ or error):
+                raise
+            self._files.pipe_file(self._path, data)
 
     def renew_until(self, ended: Event) -> None:
         """Say so again and again."""
         while not ended.wait(_RENEWED):
             with suppress(Exception):  # the network may be back next time
-                self.write()
+                if self._is_ours():
+                    self.write()
 
     def remove(self) -> None:
         """Say that nobody writes."""
+        _ENDED.add(self.run)
         with suppress(Exception):  # it is over by itself
-            self._files.rm_file(self._path)
+            if self._is_ours():
+                self._files.rm_file(self._path)
+
+    def _is_ours(self) -> bool:
+        """Whether nobody else has taken over, as where we could not say for long that we are there."""
+        return (self.read() or {}).get("run") in (None, self.run)
 
 
 def _is_over(other: dict[str, Any]) -> bool:
-    """Whether who was noted writes no longer: it was not renewed, or its process is gone from this machine."""
-    if time.time() - float(other.get("renewed", 0)) > _LASTS:
+    """Whether who was noted writes no longer: it has ended, it was not renewed, or its process is gone from this machine."""
+    if other.get("run") in _ENDED or time.time() - float(other.get("renewed", 0)) > _LASTS:
         return True
     return other.get("host") == socket.gethostname() and not _runs(int(other.get("pid", 0)))
 
