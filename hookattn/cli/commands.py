@@ -111,7 +111,7 @@ def extract(
         list[str],
         typer.Argument(
             help="A folder, photos, a list of them (.txt), archives (.tar, WebDataset), tables (.parquet), datasets:NAME:SPLIT "
-            "of Hugging Face, or addresses (s3://) of these."
+            "of Hugging Face, or addresses (s3://, gs://) of these."
         ),
     ],
     model: Model = DEFAULT_MODEL,
@@ -146,7 +146,9 @@ def extract(
     ] = None,
     gpus: Annotated[Union[float, None], typer.Option(help="GPUs of each of them.", min=0.0)] = None,
     as_json: Json = False,
-    out: Annotated[str, typer.Option("--out", "-o", help="The store: a folder, or an address (s3://).")] = "attention.zarr",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="The store: a folder, or an address (s3://, gs://).")
+    ] = "attention.zarr",
 ) -> None:
     """Extract attention of a data set into a Zarr store. Stopped, it goes on by the same command; torchrun splits it."""
     with answering_errors(as_json):

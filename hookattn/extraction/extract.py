@@ -114,7 +114,7 @@ def extract(
         model: in eval mode, on the device it is to run on; or what loads it, which is called when all else has been looked at.
         source: a folder, a list, an archive, a table or a data set of photos, see `open_images`; or a data set of torch, or a
             `DataLoader`, of which data set, batch size and workers are taken. Images are stored in the order of the data set.
-        out: a folder, by habit NAME.zarr, or an address that fsspec knows ("s3://bucket/run.zarr").
+        out: a folder, by habit NAME.zarr, or an address that fsspec knows ("s3://bucket/run.zarr", "gs://...").
         what: names from `QUANTITIES`, with commas between them or in a list, in which a `Quantity` of one's own may be.
         layers: as for `AttentionRecorder`.
         size, crop: of photos, as in `Photo.open`. With crop="none" images have grids of their own: arrays are as long as the

@@ -112,6 +112,27 @@ def test_at_an_address_who_writes_is_noted_beside_the_store(told: dict[str, Any]
     assert not files.exists("/bucket/x.zarr.lock")
 
 
+def test_a_store_that_knows_no_conditions_is_held_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("memory")
+    whole = files.pipe_file
+
+    def pipe_file(path: str, data: bytes, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise OSError("(NotImplemented) A header you provided implies functionality that is not implemented")
+        whole(path, data)
+
+    monkeypatch.setattr(type(files), "pipe_file", staticmethod(pipe_file))
+    with hold_store("memory://bucket/x.zarr"):
+        assert json.loads(files.cat("/bucket/x.zarr.lock"))["pid"] == os.getpid()
+    note(host="elsewhere", renewed=time.time())
+    with pytest.raises(StoreError, match="another run on elsewhere"), hold_store("memory://bucket/x.zarr"):
+        pass
+    files.pipe("/bucket/x.zarr.lock", b"nothing of ours")
+    with hold_store("memory://bucket/x.zarr"):
+        pass
+    assert not files.exists("/bucket/x.zarr.lock")
+
+
 def test_an_address_nobody_knows() -> None:
     with pytest.raises(StoreError, match=r"s9://x/y\.zarr cannot be written"), hold_store("s9://x/y.zarr"):
         pass
