@@ -143,7 +143,6 @@ class _Note:
 
     def read(self) -> dict[str, Any] | None:
         """What it says; None where there is none."""
-        self._files.invalidate_cache()
         try:
             found = json.loads(self._files.cat_file(self._path))
         except FileNotFoundError:

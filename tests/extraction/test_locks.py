@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.drawn import Drawn, small_vit
-from support.inside import hold_store
+from support.inside import Note, hold_store
 
 from hookattn.errors import StoreError
 
@@ -110,6 +110,28 @@ def test_at_an_address_who_writes_is_noted_beside_the_store(told: dict[str, Any]
         with pytest.raises(StoreError, match="another run of this process"), hold_store("memory://bucket/x.zarr"):
             pass
     assert not files.exists("/bucket/x.zarr.lock")
+
+
+class Turns:
+    """What says so many times that a run goes on, before it has ended."""
+
+    def __init__(self, turns: int) -> None:
+        self._left = iter(range(turns))
+
+    def wait(self, _: float) -> bool:
+        return next(self._left, None) is None
+
+
+def test_what_is_noted_is_renewed_unless_another_run_has_taken_over() -> None:
+    files, ours = fsspec.filesystem("memory"), Note("memory://bucket/x.zarr")
+    assert ours.take() is None
+    files.rm("/bucket/x.zarr.lock")
+    ours.renew_until(Turns(2))
+    assert json.loads(files.cat("/bucket/x.zarr.lock"))["run"] == ours.run
+    note(host="elsewhere", renewed=time.time())
+    ours.renew_until(Turns(2))
+    assert json.loads(files.cat("/bucket/x.zarr.lock"))["run"] == "theirs"
+    files.rm("/bucket/x.zarr.lock")
 
 
 def test_a_store_that_knows_no_conditions_is_held_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from hookattn.conditions.modules import walk as walk
 from hookattn.conditions.training import random_streams as random_streams
 from hookattn.extraction import ray_engine, taking
 from hookattn.extraction.engines import Job
+from hookattn.extraction.locks import _Note as Note
 from hookattn.extraction.locks import hold_store
 from hookattn.extraction.ray_engine import _check_all_there as check_all_there
 from hookattn.extraction.ray_engine import _unpack as unpack
@@ -62,6 +63,7 @@ __all__ = [
     "Images",
     "Job",
     "Maps",
+    "Note",
     "Projected",
     "Scores",
     "Sum",
