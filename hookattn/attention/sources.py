@@ -186,19 +186,19 @@ class QK(_Product):
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         if isinstance(scale, Tensor):
             q, scale = q * scale, 1.0
+        nothing = q.new_empty(1, 1, 1)  # to scale within a product, which saves a pass; with beta=0 it is not even read
         if isinstance(k, Projected):
             # by heads, which have a weight each for all images
             weight, x = k.weight, k.x
             if weight.dtype is not q.dtype or x.dtype is not q.dtype:
                 weight, x = weight.to(q.dtype), x.to(q.dtype)
-            absorbed = torch.bmm((q * scale).transpose(0, 1).flatten(1, 2), weight)
+            absorbed = torch.baddbmm(nothing, q.transpose(0, 1).flatten(1, 2), weight, beta=0, alpha=scale)
             absorbed = absorbed.view(q.shape[1], q.shape[0], q.shape[2], x.shape[2]).transpose(0, 1)
             scores = torch.bmm(absorbed.flatten(1, 2), x.mT)
         else:
-            # scaled within the product, which saves a pass over the scores; with beta=0 what is added to is not even read
             k = k.to(q.dtype).expand(*q.shape[:2], -1, -1)
             out = out.flatten(0, 1) if out is not None and self.mix is None and is_ours_alone(q, k) else None
-            scores = torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale, out=out)
+            scores = torch.baddbmm(nothing, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale, out=out)
         scores = scores.view(*q.shape[:3], _sizes(k)[2])
         return scores if self.mix is None else torch.einsum("g h, b h q k -> b g q k", self.mix.to(q.dtype), scores)
 

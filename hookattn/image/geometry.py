@@ -33,25 +33,24 @@ class Geometry(NamedTuple):
     Attributes:
         model: the recorded model.
         name: name of the module in it.
+        module: the attention module.
         images: the pictures the forward looked at.
         arguments: what the module was called with, tensors by their sizes.
-        block_arguments: the same of the block that cuts its input into windows; None if there is no such block.
+        block: the block around it that cuts its input into windows; None if there is no such block.
+        block_arguments: what that block was called with, likewise; None if nobody called it.
         block_settings: numbers of that block at the time, such as the size of a window.
         cut: how the model cut the image then; None where its stem was not called.
     """
 
     model: nn.Module
     name: str
+    module: Any
     images: Images = None
     arguments: ArgumentSizes = ((), {})
+    block: nn.Module | None = None
     block_arguments: ArgumentSizes | None = None
     block_settings: Mapping[str, Any] = MappingProxyType({})
     cut: Cut | None = None
-
-    @property
-    def module(self) -> Any:
-        """The attention module."""
-        return next(iter(self.path()))
 
     @property
     def trunk(self) -> nn.Module:
@@ -150,7 +149,7 @@ class Geometry(NamedTuple):
         Raises:
             LayoutError: its forward has no such parameter, or no block that cuts windows is around the attention.
         """
-        if self.block_arguments is None:
+        if self.block is None or self.block_arguments is None:
             raise LayoutError(f"no block around {self.name!r} cuts windows; use geometry.argument({name!r}) in a layout.")
         return _bind(block, self.block_arguments, name)
 

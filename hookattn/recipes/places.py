@@ -45,17 +45,14 @@ def find_windows(geometry: Geometry) -> Tokens | None:
         TokenError: there is one, but somebody else called the module.
         LayoutError: its partition returned no `Tokens`.
     """
-    block = find_block(geometry.model, geometry.name)
-    if block is None:
+    if (block := geometry.block) is None or (find := find_partition(block)) is None:
         return None
     if geometry.block_arguments is None:
         raise TokenError(
             f"{geometry.name!r} was called, but not the {type(block).__name__} around it that cuts the image for it, so it is "
             "not known where its tokens lie; slice the map itself, m[...]."
         )
-    found = find_partition(block)
-    assert found is not None  # find_block has looked
-    windows: Any = found(ModuleSnapshot(block, geometry.block_settings), geometry)
+    windows: Any = find(ModuleSnapshot(block, geometry.block_settings), geometry)
     if not isinstance(windows, Tokens):
         raise LayoutError(
             f"the partition of {qualified_name(type(block))} returned {_describe(windows)}; return the Tokens that the "

@@ -123,15 +123,17 @@ class Recording:
         images = seen[trunk] if trunk in seen else seen.get(None)
         sizes, cut = measure_arguments(call.args, call.kwargs), self.passes.cuts.get(trunk)
         if layer.block is None:
-            geometry = Geometry(self.model, layer.name, images, sizes, cut=cut)
+            geometry = Geometry(self.model, layer.name, layer.module, images, sizes, cut=cut)
         else:
             around, settings = self.passes.blocks.get(layer.block), read_settings(layer.block)
-            geometry = Geometry(self.model, layer.name, images, sizes, around, settings, cut)
+            geometry = Geometry(self.model, layer.name, layer.module, images, sizes, layer.block, around, settings, cut)
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
     def lost(self, layer: Layer, name: str, error: Exception) -> AttentionMap:
         """The map of a call that could not be recorded."""
-        return AttentionMap(name, Lost(name, reason_of(error)), Geometry(self.model, layer.name), self.wanted.deliver)
+        return AttentionMap(
+            name, Lost(name, reason_of(error)), Geometry(self.model, layer.name, layer.module), self.wanted.deliver
+        )
 
     def gradient_of(self, name: str, forward: ForwardPass) -> Gradient | None:
         """Make the gradient of a map, which no backward has brought yet; None where none is wanted."""

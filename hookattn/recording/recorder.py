@@ -297,4 +297,4 @@ def _record_replaced_layers(model: nn.Module, modules: dict[str, nn.Module], del
     missing = {name: module for name, module in modules.items() if name not in ended.maps}
     for name in list(find_replaced(model, missing)):
         reason = f"{name!r} was replaced by another module inside the block; open the block after that."
-        ended.maps[name] = AttentionMap(name, Lost(name, reason), Geometry(model, name), deliver)
+        ended.maps[name] = AttentionMap(name, Lost(name, reason), Geometry(model, name, modules[name]), deliver)

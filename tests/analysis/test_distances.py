@@ -62,7 +62,7 @@ def test_cells_are_patches_or_whole_numbers_of_them_and_else_parts_of_the_image(
     model.patch_embed = nn.Conv2d(3, 8, 16, 16) if told else nn.Flatten()
     model.patch_embed.patch_size = 16
     # 2 x 6 patches and a rest, 3 x 7 and padding, two patches in one, or no number of patches
-    assert Geometry(model, "patch_embed", (1, 47, 111)).cell_size(grid) == cell
+    assert Geometry(model, "patch_embed", model.patch_embed, (1, 47, 111)).cell_size(grid) == cell
 
 
 @pytest.mark.parametrize("block", [0, 1], ids=["plain", "shifted"])

@@ -314,7 +314,7 @@ def test_a_map_of_one_patch_lies_on_the_pixels_of_that_patch(
     model.patch_embed = nn.Conv2d(3, 1, patch, patch)
     grid = (rows // patch, columns // patch)
     keys = whole_grid(grid)
-    tokens = Geometry(model, "", (1, rows, columns)).measured(keys, keys)[1]
+    tokens = Geometry(model, "", model, (1, rows, columns)).measured(keys, keys)[1]
     chosen = data.draw(st.tuples(st.integers(0, grid[0] - 1), st.integers(0, grid[1] - 1)))
     picture = torch.zeros(1, 2, *grid)
     picture[..., chosen[0], chosen[1]] = 1

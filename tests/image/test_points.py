@@ -181,7 +181,7 @@ def test_the_border_of_an_image_belongs_to_its_last_patch(grid: tuple[int, int],
     model.patch_embed = nn.Conv2d(3, 1, side, side)
     height, width = grid[0] * side, grid[1] * side
     whole, rest = (
-        Geometry(model, "", (1, height, w)).measured(tokens := whole_grid(grid), tokens)[0] for w in (width, width + 1)
+        Geometry(model, "", model, (1, height, w)).measured(tokens := whole_grid(grid), tokens)[0] for w in (width, width + 1)
     )
     assert whole.index((1.0, 1.0)) == len(whole) - 1
     for x in (1.0, width / (width + 1)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from hookattn import project
 
-PART = slice(1, None), torch.tensor([3, 0]), slice(2, 4)
+HEADS = slice(None), slice(1, 3), torch.tensor([3, 0])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -27,8 +27,11 @@ def test_each_part_is_that_of_the_layer_whole_or_cut(order: tuple[str, ...], axe
     for got, expected in zip(project(layer, x, pattern, parts=2, of=3, **axes), rearrange(layer(x), pattern, parts=3, **axes)):
         assert isinstance(got, Projected)
         assert got.shape == expected.shape
-        torch.testing.assert_close(got.compute_part(*PART), expected[1:, [3, 0], 2:4], rtol=0, atol=1e-12)
-        torch.testing.assert_close(got.narrowed(*PART[:2]) * 1, expected[1:, [3, 0]], rtol=0, atol=1e-12)
+        # one token, a few, many: of one image, of both
+        for batch, heads, tokens in product((slice(1, None), slice(None)), HEADS, (slice(4, None), slice(2, 4), slice(5))):
+            part = expected[batch, heads, tokens]
+            torch.testing.assert_close(got.compute_part(batch, heads, tokens), part, rtol=0, atol=1e-12)
+            torch.testing.assert_close(got.narrowed(batch, heads) * 1, expected[batch, heads], rtol=0, atol=1e-12)
         torch.testing.assert_close(got * 1, expected, rtol=0, atol=1e-12)
         by_head = torch.einsum("b n c, h d c -> b h n d", x, got.weight)
         by_head = by_head if got.bias is None else by_head + got.bias[:, None]
