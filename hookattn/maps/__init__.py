@@ -11,6 +11,7 @@ From top to bottom, an import may only point down:
     rows           some rows of a map without the others
     labelled       a map as an array of xarray
     reading        where a map comes from: a captured call, by recipe or by replay; a tensor that was kept
+    specs          shape, dtype and device of maps that are not computed, remembered by sizes
     comparison     whether a map is the one that its module's output came from
     notebook       a map, and a list of maps, as a notebook shows them
     picture        what a query attends to, laid out on the image

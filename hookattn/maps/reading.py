@@ -6,24 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from types import TracebackType
-from typing import Any, Union
-from weakref import WeakKeyDictionary
+from typing import Union
 
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from ..attention.sources import Dense, Source
 from ..calls.call import Call
-from ..calls.staleness import PLAIN, Structure
-from ..conditions.function_modes import SDPA
 from ..conditions.transforms import is_left_behind
 from ..errors import HookattnError, RecorderError, UnreadableError
-from ..recipes.registry import find_recipe
 from .established import NameInErrors, TellWhy, arrange, as_in_training, source_by_recipe
 from .lazy import LazyArray, Spec
 from .replay import replayed, source_of_watched, why_unreadable
 from .sites import Watch
+from .specs import known_spec, needs_values, spec_without_values
 
 _LET_GO = 'the input of {!r} was let go; record with AttentionRecorder(model, keep="inputs").'
 
@@ -227,7 +222,7 @@ def source_of(call: Call) -> Source:
 def _spec_of(call: Call) -> Spec:
     """Shape, dtype and device of a map, without its values where they need not be looked at."""
     by_recipe = not needs_values(call)
-    if by_recipe and (found := _specs_of(call).get(_sizes_of(call))) is not None:
+    if by_recipe and (found := known_spec(call)) is not None:
         return found  # it follows from sizes, whatever has become of values
     call.check_soon()
     if by_recipe and (found := spec_without_values(call)) is not None:
@@ -235,64 +230,6 @@ def _spec_of(call: Call) -> Spec:
     with call.in_its_modes():
         source = source_of(call)
     return Spec(source.shape, source.dtype, call.x.device)
-
-
-def needs_values(call: Call) -> bool:
-    """Whether shape, dtype and device of a map are not to be had without running what looks at values."""
-    # A replay needs values, since forwards branch on them, and so do hooks of others and train mode, with its random streams.
-    return find_recipe(call.layer.module) is None or any(call.layer.hooks) or any(call.modes.training)
-
-
-def spec_without_values(call: Call) -> Spec | None:
-    """The same by recipe, remembered for calls of the module with arguments of the same sizes; None where it declines one."""
-    if (key := _sizes_of(call)) is None:
-        return _spec_by_recipe(call)
-    if key not in (known := _specs_of(call)):
-        while len(known) >= _MOST:
-            known.pop(next(iter(known)), None)
-        known[key] = _spec_by_recipe(call)
-    return known[key]
-
-
-def _specs_of(call: Call) -> dict[Any, Spec | None]:
-    structure, known = _SPECS.get(call.layer.module, (None, {}))
-    if structure != call.layer.structure:  # it has become another module
-        _, known = _SPECS[call.layer.module] = call.layer.structure, {}
-    return known
-
-
-_MOST = 64  # sizes of arguments that are remembered of a module
-_SPECS: WeakKeyDictionary[nn.Module, tuple[Structure, dict[Any, Spec | None]]] = WeakKeyDictionary()
-
-
-def _sizes_of(call: Call) -> Any:
-    """All that a recipe sees of a call without values; None where it is given more than tensors, numbers and words."""
-    given, modes = (*call.args, *call.kwargs.values()), call.modes
-    if (
-        modes.functions
-        or call.held is not call.layer.caches
-        or any(type(each) is not Tensor and type(each) not in _PLAIN for each in given)
-    ):
-        return None
-    sizes = [(each.shape, each.dtype, each.device) if isinstance(each, Tensor) else each for each in given]
-    state = [(tensor.shape, tensor.dtype) for tensor in call.state]
-    return len(call.args), tuple(call.kwargs), tuple(sizes), tuple(state), modes.autocast, modes.sdpa is SDPA
-
-
-_PLAIN = frozenset({*PLAIN, type(None)})
-
-
-def _spec_by_recipe(call: Call) -> Spec | None:
-    """What a recipe makes of tensors that have a shape and no values, which costs no arithmetic."""
-    bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
-    # Undocumented, torch 2.6 to 2.14: tensors with shape, dtype and device that know what comes of any operator. Parameters
-    # stay what they are (`allow_non_fake_inputs`), since the recipe takes them from the module.
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)
-        shapes = call._replace(args=bare[0], kwargs=bare[1], modes=call.modes._replace(grad=False))
-        with shapes.in_its_modes():
-            source = source_by_recipe(shapes)
-    return None if source is None else Spec(source.shape, source.dtype, call.x.device)
 
 
 def reason_of(error: Exception) -> str:

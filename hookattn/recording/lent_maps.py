@@ -10,8 +10,9 @@ from ..attention.sources import Source
 from ..calls.call import Call
 from ..maps.attention_map import AttentionMap
 from ..maps.lazy import Spec
-from ..maps.reading import Captured, Watched, needs_values, spec_without_values
+from ..maps.reading import Captured, Watched
 from ..maps.sites import Watch
+from ..maps.specs import needs_values, spec_without_values
 from ..recipes.registry import find_recipe
 from .hear import Awaited, Listener, take_heard
 from .reduce import Reduction

@@ -109,3 +109,46 @@ def test_a_shape_that_is_remembered_is_that_of_the_call(monkeypatch: pytest.Monk
     model.more = nn.Parameter(torch.zeros(1, 4, 16))
     assert shape(x) == (2, 4, 11, 11)
     assert recorded(model.double(), x.double()).maps[0].dtype == torch.float64
+
+
+class Keeping(nn.Module):
+    """Attends to the first places of a grid, how many is given in a tuple and in a list, and fills a cache of biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.biases = Attention(16, 4), dict[str, Tensor]()
+
+    def forward(self, x: Tensor, size: tuple[int, int], more: list[int | tuple[int, ...]]) -> Tensor:
+        self.biases.setdefault("here", torch.zeros(x.shape[1]))
+        return self.inner(x[:, : size[0] * size[1] + more[0]])  # type: ignore[no-any-return, operator]
+
+
+@torch.no_grad()
+def test_a_shape_is_remembered_of_grids_lists_and_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_registers(monkeypatch)
+    asked = []
+
+    @recipe(Keeping)
+    def keeping(self: Any, x: Tensor, size: tuple[int, int], more: list[Any]) -> QK:
+        asked.append(size)
+        x = x[:, : size[0] * size[1] + more[0]]
+        return QK(*project(self.inner.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=4))
+
+    model, x = nn.Sequential(Keeping()).eval(), torch.randn(2, 12, 16)
+    model.forward = lambda *given: model[0](*given)  # type: ignore[method-assign]
+
+    def shape(*given: Any) -> tuple[tuple[int, ...], int]:
+        with AttentionRecorder(model, layers=["0"]) as rec:
+            model(x, *given)
+        asked.clear()
+        return rec.maps[0].shape, len(asked)
+
+    assert shape((2, 3), [1, (0, 1)]) == ((2, 4, 7, 7), 1)
+    assert shape((2, 3), [1, (0, 1)]) == ((2, 4, 7, 7), 1)  # the cache is filled by now, as it was not before
+    assert shape((2, 3), [1, (0, 1)]) == ((2, 4, 7, 7), 0)
+    assert shape((2, 2), [1, (0, 1)]) == ((2, 4, 5, 5), 1)
+    assert shape((2, 3), [2, (0, 1)]) == ((2, 4, 8, 8), 1)
+    assert shape((2, 2), [1, (0, 1)]) == shape((2, 2), [1, (0, 1)]) == ((2, 4, 5, 5), 0)
+    model[0].biases["there"] = x
+    assert shape((2, 2), [1, (0, 1)]) == ((2, 4, 5, 5), 1)
+    assert shape((2, 2), [1, object()]) == shape((2, 2), [1, object()]) == ((2, 4, 5, 5), 1)  # whatever that is

@@ -39,7 +39,7 @@ from hookattn.extraction.sources.open_images import open_images
 from hookattn.extraction.writer import Writer
 from hookattn.image import preprocessing
 from hookattn.image.sizes import size_after
-from hookattn.maps import comparison, established, lazy, reading, transfer
+from hookattn.maps import comparison, established, lazy, specs, transfer
 from hookattn.maps.comparison import compare_runs
 from hookattn.maps.established import as_in_training
 from hookattn.maps.evidence.establish import establish_axes
@@ -236,7 +236,7 @@ def refile(patch: pytest.MonkeyPatch, name: str, recipe: Any) -> None:
 
 def read_by(patch: pytest.MonkeyPatch, recipe: Any = global_attention.attention) -> None:
     """Read every module by one recipe: that of timm's `Attention`, or another."""
-    patch.setattr(reading, "find_recipe", lambda _: recipe)
+    patch.setattr(specs, "find_recipe", lambda _: recipe)
     patch.setattr(established, "find_recipe", lambda _: recipe)
 
 
