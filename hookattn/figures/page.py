@@ -160,7 +160,8 @@ def _photo_of(shown: Shown, room: int, table: list[list[int]], blocks: list[str]
             notes.append(f"{m.name} is not on the page: {error}")
     if not layers:
         raise TokenError(" ".join(notes))
-    extra = combined(maps, shown.index)
+    extra, why_not = combined(maps, shown.index)
+    notes += [why_not] * bool(why_not)
     kept, pool = choose_layers(layers, room - sum(layer.size(1) for layer in extra))
     if len(kept) < len(layers):
         left_out = [layer.name for i, layer in enumerate(layers) if i not in kept]

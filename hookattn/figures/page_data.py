@@ -96,11 +96,14 @@ def layer_of(m: AttentionMap, index: int) -> Layer:
     return Layer(m.name, "map", m.shape[1], own[0], own[1], read, patches / patches.sum(), m._spec().dtype, facts)
 
 
-def combined(maps: Sequence[AttentionMap], index: int) -> list[Layer]:
-    """The rollout of maps that follow each other, and, where gradients were recorded, their relevance."""
+def combined(maps: Sequence[AttentionMap], index: int) -> tuple[list[Layer], str]:
+    """The rollout of maps that follow each other, and, where gradients were recorded, their relevance; why not, in words."""
     square = find_chain(maps)
-    if not square or math.prod(square[0].shape[2:]) > _MATRIX:
-        return []
+    if not square:
+        return [], ""
+    if math.prod(square[0].shape[2:]) > _MATRIX:
+        tokens = math.isqrt(_MATRIX)
+        return [], f"There is no rollout of more than {tokens:,} tokens on the page: see hookattn.analysis.rollout(maps)."
     last, found = _weigh_patches(square[-1], index), []
     for kind, combine in (("rollout", rollout), ("relevance", relevance)):
         try:
@@ -111,7 +114,7 @@ def combined(maps: Sequence[AttentionMap], index: int) -> list[Layer]:
         if kind == "relevance":
             matrix = matrix - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         found.append(_layer_of_matrix(kind, matrix, last, f"{square[0].name} to {square[-1].name}"))
-    return found
+    return found, ""
 
 
 def _weigh_patches(m: AttentionMap, index: int) -> tuple[Tokens, Tensor]:

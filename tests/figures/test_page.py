@@ -16,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 from support.browser import Opened
+from support.inside import roll_out_at_most
 from support.reading import record
 from torch import Tensor, nn
 
@@ -443,6 +444,20 @@ def test_above_its_budget_a_page_says_what_is_not_there(open_page: Open, tmp_pat
     rows = [rec.maps[-1].image((14 * 52 // 100 // step * step + i, j)) for i in range(step) for j in range(step)]
     if 14 * 0.1 // step == 0:
         compare(shown, rec.maps[-1].name, torch.stack(rows).mean(0)[0])
+
+
+def test_a_page_says_that_there_are_too_many_tokens_for_a_rollout(
+    open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rec, photo = see("square")
+    tokens = len(rec.maps[-1].tokens)
+    kinds = {}
+    for most in (tokens, tokens - 1):
+        roll_out_at_most(monkeypatch, most)
+        shown = open_page(rec.explore(photo, tmp_path / "page.html"))
+        kinds[most] = shown.ask("hookattn.photos()[0].layers.map((layer) => layer.kind)")
+    assert kinds == {tokens: kinds[tokens - 1] + ["rollout"], tokens - 1: ["map"] * len(rec.maps)}
+    assert f"no rollout of more than {tokens - 1} tokens" in shown.page.locator("#left-out").inner_text()
 
 
 def test_a_budget_that_holds_nothing_is_refused(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from hookattn.extraction.sent_errors import make_sendable
 from hookattn.extraction.sources.images import Images
 from hookattn.extraction.sources.open_images import open_images
 from hookattn.extraction.writer import Writer
+from hookattn.figures import page_data
 from hookattn.image import preprocessing
 from hookattn.image.sizes import size_after
 from hookattn.maps import comparison, established, lazy, specs, transfer
@@ -238,6 +239,11 @@ def read_by(patch: pytest.MonkeyPatch, recipe: Any = global_attention.attention)
     """Read every module by one recipe: that of timm's `Attention`, or another."""
     patch.setattr(specs, "find_recipe", lambda _: recipe)
     patch.setattr(established, "find_recipe", lambda _: recipe)
+
+
+def roll_out_at_most(patch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Of how many tokens a page has a rollout at most."""
+    patch.setattr(page_data, "_MATRIX", tokens**2)
 
 
 def try_blocks(patch: pytest.MonkeyPatch, times: int) -> None:
