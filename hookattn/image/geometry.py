@@ -73,8 +73,10 @@ class Geometry(NamedTuple):
         also where layers overlap, reach over the border of the image or leave some of it out.
 
         Raises:
-            TokenError: the size of the image or of its patches is not known.
+            TokenError: the size of the image or of its patches is not known, or the grid has none.
         """
+        if not all(grid_size):
+            raise TokenError(f"tokens of {self.name!r} without a grid of patches have no size in pixels.")
         if isinstance(self.images, Patches):
             patch = self.images.patch_size or self._cut.patch_size
             if patch is None:

@@ -146,6 +146,22 @@ def test_what_some_layers_do_not_have_is_nan_there_and_the_store_says_why(tmp_pa
     torch.testing.assert_close(maps[0].image("cls"), rec.maps[next(iter(maps))].image("cls"), rtol=1e-5, atol=1e-6)
 
 
+def test_branches_on_two_grids_stand_beside_each_other(tmp_path: Path) -> None:
+    model = randomise(timm.create_model("crossvit_tiny_240", img_size=120, depth=[[1, 1, 0]], num_classes=0)).eval()
+    images = Drawn(2)
+    extraction.extract(model, images, tmp_path / "x.zarr", "cls,distance", dtype="float32")
+    found, maps = stored(tmp_path / "x.zarr"), extraction.open(tmp_path / "x.zarr").maps(1)
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(shown(images, 1, model))
+    for layer, (m, other) in enumerate(zip(rec.maps.values(), maps.values())):
+        near(found.cls[1, layer, :, : m.shape[3]], m.rows("cls")[0])
+        assert bool(found.cls[1, layer, :, m.shape[3] :].isnull().all())
+        assert (other.query_tokens.grid_size, other.tokens.grid_size) == (m.query_tokens.grid_size, m.tokens.grid_size)
+        torch.testing.assert_close(other.image("cls"), m.image("cls"), rtol=1e-5, atol=1e-6)
+    # a class token that looks at the other branch is at no distance from it
+    assert [bool(row.isnull().all()) for row in found.distance[1]] == ["fusion" in name for name in maps]
+
+
 def test_eight_bits_are_shares_of_the_largest_of_each_row(tmp_path: Path) -> None:
     model, images = small_vit(), Drawn(3)
     for dtype in ("uint8", "float32"):

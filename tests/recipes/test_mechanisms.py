@@ -20,7 +20,7 @@ from hookattn import AttentionMap, AttentionRecorder
 
 
 def check(m: AttentionMap, expected: Tensor) -> None:
-    """The map is the expected one and replay's; rows and heads read alone are those of the whole; verify agrees."""
+    """The map is the expected one and replay's; rows and heads read alone are those of the whole; copies and verify agree."""
     assert find_recipe(call_of(m)[0]) is not None
     shape, whole = m.shape, m[...]
     assert shape == whole.shape
@@ -33,6 +33,7 @@ def check(m: AttentionMap, expected: Tensor) -> None:
     agree(m[:, -1], whole[:, -1])
     agree(m[-1, :, [1 % shape[2], 0]], whole[-1][:, [1 % shape[2], 0]])
     m.verify()
+    assert repr(copy.deepcopy(m)) == repr(m)  # a copy takes along where the axes lie
 
 
 @pytest.mark.parametrize("name", ANY_DTYPE)
