@@ -139,7 +139,7 @@ def extract(
     Raises:
         StoreError: the store is another run's, in use, or cannot be written.
         HookattnError: there are no images that can be read, or something is asked for that the model does not have.
-        ModelError: the model is in training mode.
+        ModelError: it is no model, or in training mode.
         MissingExtraError: zarr is not installed.
     """
 
@@ -152,7 +152,9 @@ def extract(
         return images, opened, reading, quantities
 
     def plan() -> Planned:
-        loaded = model if isinstance(model, nn.Module) else model()
+        loaded = model() if callable(model) and not isinstance(model, nn.Module) else model
+        if not isinstance(loaded, nn.Module):
+            raise ModelError(f"a {type(loaded).__name__} is no model: give an nn.Module, or a function that loads one.")
         if any(module.training for module in loaded.modules()):
             raise ModelError("the model is in training mode, in which each image changes the figures of others: model.eval().")
         inputs = find_inputs(opened, loaded, size, crop, preprocessing)

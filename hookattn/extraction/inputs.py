@@ -113,15 +113,17 @@ class DataSet:
             HookattnError: what it gives is no image; whatever the data set raises comes as it is.
         """
         found = self._dataset[index]
-        label = ""
+        label, keys = "", ""
         if isinstance(found, (tuple, list)):
             label = str(_plain(found[1])) if len(found) > 1 else ""
             found = found[0] if found else None
         elif isinstance(found, Mapping):
             label = str(_plain(found.get("label", found.get("labels", ""))))
+            keys = f" of a dict with {listed(map(str, found))}"
             found = next((found[key] for key in ("pixel_values", "image", "images") if key in found), None)
         if not isinstance(found, Tensor) or found.dim() != 3 or not found.is_floating_point():
             what = f"a tensor {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            what += keys
             raise HookattnError(
                 f"image {index} of {type(self._dataset).__name__} is {what}: a data set gives (channels, height, width) in "
                 'floating point, as the model is called with, alone, first in a tuple, or as "pixel_values" in a dict. Its '
@@ -149,9 +151,10 @@ def open_source(source: Source, image_column: str | None = None, label_column: s
     """The images of a source, before there is a model to show them to.
 
     Raises:
-        HookattnError: there are none, or columns are named of what has none.
+        HookattnError: there are none, they are in a list themselves, or columns are named of what has none.
     """
     if isinstance(source, (str, os.PathLike, list, tuple)):
+        _check_paths(source)
         source = open_images(source, image=image_column, label=label_column)
     elif image_column is not None or label_column is not None:
         raise HookattnError(
@@ -162,6 +165,15 @@ def open_source(source: Source, image_column: str | None = None, label_column: s
     if not len(found.names):
         raise HookattnError("there are no images in it.")
     return found
+
+
+def _check_paths(source: Any) -> None:
+    for each in source if isinstance(source, (list, tuple)) else ():
+        if not isinstance(each, (str, os.PathLike)):
+            raise HookattnError(
+                f"a list names files and addresses of images, and there is a {type(each).__name__} in this one. Images in "
+                "memory are given as a data set of torch, such as torch.utils.data.TensorDataset(torch.stack(tensors))."
+            )
 
 
 def check_how_shown(opened: Opened, size: Size | int | None, crop: Crop | None, preprocessing: object) -> None:

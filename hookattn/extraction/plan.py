@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -75,7 +76,8 @@ def check_numbers(dtype: str, block: int | None, reading: Reading) -> None:
     """
     if dtype not in KINDS:
         raise HookattnError(f"dtype={dtype!r} is not stored: {', '.join(KINDS)}.")
-    if reading.batch_size < 1 or reading.workers < 0 or (block is not None and block < 1):
+    numbers = (reading.batch_size, 1), (reading.workers, 0), (1 if block is None else block, 1)
+    if any(not isinstance(number, Integral) or number < least for number, least in numbers):
         raise HookattnError(
             "batch_size and block are numbers of images from 1 on, and workers a number of processes from 0 on."
         )
@@ -160,8 +162,7 @@ def _find_readable(inputs: Inputs, strict: bool) -> Input:
 
 def _specify(quantity: Quantity, shapes: Shapes, dtype: str) -> Spec:
     kind = "float32" if not quantity.is_large else "float16" if dtype == "uint8" and not quantity.bounded else dtype
-    dims = ("layer", *quantity.dims) if quantity.per_layer else quantity.dims
-    return Spec(quantity.name, dims, shapes.shapes[quantity.name], kind, quantity.units)
+    return Spec(quantity.name, quantity.axes, shapes.shapes[quantity.name], kind, quantity.units)
 
 
 def _choose_block(specs: Sequence[Spec]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,22 +41,31 @@ class Quantity:
     units: str = ""
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of its axes beside image."""
+        return ("layer", *self.dims) if self.per_layer else self.dims
+
+    @property
     def is_large(self) -> bool:
         """Whether it grows with the number of tokens, and is stored in the dtype that is asked for; others are float32."""
         return bool({"query", "key"} & {*self.dims})
 
 
 What = Union[str, Quantity]
+COORDINATES = {"image", "layer", "depth", "head", "key_token", "key_row", "key_col", "label", "status", "sha256", "error"}
+COORDINATES |= {"grid_rows", "grid_cols"}
+"""Arrays of the store that are there whatever is taken."""
 
 
 def find_quantities(what: str | Quantity | Iterable[What]) -> tuple[Quantity, ...]:
     """The quantities of names, separated by commas or in a list, among which may be quantities of one's own.
 
     Raises:
-        HookattnError: there is no such name, or one is there twice.
+        HookattnError: there is no such name, one is there twice, or one's own cannot be called so.
     """
-    listed = [what] if isinstance(what, Quantity) else what.split(",") if isinstance(what, str) else list(what)
-    found = tuple(each if isinstance(each, Quantity) else _find(each.strip()) for each in listed)
+    listed = [what] if isinstance(what, Quantity) else what.split(",") if isinstance(what, str) else list(what or ())
+    found = tuple(each if isinstance(each, Quantity) else _find(each) for each in listed)
+    _check_names(found)
     names = [each.name for each in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise HookattnError(f"{twice!r} is asked for twice; leave one out, or give yours another name.")
@@ -64,10 +74,24 @@ def find_quantities(what: str | Quantity | Iterable[What]) -> tuple[Quantity, ..
     return found
 
 
-def _find(name: str) -> Quantity:
-    if name not in QUANTITIES:
-        raise HookattnError(f"there is nothing called {name!r} to take of an image. {did_you_mean(name, QUANTITIES)}")
-    return QUANTITIES[name]
+def _find(name: Any) -> Quantity:
+    found = QUANTITIES.get(str(name).strip())
+    if found is None:
+        raise HookattnError(f"there is nothing called {name!r} to take of an image. {did_you_mean(str(name), QUANTITIES)}")
+    return found
+
+
+def _check_names(quantities: Sequence[Quantity]) -> None:
+    """Check that each can have an array of its name, and xarray its axes."""
+    dims = {dim for each in quantities for dim in each.dims}
+    there = {*COORDINATES, *dims, *(f"{each.name}_max" for each in quantities)}
+    for each in quantities:
+        if each.name in there or re.fullmatch(r"\w[\w.-]*", each.name) is None:
+            raise HookattnError(f"a store can have no array {each.name!r} for a quantity; give it another name.")
+        if len({*each.dims, "image", "layer"}) < len(each.dims) + 2:
+            raise HookattnError(
+                f"{each.name!r} has the axes {', '.join(each.dims)}: name each once, without image and layer, which are there."
+            )
 
 
 def take_of_map(m: AttentionMap, images: int, quantities: Sequence[Quantity]) -> dict[str, Tensor]:
@@ -81,8 +105,21 @@ def take_of_map(m: AttentionMap, images: int, quantities: Sequence[Quantity]) ->
     return {q.name: _by_image(q, m, q.of(m if q.statistic is None else next(computed)), images) for q in quantities}
 
 
+def check_axes(quantity: Quantity, found: Any) -> Tensor:
+    """What was made of a map, or of all: a tensor of the axes that the quantity has.
+
+    Raises:
+        HookattnError: it is none.
+    """
+    if isinstance(found, Tensor) and found.dim() == 1 + len(quantity.dims):
+        return found
+    what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    raise HookattnError(f"its `of` gives {what} where a tensor ({', '.join(('images', *quantity.dims))}) is expected")
+
+
 def _by_image(quantity: Quantity, m: AttentionMap, found: Tensor, images: int) -> Tensor:
     """(images, *dims); a figure of windows is averaged over those of an image."""
+    check_axes(quantity, found)
     if len(found) == images:
         return found
     if m.axes[0] == "batch * windows" and not quantity.is_large:

@@ -20,7 +20,7 @@ from ..recording.reduce import Keep
 from ..recording.selection import Layers
 from .geometry import Facts, describe_layers
 from .layout import Array
-from .quantities import Quantity, take_of_map
+from .quantities import Quantity, check_axes, take_of_map
 
 Shape = tuple[int, ...]
 _MOST = 2**26  # bytes of a batch that are on their way while the next is read: memory that is pinned, and copies on the device
@@ -32,7 +32,7 @@ class Shapes:
 
     Attributes:
         layers: heads, queries and keys of each map and where they lie, by name, in the order the modules run.
-        shapes: of each quantity without the image: (layers, *dims), as long as that of the longest layer.
+        shapes: of each quantity without the image: (layers, *dims), each as long as the longest of its name, of any layer.
         tokens: what the keys of all layers stand for; None where they differ, or it is not known.
         missing: quantities that some layers do not have, by quantity and layer, with the reason.
     """
@@ -54,7 +54,7 @@ class Shapes:
                 'those of this model do not: show all images at one size, crop="center".'
             )
         more, axes = patches - self.tokens.grid_size[0] * self.tokens.grid_size[1], {"query", "key"}
-        dims = {each.name: (*("layer",) * each.per_layer, *each.dims) for each in quantities}
+        dims = {each.name: each.axes for each in quantities}
         grown = {
             name: tuple(size + more * (dim in axes) for dim, size in zip(dims[name], shape))
             for name, shape in self.shapes.items()
@@ -145,7 +145,7 @@ class Taker:
         shapes |= {quantity.name: _try_all(maps, quantity) for quantity in self._of_all}
         return Shapes(
             describe_layers(maps),
-            shapes,
+            _align(shapes, {each.name: each.axes for each in (*self._of_layers, *self._of_all)}),
             _common_tokens([_tokens_of(m) for m in maps.values()]),
             {name: why for name, why in missing.items() if why},
         )
@@ -234,7 +234,7 @@ def _collect(rec: AttentionRecorder) -> dict[str, _OfLayer]:
 def _try_all(maps: Maps, quantity: Quantity) -> Shape:
     """The shape of a quantity of all layers together, without the image."""
     try:
-        return tuple(quantity.of(maps).shape[1:])
+        return tuple(check_axes(quantity, quantity.of(maps)).shape[1:])
     except (HookattnError, ValueError) as error:  # ValueError: of layers that do not follow one another
         raise _cannot_be_had(quantity, str(error)) from error
 
@@ -254,6 +254,14 @@ def _try_layers(maps: Maps, images: int, quantity: Quantity) -> tuple[list[Shape
         except HookattnError as error:
             missing[name] = str(error)
     return found, missing
+
+
+def _align(shapes: Mapping[str, Shape], axes: Mapping[str, tuple[str, ...]]) -> dict[str, Shape]:
+    """Shapes in which axes of one name are of one length, the longest, as xarray wants them."""
+    lengths: dict[str, int] = {}
+    for name, shape in shapes.items():
+        lengths |= {axis: max(size, lengths.get(axis, 0)) for axis, size in zip(axes[name], shape)}
+    return {name: tuple(lengths[axis] for axis in axes[name]) for name in shapes}
 
 
 def _tokens_of(m: AttentionMap) -> Tokens | None:

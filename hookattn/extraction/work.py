@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Union
 
 from torch import nn
 
-from ..errors import HookattnError
+from ..errors import HookattnError, listed
 from .batches import Batch, answering_lost_workers, load_batches
 from .inputs import DataSet, Inputs
 from .layout import BROKEN, TAKEN, Array, Block, Layout
@@ -127,10 +128,20 @@ def _begin(taker: Taker, task: Task, batches: Iterable[Batch]) -> Iterator[_Begu
         for numbers, images in batch.groups:
             rows = _rows_of([number - block.start for number in numbers])
             out = {name: values[rows] for name, values in block.values.items()}
-            taken.append((rows, out, taker.take(images, task.shapes, out)))
+            with _naming([task.inputs.names[number] for number in numbers]):
+                taken.append((rows, out, taker.take(images, task.shapes, out)))
         last = _Begun(batch, block, taken, waited)
         yield last
         asked = time.perf_counter()
+
+
+@contextmanager
+def _naming(names: list[str]) -> Iterator[None]:
+    """Say in what is raised about images which they are."""
+    try:
+        yield
+    except HookattnError as error:
+        raise type(error)(f"{error} Shown were: {listed(names)}.") from error
 
 
 def _one_behind(batches: Iterable[_Begun]) -> Iterator[_Begun]:

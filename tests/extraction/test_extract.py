@@ -190,10 +190,39 @@ def test_a_model_runs_once_for_each_image_and_once_to_look(tmp_path: Path) -> No
 def test_a_quantity_of_ones_own(tmp_path: Path) -> None:
     model, images = small_vit(), Drawn(3)
     top = extraction.Quantity("top", ("head", "rank"), lambda m: m[:, :, 0].topk(3).values)
-    extraction.extract(model, images, tmp_path / "x.zarr", ["entropy", top])
+    extraction.extract(model, images, tmp_path / "x.zarr", ["cls", top])
     found = stored(tmp_path / "x.zarr")
     assert found.top.dims == ("image", "layer", "head", "rank")
+    for name in found.coords:
+        with pytest.raises(HookattnError, match=f"no array '{name}' for a quantity"):
+            extraction.extract(model, images, tmp_path / "y.zarr", extraction.Quantity(str(name), ("rank",), top.of))
     near(found.top[2, 1], own_maps(model, shown(images, 2, model))[1][:, 0].topk(3).values)
+
+
+def test_quantities_whose_axes_are_of_other_lengths_stand_beside_each_other(tmp_path: Path) -> None:
+    model, images = small_vit(), Drawn(2)
+    first = extraction.Quantity("first", ("head", "key"), lambda m: m[:, :1, 0, :5])
+    extraction.extract(model, images, tmp_path / "x.zarr", ["entropy", "cls", first], dtype="float32")
+    found = stored(tmp_path / "x.zarr")  # in which xarray has one length for all axes of a name
+    assert found.first.shape == found.cls.shape
+    near(found.first[1, 1, :1, :5], own_maps(model, shown(images, 1, model))[1][:1, 0, :5])
+    assert int(found.first[1, 1].notnull().sum()) == 5
+
+
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_a_quantity_of_other_axes_than_it_says_is_refused(tmp_path: Path, per_layer: bool) -> None:
+    wrong: dict[str, Callable[[Any], Any]] = {
+        r"a tensor \(2,\)": lambda m: torch.zeros(2),
+        r"a tensor \(\)": lambda m: torch.tensor(3.0),
+        "a ndarray": lambda m: torch.zeros(1, 2).numpy(),
+    }
+    for message, of in wrong.items():
+        asked = extraction.Quantity("top", ("head",), of, per_layer=per_layer)
+        with pytest.raises(
+            UnreadableError, match=rf"'top' cannot .*gives {message} where a tensor \(images, head\) is expected"
+        ):
+            extraction.extract(small_vit(), Drawn(2), tmp_path / "x.zarr", asked)
+    assert not (tmp_path / "x.zarr").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -306,6 +335,8 @@ def test_a_data_set_that_is_none(tmp_path: Path) -> None:
         extraction.extract(model, DataLoader(Streamed()), out)
     with pytest.raises(HookattnError, match=r"image 0 of Numbered is a tensor \(64, 64\)"):
         extraction.extract(model, Numbered(lambda i: torch.zeros(64, 64)), out)
+    with pytest.raises(HookattnError, match="is NoneType of a dict with img, label: a data set gives"):
+        extraction.extract(model, Numbered(lambda i: {"img": picture(i), "label": 3}), out)
     with pytest.raises(HookattnError, match="is str: a data set gives"):
         extraction.extract(model, Numbered(lambda i: "dog.jpg"), out)
     with pytest.raises(HookattnError, match="there are no images in it"):
@@ -334,10 +365,16 @@ def test_a_process_that_is_killed_while_it_reads_is_told(tmp_path: Path) -> None
     assert extraction.extract(model, Numbered(die), tmp_path / "x.zarr", workers=0).taken == 5
 
 
+def test_images_that_a_model_does_not_take_are_named(tmp_path: Path) -> None:
+    sizes = Numbered(lambda i: torch.zeros(3, 64 + 16 * (i in (1, 3)), 64))
+    with pytest.raises(HookattnError, match=r"takes no images 2 x 3 x 80 x 64 .* Shown were: 00000001, 00000003\."):
+        extraction.extract(small_vit(), sizes, tmp_path / "x.zarr", "cls")
+
+
 def test_a_larger_image_than_the_first_says_so(tmp_path: Path) -> None:
     model = small_vit(dynamic_img_size=True)
     sizes = Numbered(lambda i: torch.zeros(3, 64 + 16 * (i == 3), 64))
-    with pytest.raises(UnreadableError, match=r"there is room for \(3, 17\), as for the first"):
+    with pytest.raises(UnreadableError, match=r"there is room for \(3, 17\), as for the first.* Shown were: 00000003\."):
         extraction.extract(model, sizes, tmp_path / "x.zarr", "cls")
 
 

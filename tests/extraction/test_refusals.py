@@ -22,11 +22,27 @@ extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 pytest.importorskip("zarr")
 TENSORS = TensorDataset(torch.zeros(6, 3, 64, 64))
 
+
+def of_ones_own(name: str, *dims: str) -> Any:
+    return extraction.Quantity(name, dims, lambda m: m[:, :, 0].amax(-1))
+
+
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "what": ("nothing called 'entrophy'", {"what": "entrophy"}),
+    "what is none": ("nothing is asked for", {"what": None}),
+    "what is a number": ("nothing called 3 to take", {"what": [3]}),
+    "a name of an array": ("no array 'label' for a quantity; give it another name", {"what": of_ones_own("label", "head")}),
+    "a name of an axis": ("no array 'top' for a quantity", {"what": of_ones_own("top", "top")}),
+    "a name of a folder": ("no array 'my/top' for a quantity", {"what": of_ones_own("my/top", "head")}),
+    "a name of a scale": ("no array 'cls_max' for a quantity", {"what": ["cls", of_ones_own("cls_max", "head")]}),
+    "an axis twice": ("'top' has the axes head, head: name each once", {"what": of_ones_own("top", "head", "head")}),
+    "an axis there is": ("without image and layer, which are there", {"what": of_ones_own("top", "image")}),
     "dtype": ("dtype='int8' is not stored", {"dtype": "int8"}),
     "batch_size": ("batch_size and block are numbers", {"batch_size": 0}),
     "block": ("batch_size and block are numbers", {"block": 0}),
+    "half a batch": ("batch_size and block are numbers", {"batch_size": 2.5}),
+    "images in a list": (r"there is a Tensor in this one\. .*TensorDataset", {"source": [torch.zeros(3, 64, 64)]}),
+    "bytes in a list": ("there is a bytes in this one", {"source": [b"a.png"]}),
     "no source": (r"there is no '.*nowhere'", {"source": "nowhere"}),
     "an empty source": ("has no photos, .tar or .parquet files in it", {"source": "empty"}),
     "an empty data set": ("there are no images in it", {"source": TensorDataset(torch.zeros(0, 3, 64, 64))}),
@@ -77,6 +93,13 @@ def test_without_zarr_no_model_is_loaded(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(MissingExtraError, match=r'pip install "hookattn\[store\]"'):
         extraction.extract(load_none, "photos", "x.zarr")
+
+
+@pytest.mark.parametrize("given", [None, "vit_small_patch16_224", lambda: None], ids=str)
+def test_what_is_no_model_is_refused(folder: Path, given: Any) -> None:
+    with pytest.raises(ModelError, match=r"a (NoneType|str) is no model: give an nn\.Module, or a function that loads one"):
+        extraction.extract(given, "photos", "x.zarr")
+    assert not Path("x.zarr").exists()
 
 
 def test_what_a_model_refuses_leaves_nothing(folder: Path) -> None:
