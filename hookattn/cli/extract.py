@@ -12,6 +12,7 @@ import torch.distributed as dist
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import HookattnError, listed
@@ -24,7 +25,7 @@ from ..extraction.read import open_run
 from ..extraction.store import Store, import_zarr
 from .asked import RETRY, Asked
 from .models import read_size
-from .output import console, name_bytes, print_error, printable, say, say_left_out
+from .output import console, name_bytes, print_error, printable, say, say_left_out, say_missing
 from .photos import Rate, load_asked, read_layers
 
 
@@ -103,15 +104,16 @@ def _extract(sources: Sequence[str], asked: Asked, wanted: Wanted, out: str, eng
 
 def _tell(summary: Summary, model: str, out: str, as_json: bool) -> None:
     # of the store, since another run or another process may have met them
-    broken, size = open_run(out).broken(), _size_of(out)
-    say_left_out(broken)
+    run, size = open_run(out), _size_of(out)
+    say_left_out(broken := run.broken())
+    say_missing(missing := run.facts["missing"], len(run.layers))
     left_out = f"{summary.broken} could not be read{f' ({RETRY} tries them again)' if broken else ''}"
     say(f"{summary.taken} of {summary.images} images of {model}, {left_out}; {_name_pace(summary)}")
     large = "" if size is None else f", {name_bytes(size)}"
     say(f"wrote {printable(out)}{large}; hookattn show takes it, and xarray.open_zarr")
     if as_json:
         figures = {**summary._asdict(), "images_per_second": summary.images_per_second, "bytes": size}
-        told = {**figures, "left_out": broken, "tried_again_by": RETRY if broken else None}
+        told = {**figures, "missing": missing, "left_out": broken, "tried_again_by": RETRY if broken else None}
         typer.echo(json.dumps({"model": model, "store": out, **told}))
 
 
@@ -193,8 +195,9 @@ class _Told:
     """A bar that tells how far a run is, how fast, how long it still takes, and how much of it waits for images."""
 
     def __init__(self, *, is_hidden: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        more = TextColumn("{task.fields[more]}")
+        figures = (kind(table_column=Column(no_wrap=True)) for kind in (MofNCompleteColumn, Rate, TimeRemainingColumn))
+        columns = (TextColumn("{task.description}"), BarColumn(), *figures)
+        more = TextColumn("{task.fields[more]}", table_column=Column(no_wrap=False))  # what gives way in a narrow terminal
         disable = is_hidden or not console.is_terminal
         self._bar = Bar(*columns, more, console=console, disable=disable, transient=True)
         self._task = self._bar.add_task("images", total=None, more="")

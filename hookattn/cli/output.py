@@ -35,6 +35,13 @@ def say_left_out(broken: Mapping[str, str]) -> None:
         say(f"left out: {len(broken) - _TOLD} more; the store's `error` says why")
 
 
+def say_missing(missing: Mapping[str, Mapping[str, str]], layers: int) -> None:
+    """Print which quantities some of so many layers do not have, and why the first of them does not."""
+    for quantity, reasons in missing.items():
+        name, why = next(iter(reasons.items()))
+        say(f"{quantity}: NaN in {len(reasons)} of {layers} layers, as in {name}: {why}")
+
+
 def print_error(text: str) -> None:
     """Print one line to stderr."""
     typer.echo(printable(f"hookattn: {' '.join(text.split())}"), err=True)

@@ -22,7 +22,7 @@ from ..recording.maps import Maps
 from .asked import RETRY
 from .explore import read_budget
 from .files import MAPS, PICTURES, check_out, write_out
-from .output import join_sizes, name_bytes, printable, say, say_left_out
+from .output import join_sizes, name_bytes, printable, say, say_left_out, say_missing
 from .picture import save_picture
 from .record import read_query
 
@@ -78,11 +78,14 @@ def _open_store(where: str, wanted: Wanted) -> tuple[Facts, Find]:
     for spec in run.specs.values():
         say(f"  {spec.name:<10} {' x '.join(('image', *spec.dims))}, {join_sizes((len(run), *spec.shape))}, {spec.dtype}")
 
+    say_missing(missing := run.facts["missing"], len(run.layers))
+
     def find() -> Shown:
         number = run.find(_find_name(str(wanted.image), run))
         return Shown(run.maps(number), _find_photo(run, number, wanted.photo), name=printable(run.names[number]))
 
-    return {"model": model, "layers": run.layers, "what": list(run.specs), **counts._asdict(), "left_out": broken}, find
+    told = {"model": model, "layers": run.layers, "what": list(run.specs), "missing": missing}
+    return {**told, **counts._asdict(), "left_out": broken}, find
 
 
 def _open_file(path: Path, wanted: Wanted) -> tuple[Facts, Find]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -112,13 +113,15 @@ class Run:
             photo: the photo itself, where it has moved: whatever `Photo.open` takes.
 
         Raises:
-            HookattnError: it is not there any more, or images were no photos.
+            HookattnError: it is not there any more, or has other bytes than it had, or images were no photos.
         """
         number, shown = self.find(image), dict(self.facts["run"]["preprocessing"])
         if "dataset" in shown:
             raise HookattnError(f"images of {self._store.where} came from a data set of torch ({shown['dataset']})")
         if photo is None:
             photo = self._images.read(number)
+            if hashlib.sha256(photo).hexdigest() != self._store.read("sha256", number):
+                raise HookattnError(f"{self.names[number]} is another file now than the run was shown")
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in shown.items()}
         size, crop = values.pop("size"), values.pop("crop")
         return Photo.open(photo, Preprocessing(**values), size=size, crop=crop)

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 from rich.console import Console
+from safetensors.torch import save_file
 from support.drawn import draw
 from support.inside import hold_store, load_model
 from typer.testing import CliRunner, Result
@@ -194,6 +196,15 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_narrow_terminal_gets_the_figures(
+    tmp_path: Path, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr("hookattn.cli.extract.console", Console(file=file, force_terminal=True, width=40, color_system=None))
+    assert run(weights, photos, "-o", tmp_path / "x.zarr").exit_code == 0
+    assert " 6/6 " in file.getvalue().split("images ")[-1]
+
+
 def test_a_terminal_gets_a_bar(tmp_path: Path, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr("hookattn.cli.extract.console", Console(file=file, force_terminal=True, width=160, color_system=None))
@@ -201,3 +212,20 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, weights: Path, photos: Path, monk
     last = file.getvalue().split("\rimages ")[-1]
     assert " 6/6 " in last
     assert "waiting for images, 1 left out" in last
+
+
+def test_layers_that_do_not_have_what_is_asked_for_are_told(tmp_path: Path, photos: Path) -> None:
+    made = timm.create_model("cait_xxs24_224", depth=2)
+    save_file({name: tensor.contiguous() for name, tensor in made.state_dict().items()}, tmp_path / "cait.safetensors")
+    (tmp_path / "local").mkdir()
+    out, config = tmp_path / "x.zarr", {"architecture": "cait_xxs24_224", "model_args": {"depth": 2}}
+    (tmp_path / "local" / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {"input_size": [3, 224, 224]}}))
+    (tmp_path / "cait.safetensors").rename(tmp_path / "local" / "model.safetensors")
+    asked = ("extract", photos, "-m", f"local-dir:{tmp_path / 'local'}", "-o", out, "--workers", "0")
+    told = CliRunner().invoke(app, [str(each) for each in asked])
+    assert told.exit_code == 0, told.output
+    for output in (told.output, CliRunner().invoke(app, ["show", str(out)]).output):
+        assert "cls: NaN in 2 of 4 layers, as in blocks.0.attn: there is no 'cls' token." in output
+        assert "distance: NaN in 2 of 4 layers, as in blocks_token_only.0.attn: the queries of" in output
+    facts = json.loads(CliRunner().invoke(app, ["show", str(out), "--json"]).stdout)
+    assert list(facts["missing"]["cls"]) == ["blocks.0.attn", "blocks.1.attn"]

@@ -79,6 +79,10 @@ def test_a_store_of_class_rows_makes_pictures_and_says_what_pages_need(tmp_path:
     assert run("show", where, "--image", "dog.png", "-o", out).exit_code == 0
     with_photo = size_of(out)
     (photos / "dog.png").rename(tmp_path / "moved.png")
+    (photos / "dog.png").write_bytes(draw(3, 90, 60))
+    assert "(dog.png is another file now than the run was shown)" in run("show", where, "--image", "1", "-o", out).output
+    assert size_of(out) != with_photo
+    (photos / "dog.png").unlink()
     without = run("show", where, "--image", "1", "-o", out)
     assert "drawn without the photo, which cannot be read again" in without.output
     assert size_of(out) != with_photo
