@@ -125,7 +125,7 @@ class DataSet:
             what = f"a tensor {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
             what += keys
             raise HookattnError(
-                f"image {index} of {type(self._dataset).__name__} is {what}: a data set gives (channels, height, width) in "
+                f"an image of {type(self._dataset).__name__} is {what}: a data set gives (channels, height, width) in "
                 'floating point, as the model is called with, alone, first in a tuple, or as "pixel_values" in a dict. Its '
                 "transform makes it so; what a DataLoader would make of several is not asked."
             )

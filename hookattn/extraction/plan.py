@@ -147,7 +147,7 @@ def find_coordinates(task: Task) -> dict[str, tuple[tuple[str, ...], Array]]:
 
 def _find_readable(inputs: Inputs, strict: bool) -> Input:
     """The first image that can be read."""
-    reasons = []
+    reasons = dict[str, str]()  # and the first image of each
     for index in range(min(_TRIED, len(inputs.names))):
         try:
             return inputs.load(index)
@@ -155,9 +155,9 @@ def _find_readable(inputs: Inputs, strict: bool) -> Input:
             why = str(error).rstrip(".")
             if strict:
                 raise unreadable(inputs.names[index], why) from error
-            reasons.append(f"{inputs.names[index]}: {why}")
-    which = "none of the images" if len(reasons) == len(inputs.names) else f"none of the first {len(reasons)} images"
-    raise HookattnError(f"{which} can be read. {'; '.join(reasons[:3])}.")
+            reasons.setdefault(why, inputs.names[index])
+    which = "none of the images" if len(inputs.names) <= _TRIED else f"none of the first {_TRIED} images"
+    raise HookattnError(f"{which} can be read. {'; '.join(f'{name}: {why}' for why, name in [*reasons.items()][:3])}.")
 
 
 def _specify(quantity: Quantity, shapes: Shapes, dtype: str) -> Spec:
