@@ -28,7 +28,12 @@ def whole_grid(grid_size: Sequence[int], prefix: tuple[str, ...] = ()) -> Tokens
     Args:
         grid_size: (rows, columns) of patches.
         prefix: names of the tokens before the patches, such as ("cls",).
+
+    Raises:
+        TokenError: the grid has not two sides, as where attention was called with a list of tokens.
     """
+    if len(grid_size) != 2:
+        raise TokenError(f"tokens of shape {' x '.join(map(str, grid_size))} are no grid of (rows, columns); slice m[...].")
     rows, columns = grid_size
     return Tokens(prefix, (int(rows), int(columns)))
 

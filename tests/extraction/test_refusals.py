@@ -95,7 +95,7 @@ def test_without_zarr_no_model_is_loaded(folder: Path, monkeypatch: pytest.Monke
         extraction.extract(load_none, "photos", "x.zarr")
 
 
-@pytest.mark.parametrize("given", [None, "vit_small_patch16_224", lambda: None], ids=str)
+@pytest.mark.parametrize("given", [None, "vit_small_patch16_224", lambda: None], ids=["none", "name", "loads none"])
 def test_what_is_no_model_is_refused(folder: Path, given: Any) -> None:
     with pytest.raises(ModelError, match=r"a (NoneType|str) is no model: give an nn\.Module, or a function that loads one"):
         extraction.extract(given, "photos", "x.zarr")
