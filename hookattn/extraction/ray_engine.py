@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import time
 import traceback
 import uuid
@@ -180,6 +181,11 @@ class _Worker:
         order: _Order = cloudpickle.loads(import_ray().get(self._sent))
         if os.path.isdir(order.folder):
             os.chdir(order.folder)
+        if order.device == "cuda" and not torch.cuda.is_available():
+            raise HookattnError(
+                f"an actor on {socket.gethostname()} was given a GPU by Ray, and PyTorch {torch.__version__} sees none there: "
+                "install a build of PyTorch for the driver of that node, or leave out gpus=."
+            )
         torch.set_num_threads(order.threads)
         torch.set_float32_matmul_precision(order.precision)
         model = torch.load(io.BytesIO(order.model), map_location=order.device, weights_only=False)
