@@ -73,7 +73,7 @@ def _size_of(value: Any) -> Any:
     if type(value) in (tuple, list, torch.Size):  # a grid, in most
         return type(value), tuple(map(_size_of, value))
     if type(value) is dict:  # a cache, by device or by resolution
-        return tuple(value), tuple(map(_size_of, value.values()))
+        return tuple(map(_size_of, value)), tuple(map(_size_of, value.values()))
     raise TypeError
 
 
