@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..attention.projection import ALL
+from ..attention.narrowing import ALL
 from ..attention.softmax import Chunk
 from ..errors import NoMapError, UnreadableError
 from ..maps.attention_map import AttentionMap

@@ -8,7 +8,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from ..attention.projection import ALL, Pick
+from ..attention.narrowing import ALL, Pick
 from ..attention.sources import without_autocast
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.projection import ALL
+from ..attention.narrowing import ALL
 from ..attention.softmax import Chunk
 from ..attention.sources import exact_dtype
 from ..errors import TokenError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .projection import ALL, Pick, pick
+from .narrowing import ALL, Pick, pick
 from .sources import Source, without_autocast
 from .weighted import OfMap
 

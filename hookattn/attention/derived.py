@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .projection import ALL, Pick
+from .narrowing import ALL, Pick
 
 
 class Derived(Protocol):

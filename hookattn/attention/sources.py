@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .derived import Derived
-from .projection import ALL, Pick, Projected, compute, pick
+from .narrowing import ALL, Pick, pick
+from .projected import Projected, compute, sizes_of
 from .softmax import Chunk, is_ours_alone, softmax
 
 S = TypeVar("S", bound="_Whole")
@@ -80,7 +81,7 @@ class QK(_Product):
     """Queries and keys of one attention call: softmax(q k^T * scale + bias) over the keys the mask lets through.
 
     Attributes:
-        q: (batch, heads, queries, head_dim), normalised and rotated, not yet scaled; `Projected` where that is all.
+        q: (batch, heads, queries, head_dim), normalised and rotated, not yet scaled; `Projected` until it is computed.
         k: (batch, heads, keys, head_dim), likewise.
         scale: a number, or a tensor that broadcasts to (batch, heads, queries, 1); None stands for head_dim ** -0.5.
         bias: float tensor that broadcasts to (batch, heads, queries, keys), or several, added to the scaled scores.
@@ -104,8 +105,8 @@ class QK(_Product):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, heads, queries, keys)."""
-        batch, heads, queries, _ = _sizes(self.q)
-        return batch, heads if self.mix is None else len(self.mix), queries, _sizes(self.k)[2]
+        batch, heads, queries, _ = sizes_of(self.q)
+        return batch, heads if self.mix is None else len(self.mix), queries, sizes_of(self.k)[2]
 
     @property
     def biases(self) -> tuple[Tensor, ...]:
@@ -199,7 +200,7 @@ class QK(_Product):
             k = k.to(q.dtype).expand(*q.shape[:2], -1, -1)
             out = out.flatten(0, 1) if out is not None and self.mix is None and is_ours_alone(q, k) else None
             scores = torch.baddbmm(nothing, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale, out=out)
-        scores = scores.view(*q.shape[:3], _sizes(k)[2])
+        scores = scores.view(*q.shape[:3], sizes_of(k)[2])
         return scores if self.mix is None else torch.einsum("g h, b h q k -> b g q k", self.mix.to(q.dtype), scores)
 
 
@@ -283,10 +284,6 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _sizes(tensor: Tensor) -> tuple[int, ...]:
-    return tensor.sizes if isinstance(tensor, Projected) else tensor.shape
-
-
 def _is_cheaper_absorbed(q: Tensor, k: Tensor) -> bool:
     """Whether scores take fewer products as (q W) x^T than as q (x W^T)^T.
 
@@ -294,7 +291,7 @@ def _is_cheaper_absorbed(q: Tensor, k: Tensor) -> bool:
     softmax, so a few queries need no keys. Per image and head the products are queries * (head_dim * features +
     features * keys), or keys * (features * head_dim + head_dim * queries).
     """
-    if not isinstance(k, Projected):
+    if not isinstance(k, Projected) or not k.is_linear:
         return False
-    queries, keys, width, features = _sizes(q)[2], k.sizes[2], k.sizes[3], k.x.shape[2]
+    queries, keys, width, features = sizes_of(q)[2], k.sizes[2], k.sizes[3], k.x.shape[2]
     return queries * features * (width + keys) < keys * width * (features + queries)

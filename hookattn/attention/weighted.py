@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .projection import ALL, Pick, pick
+from .narrowing import ALL, Pick, pick
 from .sources import Source, exact_dtype
 
 S = TypeVar("S", bound="OfMap")

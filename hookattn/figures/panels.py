@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..analysis.layers import LayerMaps, find_gap, layers_in
 from ..analysis.rollouts import roll_row
-from ..attention.projection import ALL
+from ..attention.narrowing import ALL
 from ..errors import TokenError
 from ..image.tokens import Query, Tokens
 from ..maps.attention_map import AttentionMap

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.projection import ALL, Pick
+from ..attention.narrowing import ALL, Pick
 from ..attention.softmax import Chunk
 from ..attention.sources import Source, chunk_of
 from .as_array import AsArray

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..attention.projection import ALL
+from ..attention.narrowing import ALL
 from ..attention.sources import Dense, Source, exact_dtype, without_autocast
 from ..attention.weighted import Weighted
 from ..calls.call import Call

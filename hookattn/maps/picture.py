@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.projection import ALL
+from ..attention.narrowing import ALL
 from ..errors import TokenError
 from ..image.tokens import Query, Size, Tokens
 from .lazy import LazyArray

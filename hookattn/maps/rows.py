@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.projection import ALL, Pick, pick
+from ..attention.narrowing import ALL, Pick, pick
 from ..attention.sources import Dense
 from ..errors import UnreadableError, listed
 

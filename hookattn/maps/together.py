@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..attention.projection import Projected
+from ..attention.projected import Projected
 from ..attention.sources import QK, Source
 from ..calls.call import Call
 from ..conditions.changes import are_equal

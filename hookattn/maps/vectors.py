@@ -12,7 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..attention.projection import ALL, Pick, Projected, compute, pick
+from ..attention.narrowing import ALL, Pick, pick
+from ..attention.projected import Projected, compute
 from ..attention.sources import QK, Dense, Source
 from ..calls.call import Call
 from ..conditions.function_modes import SDPA

@@ -128,8 +128,7 @@ def rot_attention_pool_2d(self: Any, x: Tensor, pre_logits: bool = False) -> QK:
     rope = self.pos_embed.get_embed(tuple(size))
     rope = torch.cat(rope, dim=-1) if isinstance(rope, tuple) else rope
     half, dtype = getattr(self, "rotate_half", False), k.dtype
-    # the first token has no position
-    q, k = (torch.cat((t[:, :, :1], rotate(t[:, :, 1:], rope, half=half)), dim=2).to(dtype) for t in (q, k))
+    q, k = (rotate(t, rope, prefix=1, half=half).to(dtype) for t in (q, k))  # the first token has no position
     return QK(q, k, scale=scale_of(self))
 
 

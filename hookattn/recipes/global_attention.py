@@ -114,9 +114,8 @@ def attention_rope(
     if self.qkv is not None:
         q, k = project(self.qkv, x, "b n (parts h d) -> parts b h n d", parts=2, of=3, h=self.num_heads)
     else:
-        q, k = self.q_proj(x), self.k_proj(x)
-        q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
-        k = rearrange(k, "b n (h d) -> b h n d", d=q.shape[-1])
+        q = project_heads(self.q_proj, x, self.num_heads)
+        (k,) = project(self.k_proj, x, "b n (parts h d) -> parts b h n d", parts=1, of=1, d=q.shape[-1])
     dtype = k.dtype  # what is rotated comes out in the dtype of the embedding
     q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
@@ -157,8 +156,8 @@ def gemma4_values(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 @recipe("timm.models.gemma4_vit.Gemma4Attention", values=gemma4_values)
 def gemma4_attention(self: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None) -> QK:
-    q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
-    k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
+    pattern = "b n (parts h d) -> parts b h n d"
+    q, k = (project(each, x, pattern, parts=1, of=1, d=self.head_dim)[0] for each in (self.q_proj, self.k_proj))
     q, k = self.q_norm(q), self.k_norm(k)
     q, k = (rotate_by_axis(t, rope_cos, rope_sin) for t in (q, k))
     k = repeat_for_groups(k, q.shape[1])

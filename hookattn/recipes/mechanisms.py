@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from ..attention.narrowing import EachToken
+from ..attention.projected import do_by_token
 from ..attention.projection import multiply, project
 from ..attention.sources import QK, exact_dtype, without_autocast
 from ..errors import TokenError
@@ -112,13 +115,17 @@ def rotate_patches(self: Any, q: Tensor, rope: Tensor) -> Tensor:
 
     Source: Su et al. 2021, "RoFormer", equation 34; `rotate_half` pairs feature i with i + d/2 instead of 2i with 2i + 1.
     """
-    prefix, patches = q[:, :, : self.num_prefix_tokens], q[:, :, self.num_prefix_tokens :]
-    return torch.cat((prefix, rotate(patches, rope, half=getattr(self, "rotate_half", False))), dim=2)
+    return rotate(q, rope, prefix=self.num_prefix_tokens, half=getattr(self, "rotate_half", False))
 
 
-def rotate(q: Tensor, rope: Tensor, *, half: bool = False) -> Tensor:
-    """The same for (..., tokens, head_dim) that all have a position."""
-    sin, cos = rope.chunk(2, dim=-1)
+def rotate(q: Tensor, rope: Tensor, *, prefix: int = 0, half: bool = False) -> Tensor:
+    """The same, behind so many prefix tokens, which are turned by nothing."""
+    sin, cos = rope.reshape(*[1] * (4 - rope.dim()), *rope.shape).chunk(2, dim=-1)
+    turn = EachToken(partial(_turn, half=half), (sin, cos), torch.promote_types(q.dtype, rope.dtype), prefix)
+    return do_by_token(q, turn)
+
+
+def _turn(q: Tensor, sin: Tensor, cos: Tensor, *, half: bool) -> Tensor:
     if half:  # feature i turns with i + d/2
         first, second = q.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
@@ -133,9 +140,14 @@ def rotate_by_axis(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         cos, sin: (batch, tokens, head_dim).
     """
+    tensors = sin.unsqueeze(1), cos.unsqueeze(1)
+    return do_by_token(q, EachToken(_turn_by_axis, tensors, torch.promote_types(q.dtype, cos.dtype)))
+
+
+def _turn_by_axis(q: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     first, second = rearrange(q, "b h n (half two d) -> two b h n half d", half=2, two=2)
     turned: Tensor = rearrange([-second, first], "two b h n half d -> b h n (half two d)")
-    return q * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+    return q * cos + turned * sin
 
 
 # Relative positions that are read off the query

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..attention.narrowing import EachToken
+from ..attention.projected import do_by_token
 from ..attention.projection import project, project_heads
 from ..attention.sources import QK
 from ..errors import TokenError
@@ -120,6 +122,10 @@ def turn_by_angles(x: Tensor, angles: Tensor) -> Tensor:
 
 def rotate_first_channels(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """The first channels rotated, each odd one with the even one before it."""
+    return do_by_token(x, EachToken(_turn_first_channels, (sin, cos), torch.promote_types(x.dtype, sin.dtype)))
+
+
+def _turn_first_channels(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     turning, rest = x.tensor_split((sin.shape[-1],), dim=-1)
     crossed = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
     return torch.cat((turning * cos + crossed * sin, rest), dim=-1)

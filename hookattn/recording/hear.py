@@ -11,7 +11,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from ..attention.overheard import AwaitedError, Heard, hearing
-from ..attention.projection import Projected
+from ..attention.projected import Projected
 from ..attention.sources import QK, Source
 from ..attention.weighted import OfMap
 from ..calls.call import Call

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hookattn import AttentionMap, UnreadableError
 from hookattn.analysis.statistics import Sum
-from hookattn.attention.projection import Projected, project_heads
+from hookattn.attention.narrowing import EachToken
+from hookattn.attention.projected import Projected
+from hookattn.attention.projection import project_heads
 from hookattn.attention.softmax import Chunk
 from hookattn.attention.sources import QK, Scores
 from hookattn.calls.call import capture
@@ -61,6 +63,7 @@ __all__ = [
     "Buffers",
     "Chunk",
     "Copies",
+    "EachToken",
     "Images",
     "Job",
     "Maps",
