@@ -94,7 +94,8 @@ def _load_open_clip(name: str, checkpoint: Path | None) -> nn.Module:
             raise HookattnError(
                 f"open_clip:{name} {said}. There is: {', '.join(f'open_clip:{name}/{t}' for t in tags) or 'none'}."
             )
-    return _of_clip(open_clip.create_model(name, pretrained=tag or None))
+    # without being asked to, it makes a model of random weights where it finds none
+    return _of_clip(open_clip.create_model(name, pretrained=tag or None, require_pretrained=True))
 
 
 def _make_open_clip(name: str) -> nn.Module:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import os
-import socket
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar, Union
-from urllib.parse import urlparse
+from typing import Any, Union
 
-import huggingface_hub.constants as hub
 import timm
 import torch
 from torch import Tensor, nn
 
 from ..errors import HookattnError
+from ..extraction.sources.hub import explain_refusal, not_waiting_for_hub
 from .checkpoints import Fit, load_fitting, watching_loads
 from .elsewhere import FAMILIES
 
-T = TypeVar("T")
 Sizes = Union[int, tuple[int, int], None]
 
 
@@ -38,20 +35,33 @@ def load_model(name: str, checkpoint: Path | None, img_size: Sizes, *, whole: bo
     """
     if checkpoint is not None and not checkpoint.is_file():
         raise HookattnError(f"--checkpoint {checkpoint} is no file.")
-    if not _hub_answers():
-        hub.HF_HUB_OFFLINE = True  # weights that were fetched before still load, and nobody waits for the others
-    family, _, rest = name.partition(":")
-    if family in FAMILIES:
-        return _fetched(name, lambda: FAMILIES[family].load(rest, checkpoint)).eval()
-    options: dict[str, Any] = {"num_classes": 0}
-    if whole and _can_take_any_size(name):
-        options["dynamic_img_size"] = True
-    if checkpoint is None:
-        model, fit = _fetched(name, lambda: _attempt(name, img_size, options))
-        if not fit.is_right:
-            raise HookattnError(f"the weights of {name} do not fit it: {fit}.")
-        return model
+    with _answering_hub(name, "weights", is_asked=checkpoint is None or ":" in name):
+        family, _, rest = name.partition(":")
+        if family in FAMILIES:
+            return FAMILIES[family].load(rest, checkpoint).eval()
+        options: dict[str, Any] = {"num_classes": 0}
+        if whole and _can_take_any_size(name):
+            options["dynamic_img_size"] = True
+        if checkpoint is not None:
+            return _load_file(name, checkpoint, img_size, options)
+        model, fit = _attempt(name, img_size, options)
+    if not fit.is_right:
+        raise HookattnError(f"the weights of {name} do not fit it: {fit}.")
+    return model
 
+
+def make_model(name: str, img_size: Sizes) -> nn.Module:
+    """A model without weights, whose `pretrained_cfg` says how it wants photos.
+
+    Raises:
+        HookattnError: there is no such model, or what it is made of cannot be had.
+    """
+    with _answering_hub(name, "config", is_asked=":" in name):
+        family, _, rest = name.partition(":")
+        return FAMILIES[family].make(rest).eval() if family in FAMILIES else create_model(name, img_size, pretrained=False)
+
+
+def _load_file(name: str, checkpoint: Path, img_size: Sizes, options: dict[str, Any]) -> nn.Module:
     # pretrained, with the file's in place of the hub's: timm then converts names and sizes as it does for those
     def attempt(tensors: dict[str, Tensor]) -> tuple[Union[nn.Module, None], Fit]:
         try:
@@ -59,24 +69,11 @@ def load_model(name: str, checkpoint: Path | None, img_size: Sizes, *, whole: bo
         except HookattnError:
             raise
         except Exception as error:  # timm's functions for other names meet what they were not made for
+            if explain_refusal(error):
+                raise
             return None, Fit(failed=f"timm cannot convert its names ({type(error).__name__}: {error})")
 
     return load_fitting(checkpoint, attempt)
-
-
-def make_model(name: str, img_size: Sizes) -> nn.Module:
-    """A model without weights, whose `pretrained_cfg` says how it wants photos.
-
-    Raises:
-        HookattnError: there is no such model.
-    """
-    family, _, rest = name.partition(":")
-    if family in FAMILIES:
-        try:
-            return FAMILIES[family].make(rest).eval()
-        except (OSError, ValueError) as error:
-            raise HookattnError(f"{family} knows no model {rest!r}: {str(error)[:300]}") from error
-    return create_model(name, img_size, pretrained=False)
 
 
 def _attempt(name: str, img_size: Sizes, options: dict[str, Any]) -> tuple[nn.Module, Fit]:
@@ -85,28 +82,29 @@ def _attempt(name: str, img_size: Sizes, options: dict[str, Any]) -> tuple[nn.Mo
     return model, fits[-1] if fits else Fit()  # none where timm reads a format of others
 
 
-def _fetched(name: str, load: Callable[[], T]) -> T:
+@contextmanager
+def _answering_hub(name: str, what: str, *, is_asked: bool) -> Iterator[None]:
+    """Say what to type where the hub does not give what is asked of it; where it does not answer, do not wait for it."""
     try:
-        return load()
-    except (HookattnError, KeyboardInterrupt):
+        with not_waiting_for_hub() if is_asked and not _is_here(name) else nullcontext():
+            yield
+    except HookattnError:
         raise
     except Exception as error:  # whatever the hub's client, its network stack and readers of files raise
+        if not is_asked:
+            raise
         bare = name if ":" in name else name.split(".")[0]
+        why = explain_refusal(error) or f"{' '.join(str(error).split()).rstrip('.')[:300]} ({type(error).__name__})"
+        file = f" With a file of weights: hookattn record PHOTO --model {bare} --checkpoint FILE." if what == "weights" else ""
         raise HookattnError(
-            f"the weights of {name} could not be fetched ({type(error).__name__}: {str(error)[:300]}). With a file of weights: "
-            f"hookattn record PHOTO --model {bare} --checkpoint FILE. Without a network: hookattn demo."
+            f"the {what} of {name} could not be fetched: {why}.{file} Without a network: hookattn demo."
         ) from error
 
 
-def _hub_answers() -> bool:
-    """Whether the hub's name resolves, asked first, since its client waits and tries again; behind a proxy it need not."""
-    if any(name.lower().endswith("_proxy") for name in os.environ):
-        return True
-    try:
-        socket.getaddrinfo(urlparse(hub.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
+def _is_here(name: str) -> bool:
+    """Whether it is a folder, of which the hub is not asked."""
+    source, _, path = name.rpartition(":")
+    return source.endswith("local-dir") or (source == "transformers" and Path(path).is_dir())
 
 
 def _can_take_any_size(name: str) -> bool:
