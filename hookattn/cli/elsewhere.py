@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from ..errors import HookattnError, MissingExtraError
+from ..extraction.sources.hub import find_fetched_commit
 from .checkpoints import Fit, compare, load_fitting, watching_loads
 
 _RESAMPLED = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
@@ -35,7 +36,9 @@ def _load_transformers(name: str, checkpoint: Path | None) -> nn.Module:
     fit = compare(whole, {}, sorted(told["missing_keys"]), ())
     if not fit.is_right:
         raise HookattnError(f"the weights of transformers:{name} do not fit it: {fit}.")
-    return _with_config(_tower(whole), _config_of_processor(_processor(name)))
+    found = _with_config(_tower(whole), _config_of_processor(_processor(name)))
+    cast(Any, found).hub_commit = getattr(whole.config, "_commit_hash", None)
+    return found
 
 
 def _make_transformers(name: str) -> nn.Module:
@@ -95,7 +98,11 @@ def _load_open_clip(name: str, checkpoint: Path | None) -> nn.Module:
                 f"open_clip:{name} {said}. There is: {', '.join(f'open_clip:{name}/{t}' for t in tags) or 'none'}."
             )
     # without being asked to, it makes a model of random weights where it finds none
-    return _of_clip(open_clip.create_model(name, pretrained=tag or None, require_pretrained=True))
+    found = _of_clip(open_clip.create_model(name, pretrained=tag or None, require_pretrained=True))
+    if name.startswith("hf-hub:"):
+        repository = name.removeprefix("hf-hub:")
+        cast(Any, found).hub_commit = find_fetched_commit(repository, "open_clip_config.json", None)
+    return found
 
 
 def _make_open_clip(name: str) -> nn.Module:

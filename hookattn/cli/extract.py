@@ -24,7 +24,7 @@ from ..extraction.ray_engine import RayEngine
 from ..extraction.read import open_run
 from ..extraction.store import Store, import_zarr
 from .asked import RETRY, Asked
-from .models import read_size
+from .models import read_size, without_revision
 from .output import console, name_bytes, print_error, printable, say, say_left_out, say_missing
 from .photos import Rate, load_asked, read_layers
 
@@ -96,7 +96,7 @@ def _extract(sources: Sequence[str], asked: Asked, wanted: Wanted, out: str, eng
             retry=wanted.retry,
             image_column=wanted.image_column,
             label_column=wanted.label_column,
-            name=asked.model,
+            name=without_revision(asked.model),
             engine=engine,
             report=told.add,
         )

@@ -7,18 +7,20 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Union, cast
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from ..errors import HookattnError
-from ..extraction.sources.hub import explain_refusal, not_waiting_for_hub
+from ..extraction.sources.hub import explain_refusal, find_fetched_commit, not_waiting_for_hub
 from .checkpoints import Fit, load_fitting, watching_loads
 from .elsewhere import FAMILIES
 
 Sizes = Union[int, tuple[int, int], None]
+HUB = ("hf-hub", "hf_hub")
+"""How timm is told that what follows is a repository, and after an @ its revision."""
 
 
 def load_model(name: str, checkpoint: Path | None, img_size: Sizes, *, whole: bool) -> nn.Module:
@@ -47,7 +49,15 @@ def load_model(name: str, checkpoint: Path | None, img_size: Sizes, *, whole: bo
         model, fit = _attempt(name, img_size, options)
     if not fit.is_right:
         raise HookattnError(f"the weights of {name} do not fit it: {fit}.")
+    if family in HUB:
+        repository, _, revision = rest.partition("@")
+        cast(Any, model).hub_commit = find_fetched_commit(repository, "config.json", revision or None)
     return model
+
+
+def without_revision(name: str) -> str:
+    """The name of a model whatever the commit that it was asked for at: two of them are told apart by their weights."""
+    return name.partition("@")[0] if name.partition(":")[0] in HUB else name
 
 
 def make_model(name: str, img_size: Sizes) -> nn.Module:
@@ -137,7 +147,7 @@ def _check_name(name: str) -> None:
                 f"{path} is no folder of a model of timm, which has a config.json; timm.models.save_for_hf makes one."
             )
         return
-    if source in ("hf-hub", "hf_hub"):
+    if source in HUB:
         return
     if source:
         raise HookattnError(f"{source!r} names no source of models. There is: hf-hub, local-dir, {', '.join(FAMILIES)}.")

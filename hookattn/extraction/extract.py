@@ -159,7 +159,7 @@ def extract(
             raise ModelError("the model is in training mode, in which each image changes the figures of others: model.eval().")
         inputs = find_inputs(opened, loaded, size, crop, preprocessing)
         task = plan_run(loaded, layers, inputs, quantities, dtype, block, reading)
-        return Planned(loaded, task, describe(loaded, task, name, describe_source(images, image_column, label_column)))
+        return Planned(loaded, task, describe(loaded, task, name, describe_source(images, opened, image_column, label_column)))
 
     store = Store(out)
     with meet_ranks() as ranks, ExitStack() as held:

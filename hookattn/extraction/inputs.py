@@ -57,6 +57,11 @@ class Photos:
         return self.images.names
 
     @property
+    def revision(self) -> str | None:
+        """Of the images."""
+        return self.images.revision
+
+    @property
     def varies(self) -> bool:
         """Whether images come in shapes of their own."""
         crop = self.crop or ("none" if self.preprocessing.any_size else "center")
@@ -99,7 +104,7 @@ class DataSet:
                 f"{type(dataset).__name__} cannot be asked for an image by number, so that a run could be resumed: give a data "
                 "set with __getitem__ and __len__, or the folder, archive or table it reads."
             )
-        self._dataset = dataset
+        self._dataset, self.revision = dataset, None
         self.names = _names_of(dataset)
 
     def label_of(self, index: int) -> str:
@@ -225,13 +230,16 @@ def _prepare_for(model: nn.Module, told: Mapping[str, Any] | Preprocessing | Non
     return found._replace(multiple=max(found.multiple, *patch)) if whole and patch is not None else found
 
 
-def describe_source(source: Source, image_column: str | None, label_column: str | None) -> dict[str, Any] | None:
+def describe_source(
+    source: Source, opened: Opened, image_column: str | None, label_column: str | None
+) -> dict[str, Any] | None:
     """Where photos can be found again; None for what is no path, address or name, or a list of these."""
     paths: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
     if not all(isinstance(path, (str, os.PathLike)) for path in paths):
         return None
     found = [os.path.abspath(path) if os.path.exists(path) else os.fspath(path) for path in paths]
-    return {"paths": found, "image": image_column, "label": label_column}
+    address = opened.address if isinstance(opened, Images) else None
+    return {"paths": [address] if address else found, "image": image_column, "label": label_column}
 
 
 def _names_of(dataset: Any) -> list[str]:

@@ -59,8 +59,13 @@ def check_same_run(there: Facts, asked: Facts, where: str) -> None:
     if differing := list(_differences(there, asked)):
         raise StoreError(
             f"{where} was begun with other settings, and is not touched. There | asked for now: {'; '.join(differing[:6])}. "
-            "Ask for the same to go on with it, or name another store."
+            f"Ask for the same to go on with it, or name another store.{_advise_revision(there, asked)}"
         )
+
+
+def _advise_revision(there: Facts, asked: Facts) -> str:
+    before, now = (facts.get("images", {}).get("revision") for facts in (there, asked))
+    return f" The data set has moved on: datasets:NAME@{before} is what it was." if before and now and before != now else ""
 
 
 def _differences(there: Any, asked: Any, path: str = "") -> Iterator[str]:

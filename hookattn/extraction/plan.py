@@ -110,6 +110,7 @@ def plan_run(
 def describe(model: nn.Module, task: Task, name: str | None, source: Facts | None) -> Facts:
     """What a run is, in plain values: `run` is what has to be the same to go on with it."""
     layout, shapes = task.layout, task.shapes
+    revision = {"revision": task.inputs.revision} if task.inputs.revision else {}
     run = {
         "model": {"name": name or name_model(model), "class": type(model).__name__, "weights": hash_weights(model)},
         "dtype": str(next((p.dtype for p in model.parameters()), None)).removeprefix("torch."),
@@ -117,11 +118,12 @@ def describe(model: nn.Module, task: Task, name: str | None, source: Facts | Non
         "layers": list(shapes.layers),
         "what": {spec.name: {"dims": list(spec.dims), "shape": list(spec.shape), "dtype": spec.dtype} for spec in layout.specs},
         "block": layout.block,
-        "images": {"count": layout.images, "names": hash_names(task.inputs.names)},
+        "images": {"count": layout.images, "names": hash_names(task.inputs.names), **revision},
     }
     varies = isinstance(task.inputs, Photos) and task.inputs.varies
     found = {"layers": shapes.layers, "missing": shapes.missing, "varies": varies}
-    return {"format": FORMAT, "run": run, **found, "source": source}
+    # of whoever fetched the model; weights tell whether it is the same
+    return {"format": FORMAT, "run": run, **found, "source": source, "model_revision": getattr(model, "hub_commit", None)}
 
 
 def find_coordinates(task: Task) -> dict[str, tuple[tuple[str, ...], Array]]:

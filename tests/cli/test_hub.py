@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import transformers
+import zarr
 from open_clip.push_to_hf_hub import save_for_hf
 from PIL import Image
 from safetensors.torch import load_file
@@ -83,6 +84,9 @@ def test_a_model_of_the_hub_gives_the_maps_of_its_weights(kind: str, hub: Hub, c
     assert len(far) >= 2
     assert far.keys() == near.keys()
     assert all(torch.equal(far[name], near[name]) for name in far)
+    store = folder / f"{kind}.zarr"
+    client.run("extract", folder / "photo.png", "-m", typed["far"], "--what", "entropy", "--workers", 0, "-o", store)
+    assert zarr.open_group(store, mode="r").attrs["hookattn"]["model_revision"] == hub.head("models", f"owner/{kind}")
     with hub.away():  # it was fetched before
         client.run("record", folder / "photo.png", "-m", typed["far"], "-o", folder / "again.safetensors")
     assert load_file(folder / "again.safetensors").keys() == far.keys()

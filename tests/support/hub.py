@@ -48,6 +48,10 @@ class Hub:
         self._repos.setdefault((kind, name), {})[commit] = files
         return commit
 
+    def head(self, kind: str, name: str) -> str:
+        """The last commit."""
+        return self.find(kind, name, "main")[0]
+
     def find(self, kind: str, name: str, revision: str) -> tuple[str, Files]:
         """The commit of a revision, and its files.
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...errors import HookattnError, did_you_mean, listed
 from .images import readable
+
+# where files of the hub lie: below that, they are called what they are called in their repository
+_FETCHED = re.compile(r".*/datasets--[^/]+/snapshots/[0-9a-f]{40}/")
 
 
 def choose_images(wanted: str | None, fitting: Sequence[str], kinds: Mapping[str, object], place: str) -> str:
@@ -39,7 +43,7 @@ def choose_images(wanted: str | None, fitting: Sequence[str], kinds: Mapping[str
 
 
 def choose_labels(wanted: str | None, names: Iterable[str], place: str) -> str | None:
-    """The column of labels: the one asked for, or "label" where there is one.
+    """The column of labels: the one asked for, or "label" where there is one, or "cls" of samples of WebDataset.
 
     Raises:
         HookattnError: there is none of the name asked for.
@@ -47,14 +51,16 @@ def choose_labels(wanted: str | None, names: Iterable[str], place: str) -> str |
     names = list(names)
     if wanted is not None and wanted not in names:
         raise HookattnError(f"{place!r} has no column {wanted!r} for labels. {did_you_mean(wanted, names)}")
-    return wanted or ("label" if "label" in names else None)
+    own = "cls" if "__key__" in names else "label"
+    return wanted or next((each for each in ("label", own) if each in names), None)
 
 
 def name_rows(paths: Sequence[str | None], rows: Sequence[str]) -> list[str]:
     """Names of the rows of a table: the paths written in it, where each has one of its own, else the numbers of the rows."""
     # an absolute path tells of the machine that wrote it, and is another one when the images have moved
-    written = {path for path in paths if path and not os.path.isabs(path)}
-    return [readable(str(name)) for name in (paths if len(written) == len(rows) else rows)]
+    seen = [_FETCHED.sub("", path) if path else path for path in paths]
+    written = {path for path in seen if path and not os.path.isabs(path)}
+    return [readable(str(name)) for name in (seen if len(written) == len(rows) else rows)]
 
 
 def name_label(value: object, classes: Sequence[str] | None) -> str:

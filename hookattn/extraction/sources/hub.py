@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from typing import Any
 from urllib.parse import urlparse
 
 import huggingface_hub.constants as hub
-from huggingface_hub import errors
+from huggingface_hub import errors, try_to_load_from_cache
 
+_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # where files lie that were fetched
 _PATIENCE = 4.0  # seconds for a connection, which takes a fraction of one
 LOG_IN = "type `hf auth login`, or set HF_TOKEN"
 """How the hub learns who asks."""
@@ -49,6 +51,13 @@ def _connects(family: int, place: Any) -> bool:
     except OSError:
         return False
     return True
+
+
+def find_fetched_commit(repository: str, file: str, revision: str | None) -> str | None:
+    """The commit of a revision of a repository as it was fetched last; None where it was not."""
+    path = try_to_load_from_cache(repository, file, revision=revision)
+    found = _COMMIT.search(path.replace(os.sep, "/")) if isinstance(path, str) else None
+    return found and found[1]
 
 
 def explain_refusal(error: BaseException) -> str | None:

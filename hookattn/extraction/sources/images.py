@@ -15,10 +15,14 @@ class Images:
     Attributes:
         names: of the images, each there once.
         labels: of the images, "" where there is none.
+        revision: the commit they are of, where they come from a repository; None where none is known.
+        address: what is typed for these very images, also from elsewhere and later; None for what was typed.
     """
 
     names: Sequence[str]
     labels: Sequence[str]
+    revision: str | None = None
+    address: str | None = None
 
     def __len__(self) -> int:
         return len(self.names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import HookattnError, MissingExtraError, did_you_mean, listed
 from ..clients import reason_of
@@ -32,8 +32,8 @@ class NamedImages(Images):
     """Images of a data set of Hugging Face, in the order of its rows.
 
     Args:
-        typed: `datasets:NAME`, `datasets:NAME:SPLIT`, `datasets:NAME:CONFIG:SPLIT`, where NAME is one of the hub or a folder;
-            or a folder that a data set was saved to.
+        typed: `datasets:NAME`, `datasets:NAME:SPLIT`, `datasets:NAME:CONFIG:SPLIT`, where NAME is one of the hub, or one of it
+            at a branch, a tag or a commit (`NAME@REVISION`), or a folder; or a folder that a data set was saved to.
         image: the column of images; None for the only one.
         label: the column of labels; None for "label", where there is one.
 
@@ -44,7 +44,9 @@ class NamedImages(Images):
 
     def __init__(self, typed: str, image: str | None, label: str | None) -> None:
         package = _import_datasets()
-        rows = _load(package, typed)
+        asked = _parse(typed)
+        rows, self.revision = _load(package, asked)
+        self.address = asked.pin(self.revision) if typed.startswith(_PREFIX) else None
         fitting = [name for name, kind in rows.features.items() if isinstance(kind, package.Image)]
         self._column = choose_images(image, fitting, {n: type(k).__name__ for n, k in rows.features.items()}, typed)
         # other columns stay out of it: they would be decoded with each row
@@ -79,39 +81,91 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _load(package: Any, typed: str) -> Any:
-    name, config, split = _parse(typed)
-    place = os.path.abspath(name) if os.path.isdir(name) else name
+class _Asked(NamedTuple):
+    """What somebody typed: a name of the hub or a folder, and the revision, the configuration and the split, where given."""
+
+    name: str
+    revision: str | None
+    config: str | None
+    split: str | None
+
+    def __str__(self) -> str:
+        place = f"{self.name}@{self.revision}" if self.revision else self.name
+        return _PREFIX + ":".join(filter(None, [place, self.config, self.split]))
+
+    def pin(self, commit: str | None) -> str:
+        """What is typed for the same from anywhere, and when the repository has moved on."""
+        place = os.path.abspath(self.name) if os.path.isdir(self.name) else self.name
+        return str(self._replace(name=place, revision=commit))
+
+
+def _load(package: Any, asked: _Asked) -> tuple[Any, str | None]:
+    """The rows, and the commit they are of."""
+    name, commit, place = asked.name, None, os.path.abspath(asked.name)
     try:
-        found = package.load_from_disk(place) if _is_saved(place) else package.load_dataset(place, config, split=split)
+        if is_saved := _is_saved(place):
+            found = package.load_from_disk(place)
+        elif os.path.isdir(place):
+            found = package.load_dataset(place, asked.config, split=asked.split)
+        else:
+            found, commit = _fetch(package, asked)
+    except HookattnError:
+        raise
     except Exception as error:  # of the hub, of the network, of a builder: they share no base
         raise HookattnError(
-            f"the data set {name!r} cannot be loaded: {reason_of(error)} Of one on the hub, type {_PREFIX}NAME:SPLIT or "
+            f"the data set {name!r} cannot be loaded: {_explain(error)} Of one on the hub, type {_PREFIX}NAME:SPLIT or "
             f"{_PREFIX}NAME:CONFIG:SPLIT; {_PREFIX}FOLDER, of one that lies here, needs no network."
         ) from error
-    if isinstance(found, dict) or _is_saved(place):
-        return _take_split(found, split, name)
-    return found
+    return (_take_split(found, asked) if isinstance(found, dict) or is_saved else found), commit
 
 
-def _parse(typed: str) -> tuple[str, str | None, str | None]:
-    """The name, the configuration and the split that somebody typed."""
+def _fetch(package: Any, asked: _Asked) -> tuple[Any, str | None]:
+    """Rows of a data set of the hub or, where the hub does not answer, of what was fetched of it last; and their commit."""
+    from .hub import not_waiting_for_hub
+
+    with not_waiting_for_hub():
+        builder = package.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
+        # a builder's hash is the commit, of what comes from a repository (datasets 2.16); and what is kept is taken whatever
+        # revision is asked for
+        is_other = type(builder).__name__ == "Cache" and not builder.hash.startswith(asked.revision or "")
+        if is_other:
+            raise HookattnError(
+                f"the hub does not answer, and {asked.name!r} was fetched last at {builder.hash}, not at {asked.revision!r}: "
+                f"type {asked.pin(builder.hash)}, or try again with a network."
+            )
+        builder.download_and_prepare()
+        return builder.as_dataset(split=asked.split), (builder.hash if builder.repo_id else None)
+
+
+def _explain(error: Exception) -> str:
+    from .hub import LOG_IN, explain_refusal
+
+    if type(error).__name__ == "DatasetNotFoundError":  # which does not keep what it came from
+        return f"{reason_of(error)} If it is gated, ask for access on its page of the hub; to be known there, {LOG_IN}."
+    told = explain_refusal(error)
+    return f"{told}." if told else reason_of(error)
+
+
+def _parse(typed: str) -> _Asked:
+    """The name, the revision, the configuration and the split that somebody typed."""
     text = os.path.expanduser(typed.removeprefix(_PREFIX))
     name, *more = [text] if os.path.isdir(text) else _COLON.split(text)
-    if not name or len(more) > 2 or not all(more):
+    name, at, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
+    if not name or len(more) > 2 or not all(more) or (at and not revision):
         raise HookattnError(
             f"{typed!r} is no data set: write {_PREFIX}NAME, {_PREFIX}NAME:SPLIT or {_PREFIX}NAME:CONFIG:SPLIT."
         )
-    return name, (more[0] if len(more) == 2 else None), (more[-1] if more else None)
+    return _Asked(name, revision or None, (more[0] if len(more) == 2 else None), (more[-1] if more else None))
 
 
-def _take_split(found: Any, split: str | None, name: str) -> Any:
+def _take_split(found: Any, asked: _Asked) -> Any:
+    name, split = asked.name, asked.split
     splits = found if isinstance(found, dict) else {str(found.split): found}
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if split is None:
         raise HookattnError(
-            f"{name!r} has several splits: type {_PREFIX}{name}:{next(iter(splits))}. There is: {listed(splits)}."
+            f"{name!r} has several splits: type {asked._replace(split=next(iter(splits)))}. There is: {listed(splits)}."
         )
     if split not in splits:
         raise HookattnError(f"{name!r} has no split {split!r}. {did_you_mean(split, splits)}")
