@@ -37,7 +37,7 @@ def _load_transformers(name: str, checkpoint: Path | None) -> nn.Module:
     if not fit.is_right:
         raise HookattnError(f"the weights of transformers:{name} do not fit it: {fit}.")
     found = _with_config(_tower(whole), _config_of_processor(_processor(name)))
-    cast(Any, found).hub_commit = getattr(whole.config, "_commit_hash", None)
+    cast(Any, found).hub_commit = None if Path(name).is_dir() else find_fetched_commit(name, "config.json", None)
     return found
 
 

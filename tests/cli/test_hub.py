@@ -90,6 +90,7 @@ def test_a_model_of_the_hub_gives_the_maps_of_its_weights(kind: str, hub: Hub, c
     with hub.away():  # it was fetched before
         client.run("record", folder / "photo.png", "-m", typed["far"], "-o", folder / "again.safetensors")
     assert load_file(folder / "again.safetensors").keys() == far.keys()
+    assert "Retrying" not in client.said
 
 
 @pytest.mark.parametrize("prefix", NAMED.values())
@@ -110,6 +111,7 @@ def test_what_the_hub_does_not_give_is_answered_with_what_to_type(prefix: str, h
         hub.asked.clear()
         assert f"was not fetched before, and the hub ({hub.endpoint}) does not answer: try again with" in refusal("owner/new")
         assert "the hub (" in client.refusal("inspect", f"{prefix}owner/new")
+    assert "Retrying" not in client.said
     assert not (folder / "out.png").exists()
 
 

@@ -143,6 +143,7 @@ def test_what_is_not_there_is_answered_with_what_to_type(client: Client, hub: Hu
     with hub.away():
         told = client.ask("look", "datasets:owner/new")["error"]
         assert f"it was not fetched before, and the hub ({hub.endpoint}) does not answer: try again with a network" in told
+    assert "Retrying" not in client.said
 
 
 def test_a_run_goes_on_at_the_commit_it_was_begun_with(client: Client, hub: Hub, folder: Path) -> None:

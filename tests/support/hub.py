@@ -237,7 +237,7 @@ class Client:
         stdin.write(json.dumps([what, args]) + "\n")
         stdin.flush()
         answer = stdout.readline()
-        assert answer, Path(self._said.name).read_text()[-3000:]
+        assert answer, self.said[-3000:]
         return json.loads(answer)
 
     def run(self, *args: Any) -> dict[str, Any]:
@@ -255,6 +255,11 @@ class Client:
         assert last.startswith("hookattn: "), told
         assert "Traceback" not in told
         return last
+
+    @property
+    def said(self) -> str:
+        """What the libraries have said so far."""
+        return Path(self._said.name).read_text()
 
     def close(self) -> None:
         self._process.communicate()
