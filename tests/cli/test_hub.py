@@ -130,16 +130,20 @@ def test_a_file_of_weights_needs_the_config_of_the_hub_alone(hub: Hub, client: C
     assert "the hub has no repository of this name" in client.refusal(*given, "hf-hub:owner/none")
 
 
-def test_offline_only_what_was_fetched_is_there(hub: Hub, folder: Path) -> None:
-    home = folder / "offline"
-    online = Client(hub, home)
-    online.run("record", folder / "photo.png", "-m", "hf-hub:owner/timm", "-o", folder / "on.safetensors")
-    online.close()
-    offline = Client(hub, home, HF_HUB_OFFLINE="1")
+def test_offline_only_what_was_fetched_is_there(hub: Hub, client: Client, folder: Path) -> None:
+    (folder / "photos").mkdir()
+    (folder / "photos/photo.png").write_bytes((folder / "photo.png").read_bytes())
+    commit = hub.push("datasets", "owner/photos", folder / "photos")
+    record = ["record", folder / "photo.png", "-m", "hf-hub:owner/timm", "-o"]
+    client.run(*record, folder / "on.safetensors")
+    photos = client.ask("look", "datasets:owner/photos")
+    offline = Client(hub, folder / "home", HF_HUB_OFFLINE="1")
     hub.asked.clear()
-    offline.run("record", folder / "photo.png", "-m", "hf-hub:owner/timm", "-o", folder / "off.safetensors")
-    told = offline.refusal("record", folder / "photo.png", "-m", "hf-hub:owner/vit")
-    offline.close()
-    assert "was not fetched before, and HF_HUB_OFFLINE is set: unset it to fetch it" in told
-    assert not hub.asked
+    offline.run(*record, folder / "off.safetensors")
     assert load_file(folder / "on.safetensors").keys() == load_file(folder / "off.safetensors").keys()
+    assert offline.ask("look", "datasets:owner/photos") == photos
+    assert photos["address"] == f"datasets:owner/photos@{commit}"
+    for told in (offline.refusal(*record[:3], "hf-hub:owner/new"), offline.ask("look", "datasets:owner/new")["error"]):
+        assert "it was not fetched before, and HF_HUB_OFFLINE is set: unset it to fetch it" in told
+    offline.close()
+    assert not hub.asked

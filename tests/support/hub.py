@@ -221,13 +221,13 @@ class Client:
         home.mkdir(exist_ok=True)
         ours = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home / "fetched"), "PYTHONPATH": os.pathsep.join(sys.path)}
         theirs = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-        # connections of a kept client would outlive the hub that is away
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": (home / "stderr.txt").open("w")}
+        said = (home / f"said by {len([*home.iterdir()])}.txt").open("w")
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said}
         script = str(Path(__file__).with_name("hub_client.py"))
         self._process = subprocess.Popen(
             [sys.executable, script], env={**theirs, **ours, **environment}, cwd=home, text=True, **pipes
         )
-        self._said = pipes["stderr"]
+        self._said = said
 
     def ask(self, what: str, *args: Any) -> Any:
         """What a function of `hub_client` returns."""
@@ -262,5 +262,6 @@ class Client:
         return Path(self._said.name).read_text()
 
     def close(self) -> None:
+        self._process.kill()  # there is nothing that it has to leave in order
         self._process.communicate()
         self._said.close()
