@@ -32,19 +32,27 @@ def _load_transformers(name: str, checkpoint: Path | None) -> nn.Module:
     transformers = _import("transformers")
     if checkpoint is not None:
         return _with_file(_make_transformers(name), checkpoint)
-    whole, told = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
+    place, at = _split_revision(name)
+    whole, told = transformers.AutoModel.from_pretrained(place, output_loading_info=True, **at)
     fit = compare(whole, {}, sorted(told["missing_keys"]), ())
     if not fit.is_right:
         raise HookattnError(f"the weights of transformers:{name} do not fit it: {fit}.")
     found = _with_config(_tower(whole), _config_of_processor(_processor(name)))
-    cast(Any, found).hub_commit = None if Path(name).is_dir() else find_fetched_commit(name, "config.json", None)
+    cast(Any, found).hub_commit = None if Path(place).is_dir() else find_fetched_commit(place, "config.json", **at)
     return found
 
 
 def _make_transformers(name: str) -> nn.Module:
     transformers = _import("transformers")
-    model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
+    place, at = _split_revision(name)
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(place, **at))
     return _with_config(_tower(model), _config_of_processor(_processor(name)))
+
+
+def _split_revision(name: str) -> tuple[str, dict[str, str]]:
+    """A repository and the revision that follows an @, as timm has it; or a folder."""
+    place, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    return place, {"revision": revision} if revision else {}
 
 
 def _with_config(model: Any, config: dict[str, Any]) -> nn.Module:
@@ -60,7 +68,8 @@ def _tower(model: Any) -> Any:
 
 
 def _processor(name: str) -> Any:
-    return _import("transformers").AutoImageProcessor.from_pretrained(name)
+    place, at = _split_revision(name)
+    return _import("transformers").AutoImageProcessor.from_pretrained(place, **at)
 
 
 def _config_of_processor(processor: Any) -> dict[str, Any]:
@@ -101,7 +110,7 @@ def _load_open_clip(name: str, checkpoint: Path | None) -> nn.Module:
     found = _of_clip(open_clip.create_model(name, pretrained=tag or None, require_pretrained=True))
     if name.startswith("hf-hub:"):
         repository = name.removeprefix("hf-hub:")
-        cast(Any, found).hub_commit = find_fetched_commit(repository, "open_clip_config.json", None)
+        cast(Any, found).hub_commit = find_fetched_commit(repository, "open_clip_config.json")
     return found
 
 

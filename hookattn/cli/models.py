@@ -57,7 +57,9 @@ def load_model(name: str, checkpoint: Path | None, img_size: Sizes, *, whole: bo
 
 def without_revision(name: str) -> str:
     """The name of a model whatever the commit that it was asked for at: two of them are told apart by their weights."""
-    return name.partition("@")[0] if name.partition(":")[0] in HUB else name
+    source, _, rest = name.partition(":")
+    is_of_hub = source in HUB or (source == "transformers" and not Path(rest).is_dir())
+    return name.partition("@")[0] if is_of_hub else name
 
 
 def make_model(name: str, img_size: Sizes) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import transformers
 import zarr
 from open_clip.push_to_hf_hub import save_for_hf
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.hub import Client, Hub, serving
 
 CLIP = {
@@ -104,8 +105,6 @@ def test_what_the_hub_does_not_give_is_answered_with_what_to_type(prefix: str, h
     assert "it is gated: ask for access on its page of the hub, then type `hf auth login`" in refusal("owner/closed")
     assert "Repo id must be in the form" in refusal("a/b/c")
     assert OTHERS[prefix][1] in refusal(OTHERS[prefix][0])
-    if prefix == "hf-hub:":
-        assert "its repository has no such branch, tag or commit: check what follows the @" in refusal("owner/timm@v2")
     assert "the config of" in client.refusal("inspect", f"{prefix}owner/none")
     with hub.away():
         hub.asked.clear()
@@ -113,6 +112,28 @@ def test_what_the_hub_does_not_give_is_answered_with_what_to_type(prefix: str, h
         assert "the hub (" in client.refusal("inspect", f"{prefix}owner/new")
     assert "Retrying" not in client.said
     assert not (folder / "out.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit"])
+def test_a_model_is_asked_for_at_a_commit(kind: str, hub: Hub, client: Client, folder: Path) -> None:
+    moved = folder / f"moved {kind}"
+    shutil.copytree(folder / kind, moved)
+    state = {key: value * 2 for key, value in load_file(moved / "model.safetensors").items()}
+    save_file(state, moved / "model.safetensors", {"format": "pt"})
+    old = hub.push("models", f"owner/moving-{kind}", folder / kind)
+    hub.push("models", f"owner/moving-{kind}", moved)
+    name = f"{NAMED[kind]}owner/moving-{kind}@{old}"
+    found = {}
+    for where, typed in {"kept": name, "near": f"{HERE[kind]}{folder / kind}"}.items():
+        client.run("record", folder / "photo.png", "-m", typed, "-o", folder / f"{where}.safetensors")
+        found[where] = load_file(folder / f"{where}.safetensors")
+    assert all(torch.equal(found["kept"][each], found["near"][each]) for each in found["near"])
+    store = folder / f"moving {kind}.zarr"
+    client.run("extract", folder / "photo.png", "-m", name, "--what", "entropy", "--workers", 0, "-o", store)
+    facts = zarr.open_group(store, mode="r").attrs["hookattn"]
+    assert (facts["run"]["model"]["name"], facts["model_revision"]) == (name.partition("@")[0], old)
+    assert client.ask("run", "inspect", name)[0] == 0
+    assert "branch, tag or commit: check what follows the @" in client.refusal("inspect", name[:-40] + "0" * 40)
 
 
 def test_open_clip_makes_up_no_weights(client: Client, folder: Path) -> None:
@@ -145,5 +166,7 @@ def test_offline_only_what_was_fetched_is_there(hub: Hub, client: Client, folder
     assert photos["address"] == f"datasets:owner/photos@{commit}"
     for told in (offline.refusal(*record[:3], "hf-hub:owner/new"), offline.ask("look", "datasets:owner/new")["error"]):
         assert "it was not fetched before, and HF_HUB_OFFLINE is set: unset it to fetch it" in told
+    told = offline.ask("look", "hf://datasets/owner/photos")["error"]
+    assert "'hf://datasets/owner/photos' lies on the hub, and HF_HUB_OFFLINE is set: unset it, or type datasets:" in told
     offline.close()
     assert not hub.asked

@@ -139,8 +139,11 @@ def test_what_is_not_there_is_answered_with_what_to_type(client: Client, hub: Hu
         assert expected in (told := client.ask("look", typed)["error"]), told
         assert "\n" not in told
     assert "the hub has no repository" in client.refusal("extract", "datasets:owner/plain", "-m", "hf-hub:owner/none")
-    assert "(GatedRepoError)" in client.ask("look", "hf://datasets/owner/closed/big/*.parquet")["error"]
+    told = client.ask("look", "hf://datasets/owner/closed/big/*.parquet")["error"]
+    assert "big/*.parquet' cannot be read: it is gated: ask for access on its page of the hub, then type `hf auth" in told
     with hub.away():
+        told = client.ask("look", "hf://datasets/owner/plain")["error"]
+        assert f"lies on the hub ({hub.endpoint}), which does not answer: try again with a network" in told
         told = client.ask("look", "datasets:owner/new")["error"]
         assert f"it was not fetched before, and the hub ({hub.endpoint}) does not answer: try again with a network" in told
     assert "Retrying" not in client.said

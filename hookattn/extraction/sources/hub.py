@@ -13,6 +13,8 @@ from urllib.parse import urlparse
 import huggingface_hub.constants as hub
 from huggingface_hub import errors, try_to_load_from_cache
 
+from ...errors import HookattnError
+
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # where files lie that were fetched
 _PATIENCE = 4.0  # seconds for a connection, which takes a fraction of one
 LOG_IN = "type `hf auth login`, or set HF_TOKEN"
@@ -28,6 +30,21 @@ def not_waiting_for_hub() -> Iterator[None]:
         yield
     finally:
         hub.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def asking_hub(address: str) -> Iterator[None]:
+    """Say what the hub means where files of it are opened by their address, of which nothing is kept here."""
+    if hub.HF_HUB_OFFLINE:
+        raise HookattnError(f"{address!r} lies on the hub, and HF_HUB_OFFLINE is set: unset it, or type datasets:OWNER/NAME.")
+    if not _answers():
+        raise HookattnError(f"{address!r} lies on the hub ({hub.ENDPOINT}), which does not answer: try again with a network.")
+    try:
+        yield
+    except HookattnError as error:
+        if why := explain_refusal(error):
+            raise HookattnError(f"{address!r} cannot be read: {why}.") from error
+        raise
 
 
 def _answers() -> bool:
@@ -53,7 +70,7 @@ def _connects(family: int, place: Any) -> bool:
     return True
 
 
-def find_fetched_commit(repository: str, file: str, revision: str | None) -> str | None:
+def find_fetched_commit(repository: str, file: str, revision: str | None = None) -> str | None:
     """The commit of a revision of a repository as it was fetched last; None where it was not."""
     path = try_to_load_from_cache(repository, file, revision=revision)
     found = _COMMIT.search(path.replace(os.sep, "/")) if isinstance(path, str) else None

@@ -42,6 +42,7 @@ def open_images(source: Source | Sequence[Source], *, image: str | None = None, 
         open_images("shards/train-{000000..000012}.tar")          # WebDataset; globs and folders of .tar, too
         open_images("s3://bucket/train-*.parquet", image="photo")
         open_images("datasets:food101:validation")                # Hugging Face; or a folder of save_to_disk
+        open_images("hf://datasets/food101@COMMIT/data/*.parquet")  # files of it; datasets:food101@COMMIT:validation, too
 
     Images are named as seen from the folder that is given, or from the one around all that is given; of a list, as they are
     written there.
@@ -63,6 +64,15 @@ def open_images(source: Source | Sequence[Source], *, image: str | None = None, 
         raise HookattnError(f"{named[0]!r} is a data set of its own: give it alone.")
     if named:
         return NamedImages(named[0], image, label)
+    if of_hub := [each for each in typed if each.startswith("hf://")]:
+        from .hub import asking_hub  # whose client takes a while to import
+
+        with asking_hub(of_hub[0]):
+            return _open_addresses(typed, image, label)
+    return _open_addresses(typed, image, label)
+
+
+def _open_addresses(typed: Sequence[str], image: str | None, label: str | None) -> Images:
     addresses = list(dict.fromkeys(chain.from_iterable(find_places(each) for each in typed)))
     if not addresses:
         raise HookattnError("no source of images is given: a folder, files, .tar shards, .parquet tables or datasets:NAME.")
