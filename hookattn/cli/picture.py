@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import TokenError
+from ..errors import HookattnError, TokenError
 from ..image.photo import Photo
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
@@ -33,7 +33,13 @@ def save_picture(
         others = ", ".join(m.name for m in drawn if m not in asked)
         say(f"left out of the picture, query {query!r} is not among theirs: {others}")
     drawn = asked
-    figure = overview(drawn, query, image=image, title=title, index=index)
+    try:
+        figure = overview(drawn, query, image=image, title=title, index=index)
+    except TokenError:
+        raise
+    except ValueError as error:  # of a sheet that no file of pixels can be
+        size = str(error).split(":")[0]
+        raise HookattnError(f"{title} is too long a strip to be drawn ({size}): a part of the photo can be.") from error
     write_out(out, figure.savefig)
     say(f"\nwrote {printable(out)}")
 

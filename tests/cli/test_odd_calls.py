@@ -17,7 +17,7 @@ RECORD = ("record", "photo.png", "-m", "test_vit", "-c", "weights.safetensors")
 ANALYZE = ("analyze", "photo.png", "-m", "test_vit", "-c", "weights.safetensors")
 NAMES = os.fsdecode(b"a\xff")
 
-# a call in a folder that has photo.png, weights.safetensors, empty.png, bomb.png and folder/; what is answered
+# a call in a folder that has photo.png, weights.safetensors, empty.png, bomb.png, strip.png and folder/; what is answered
 ODD: list[tuple[tuple[str, ...], str]] = [
     (("recrd",), "No such command 'recrd'"),
     (("record",), "Missing argument"),
@@ -28,6 +28,7 @@ ODD: list[tuple[tuple[str, ...], str]] = [
     (("record", "folder"), "folder is a folder without photos"),
     (("record", "empty.png", *RECORD[2:]), "empty.png is no image that can be read"),
     (("record", "bomb.png", *RECORD[2:]), "bomb.png is no image that can be read"),
+    (("record", "strip.png", *RECORD[2:]), "strip.png, test_vit is too long a strip to be drawn (the sheet would be"),
     (("record", "weights.safetensors", *RECORD[2:]), "weights.safetensors is no image that can be read"),
     ((*RECORD, "-o", "out.html"), "out.html is no kind of file that is written here: .png"),
     ((*RECORD, "-o", "photo.png"), "photo.png is what is read"),
@@ -91,6 +92,7 @@ def folder(tmp_path: Path, photo: Path, weights: Path, monkeypatch: pytest.Monke
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.png").touch()
     write_bomb(tmp_path / "bomb.png")
+    Image.new("RGB", (1, 3000)).save(tmp_path / "strip.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
