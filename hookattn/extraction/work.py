@@ -80,7 +80,9 @@ def take_blocks(
     in_order = task.strict or isinstance(task.inputs, DataSet)
     batches = load_batches(task.inputs, blocks, task.batch_size, task.workers, pin=_is_on_gpu(model), in_order=in_order)
     before = time.perf_counter()
-    with answering_lost_workers(), Taker(model, list(task.shapes.layers), task.quantities) as taker:
+    known = task.shapes.layers
+    modules = [name for name in known if name.rpartition("#")[0] not in known]  # name#1 is the second call of one
+    with answering_lost_workers(), Taker(model, modules, task.quantities) as taker:
         for begun in _one_behind(_begin(taker, task, batches)):
             _finish(begun, task)
             ended = time.perf_counter()

@@ -443,3 +443,36 @@ def test_whole_photos_are_made_of_whole_patches_where_a_config_does_not_tell_how
     del model.pretrained_cfg, model.default_cfg
     extraction.extract(model, images, tmp_path / "x.zarr", "cls,entropy", crop="none", preprocessing=config)
     assert stored(tmp_path / "x.zarr").equals(stored(tmp_path / "told.zarr"))
+
+
+class Both(nn.Module):
+    """Sees each image twice, as it is and mirrored, with one trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = small_vit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(x) + self.trunk(x.flip(-1))  # type: ignore[no-any-return]
+
+
+def test_a_trunk_that_is_called_twice_is_stored_by_calls(tmp_path: Path) -> None:
+    model, images = Both().eval(), Drawn(5)
+    extraction.extract(model, images, tmp_path / "x.zarr", "cls,maps", dtype="float32", batch_size=2, block=4)
+    found = stored(tmp_path / "x.zarr")
+    names = [f"trunk.blocks.{block}.attn" for block in (0, 1)]
+    assert list(found.layer.values) == [*names, *[f"{name}#1" for name in names]]
+    for index in range(len(images)):
+        for place, expected in enumerate(own_maps(model, shown(images, index, model))):
+            near(found.maps[index, place], expected)
+
+
+class OutOfRange(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return [x][1]
+
+
+def test_whatever_a_model_raises_of_images_is_told(tmp_path: Path) -> None:
+    model = nn.Sequential(small_vit(), OutOfRange()).eval()
+    with pytest.raises(HookattnError, match=r"takes no images 1 x 3 x 64 x 64 \(IndexError: "):
+        extraction.extract(model, Drawn(3), tmp_path / "x.zarr", "cls")
