@@ -106,11 +106,25 @@ def _answering_hub(name: str, what: str, *, is_asked: bool) -> Iterator[None]:
         if not is_asked:
             raise
         bare = name if ":" in name else name.split(".")[0]
-        why = explain_refusal(error) or f"{' '.join(str(error).split()).rstrip('.')[:300]} ({type(error).__name__})"
+        why = (
+            explain_refusal(error)
+            or _explain_library(name, error)
+            or f"{' '.join(str(error).split()).rstrip('.')[:300]} ({type(error).__name__})"
+        )
         file = f" With a file of weights: hookattn record PHOTO --model {bare} --checkpoint FILE." if what == "weights" else ""
         raise HookattnError(
             f"the {what} of {name} could not be fetched: {why}.{file} Without a network: hookattn demo."
         ) from error
+
+
+def _explain_library(name: str, error: Exception) -> str | None:
+    """Under which name a model of another library is loaded; None for an error of another kind."""
+    source, _, repository = name.partition(":")
+    if source in HUB and isinstance(error, KeyError):  # its config has other keys
+        return f"it is no model of timm; one of transformers is --model transformers:{repository}"
+    if source == "transformers" and "timm" in str(error):
+        return f"it is a model of timm, --model hf-hub:{repository}"
+    return None
 
 
 def _is_here(name: str) -> bool:

@@ -105,6 +105,10 @@ def test_what_the_hub_does_not_give_is_answered_with_what_to_type(prefix: str, h
     assert "it is gated: ask for access on its page of the hub, then type `hf auth login`" in refusal("owner/closed")
     assert "Repo id must be in the form" in refusal("a/b/c")
     assert OTHERS[prefix][1] in refusal(OTHERS[prefix][0])
+    if prefix == "hf-hub:":
+        assert "it is no model of timm; one of transformers is --model transformers:owner/vit" in refusal("owner/vit")
+    elif prefix == "transformers:":
+        assert "it is a model of timm, --model hf-hub:owner/timm" in refusal("owner/timm")
     assert "the config of" in client.refusal("inspect", f"{prefix}owner/none")
     with hub.away():
         hub.asked.clear()
