@@ -7,6 +7,7 @@ import re
 
 # it logs a traceback of each error that it raises, which Python prints where nobody has said where logs go
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
+_ADDRESS = re.compile(r"[a-zA-Z][\w+.-]*://")
 _CLIENTS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _LOGIN = {
     "s3fs": "aws configure, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; a public bucket is read with "
@@ -20,8 +21,8 @@ _REFUSED = re.compile(
 
 
 def is_address(where: str) -> bool:
-    """Whether it is an address such as `s3://bucket/run.zarr`, and no path of this machine."""
-    return "://" in where
+    """Whether it is an address such as `s3://bucket/a.tar`, and no path of this machine."""
+    return _ADDRESS.match(where) is not None
 
 
 def is_whole_bucket(where: str) -> bool:

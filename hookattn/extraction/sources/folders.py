@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from ...errors import HookattnError
 from ...image.pixels import import_pillow
+from ..clients import is_address
 from .images import Images, check_names, readable
-from .places import is_remote, join, read_bytes
+from .places import join, read_bytes
 
 
 @cache
@@ -70,14 +71,14 @@ def name_listed(address: str, folder: str) -> Iterator[Named]:
     lines = [line.rstrip("\r") for line in read_bytes(address).decode("utf-8-sig", "surrogateescape").split("\n")]
     listed = [line.split("\t") for line in lines if line.strip()]
     # one that is missing is found when it is read, but all of them are missing where a list was moved
-    if listed and not is_remote(address) and not _is_any_there(posixpath.dirname(address), [path for path, *_ in listed]):
+    if listed and not is_address(address) and not _is_any_there(posixpath.dirname(address), [path for path, *_ in listed]):
         raise HookattnError(
             f"no file that {address!r} lists is there, such as {listed[0][0]!r}: write a path a line, as seen from the list."
         )
     for path, *label in listed:
-        name = path if is_remote(path) else posixpath.normpath(path)
+        name = path if is_address(path) else posixpath.normpath(path)
         yield Named(join(folder, name), readable(name), readable(label[0]) if label else "")
 
 
 def _is_any_there(folder: str, paths: Sequence[str]) -> bool:
-    return any(is_remote(path) or os.path.exists(join(folder, path)) for path in paths)
+    return any(is_address(path) or os.path.exists(join(folder, path)) for path in paths)

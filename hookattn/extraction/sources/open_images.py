@@ -8,10 +8,11 @@ from itertools import chain
 from typing import NamedTuple
 
 from ...errors import HookattnError, listed
+from ..clients import is_address
 from .folders import Named, Photos, name_listed, name_photos, photo_suffixes
 from .images import Images, readable
 from .named import NamedImages, is_named
-from .places import common_folder, find_places, is_folder, is_remote, join, list_files, relative, suffix_of
+from .places import common_folder, find_places, is_folder, join, list_files, relative, suffix_of
 from .shards import Shards
 
 Source = str | os.PathLike[str]
@@ -108,7 +109,7 @@ def _kind_of(file: str) -> str:
     if suffix in _UNREADABLE:
         raise HookattnError(f"{file!r} is not read as it is: {_UNREADABLE[suffix]}.")
     # on the web, an image may be called anything
-    if suffix and suffix not in photo_suffixes() and not is_remote(file):
+    if suffix and suffix not in photo_suffixes() and not is_address(file):
         raise HookattnError(f"{file!r} is no image that PIL knows, no .tar, no .parquet and no list (.txt) of files.")
     return _PHOTOS
 

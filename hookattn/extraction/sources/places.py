@@ -13,20 +13,14 @@ from typing import Any, BinaryIO, cast
 from fsspec.core import url_to_fs
 
 from ...errors import HookattnError, MissingExtraError
-from ..clients import advise, describe_missing, reason_of
+from ..clients import advise, describe_missing, is_address, reason_of
 
-_REMOTE = re.compile(r"[a-zA-Z][\w+.-]*://")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-def is_remote(address: str) -> bool:
-    """Whether it is an address such as `s3://bucket/a.tar`, and no path of this machine."""
-    return _REMOTE.match(address) is not None
 
 
 def suffix_of(address: str) -> str:
     """The ending of its name, in lower case, such as ".tar": without what follows a "?" in a remote address."""
-    path = address.split("::")[0].split("?")[0] if is_remote(address) else address
+    path = address.split("::")[0].split("?")[0] if is_address(address) else address
     return os.path.splitext(path)[1].lower()
 
 
@@ -42,7 +36,7 @@ def answering(place: str) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(f"{place!r} is out of reach: {describe_missing(error, place)}") from error
     except Exception as error:  # clients of remote stores, and readers of formats, raise errors that share no base
-        advice = advise(place, error) if is_remote(place) else ""
+        advice = advise(place, error) if is_address(place) else ""
         raise HookattnError(f"{place!r} cannot be read: {reason_of(error)} {advice}".rstrip()) from error
 
 
@@ -57,8 +51,8 @@ def find_places(typed: str) -> list[str]:
     """
     if not typed:
         raise HookattnError("images come from a folder, a file or an address, not from an empty name.")
-    address = typed if is_remote(typed) else os.path.abspath(os.path.expanduser(typed)).replace(os.sep, "/")
-    if is_remote(address):
+    address = typed if is_address(typed) else os.path.abspath(os.path.expanduser(typed)).replace(os.sep, "/")
+    if is_address(address):
         with answering(address):
             url_to_fs(address)[0].invalidate_cache()  # what it knows of folders since it was asked before
     # a name may well have brackets and stars in it: what is there by its name is meant by it
@@ -67,7 +61,7 @@ def find_places(typed: str) -> list[str]:
     found = {one: _match(one) for one in _count_up(address)}
     for one, matched in found.items():
         if not matched:
-            is_name = one == address and not is_remote(one) and not glob.has_magic(one)
+            is_name = one == address and not is_address(one) and not glob.has_magic(one)
             raise HookattnError(
                 f"there is no {one!r}.{f' A data set of Hugging Face is typed datasets:{typed}.' if is_name else ''}"
             )
@@ -93,7 +87,7 @@ def _match(address: str) -> list[str]:
     with answering(address):
         if not glob.has_magic(address):
             return []
-        if is_remote(address):
+        if is_address(address):
             system, path = url_to_fs(address)
             return sorted(system.unstrip_protocol(each) for each in system.glob(path))
         return sorted(each.replace(os.sep, "/") for each in glob.glob(address, recursive=True))
@@ -101,7 +95,7 @@ def _match(address: str) -> list[str]:
 
 def is_there(address: str) -> bool:
     """Whether there is a file or a folder of that name."""
-    if not is_remote(address):
+    if not is_address(address):
         return os.path.exists(address)
     with answering(address):
         system, path = url_to_fs(address)
@@ -110,7 +104,7 @@ def is_there(address: str) -> bool:
 
 def is_folder(address: str) -> bool:
     """Whether it is one; on the web, where pages and folders look alike, it is one whose address ends with "/"."""
-    if not is_remote(address):
+    if not is_address(address):
         return os.path.isdir(address)
     with answering(address):
         system, path = url_to_fs(address)
@@ -123,7 +117,7 @@ def list_files(folder: str) -> list[str]:
     Raises:
         HookattnError: one of the folders cannot be read, or is a link to a folder around it.
     """
-    if not is_remote(folder):
+    if not is_address(folder):
         return sorted(_walk(folder))
     with answering(folder):
         system, path = url_to_fs(folder)
@@ -162,7 +156,7 @@ def common_folder(addresses: Sequence[str]) -> str:
     parts = [address.rstrip("/").split("/")[:-1] for address in addresses]
     low, high = min(parts), max(parts)  # what these two begin with, all begin with
     shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(low, high)))
-    if len(shared) < (3 if is_remote(addresses[0]) else 1):  # a scheme alone is no folder
+    if len(shared) < (3 if is_address(addresses[0]) else 1):  # a scheme alone is no folder
         return ""
     return "/".join(part for part, _ in shared) or "/"
 
@@ -181,14 +175,14 @@ def name_file(name: str, folder: str) -> str:
 
 def join(folder: str, name: str) -> str:
     """The address of what a name stands for in a folder: names may be absolute and remote themselves."""
-    if not folder or is_remote(name) or os.path.isabs(name):
+    if not folder or is_address(name) or os.path.isabs(name):
         return name
     return f"{folder.rstrip('/')}/{name}"
 
 
 def open_file(address: str) -> BinaryIO:
     """A file to be read, with `seek`."""
-    if not is_remote(address):
+    if not is_address(address):
         return open(address, "rb")
     system, path = url_to_fs(address)
     return cast(BinaryIO, system.open(path, "rb"))
@@ -201,7 +195,7 @@ def read_bytes(address: str, start: int = 0, size: int | None = None) -> bytes:
         HookattnError: it cannot be read, or ends before that.
     """
     with answering(address):
-        found = _read_remote(address, start, size) if is_remote(address) else _read_local(address, start, size)
+        found = _read_remote(address, start, size) if is_address(address) else _read_local(address, start, size)
     if size is not None and len(found) != size:
         raise HookattnError(
             f"{address!r} gave {len(found)} bytes where {size} were asked for: it has changed since it was opened, or lies on "
