@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from .tokens import Size
 from .trunk import reductions_of
 
 Crop = Literal["none", "center"]
+_RESAMPLED = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by names of Pillow's
+_CROPPED = ("center", "squash", "border")
 _MOST_PIXELS = 2**27  # of a photo that is resized before it is cut
 
 
@@ -74,12 +77,32 @@ def _from_config(config: Mapping[str, Any]) -> Preprocessing:
     given = {name: config[name] for name in Preprocessing._fields[:6] if config.get(name)}
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     found = Preprocessing(**values)
+    _check(found)
     if found.input_size[0] not in (1, 3) or {len(found.mean), len(found.std)} != {found.input_size[0]}:
         raise TokenError(
             f"a photo has 1 or 3 channels with a mean and a std each, not {found.input_size[0]}, {len(found.mean)} and "
             f"{len(found.std)}; make the model's input yourself."
         )
     return found
+
+
+def _check(told: Preprocessing) -> None:
+    """Raise a TokenError for what is not such as `Preprocessing` has it."""
+    right = {
+        "input_size": (_are(told.input_size, Integral) and len(told.input_size) == 3, "three whole numbers, (3, 224, 224)"),
+        "interpolation": (told.interpolation in _RESAMPLED, f"one of {', '.join(_RESAMPLED)}"),
+        "mean": (_are(told.mean, Real), "a number for each channel, (0.5, 0.5, 0.5)"),
+        "std": (_are(told.std, Real) and all(told.std), "a number for each channel, none of them 0, (0.5, 0.5, 0.5)"),
+        "crop_pct": (_are((told.crop_pct,), Real) and told.crop_pct > 0, "a number above 0, 1.0 for all of the photo"),
+        "crop_mode": (told.crop_mode in _CROPPED, f"one of {', '.join(_CROPPED)}"),
+    }
+    for name, (is_right, what) in right.items():
+        if not is_right:
+            raise TokenError(f"{name}={getattr(told, name)!r} of the preprocessing is no such thing: it is {what}.")
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
 class Plan(NamedTuple):
