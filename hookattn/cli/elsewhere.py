@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import HookattnError, MissingExtraError
 from ..extraction.sources.hub import find_fetched_commit
+from ..image.preprocessing import RESAMPLED
 from .checkpoints import Fit, compare, load_fitting, watching_loads
 
-_RESAMPLED = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
 _RESIZED = {"shortest": "center", "longest": "border", "squash": "squash"}
 
 
@@ -85,7 +85,7 @@ def _config_of_processor(processor: Any) -> dict[str, Any]:
     normal = getattr(processor, "do_normalize", True)
     return {
         "input_size": (3, *shown),
-        "interpolation": _RESAMPLED[int(getattr(processor, "resample", None) or 2)],
+        "interpolation": RESAMPLED[int(getattr(processor, "resample", None) or 2)],
         "mean": tuple(processor.image_mean) if normal else (0.0,) * 3,
         "std": tuple(processor.image_std) if normal else (1.0,) * 3,
         "crop_pct": shown[0] / resized[0],

@@ -111,7 +111,7 @@ def _answering_hub(name: str, what: str, *, is_asked: bool) -> Iterator[None]:
             or _explain_library(name, error)
             or f"{' '.join(str(error).split()).rstrip('.')[:300]} ({type(error).__name__})"
         )
-        file = f" With a file of weights: hookattn record PHOTO --model {bare} --checkpoint FILE." if what == "weights" else ""
+        file = f" With a file of weights: --model {bare} --checkpoint FILE." if what == "weights" else ""
         raise HookattnError(
             f"the {what} of {name} could not be fetched: {why}.{file} Without a network: hookattn demo."
         ) from error

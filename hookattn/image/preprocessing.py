@@ -17,7 +17,8 @@ from .tokens import Size
 from .trunk import reductions_of
 
 Crop = Literal["none", "center"]
-_RESAMPLED = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by names of Pillow's
+RESAMPLED = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""How a photo can be resized, by the numbers that Pillow gives them."""
 _CROPPED = ("center", "squash", "border")
 _MOST_PIXELS = 2**27  # of a photo that is resized before it is cut
 
@@ -90,7 +91,7 @@ def _check(told: Preprocessing) -> None:
     """Raise a TokenError for what is not such as `Preprocessing` has it."""
     right = {
         "input_size": (_are(told.input_size, Integral) and len(told.input_size) == 3, "three whole numbers, (3, 224, 224)"),
-        "interpolation": (told.interpolation in _RESAMPLED, f"one of {', '.join(_RESAMPLED)}"),
+        "interpolation": (told.interpolation in RESAMPLED, f"one of {', '.join(RESAMPLED)}"),
         "mean": (_are(told.mean, Real), "a number for each channel, (0.5, 0.5, 0.5)"),
         "std": (_are(told.std, Real) and all(told.std), "a number for each channel, none of them 0, (0.5, 0.5, 0.5)"),
         "crop_pct": (_are((told.crop_pct,), Real) and told.crop_pct > 0, "a number above 0, 1.0 for all of the photo"),

@@ -110,6 +110,8 @@ def test_what_is_not_done_token_by_token_is_done_at_once() -> None:
         lambda t: nn.functional.layer_norm(t, (D,), weight[0, :, 0]): True,
         lambda t: nn.functional.layer_norm(t, (N, D)): False,
         lambda t: nn.functional.layer_norm(t * 1, (D,), t[0, 0, 0]): False,
+        lambda t: nn.functional.layer_norm(input=t, normalized_shape=(D,)): True,
+        lambda t: torch.rms_norm(input=t, normalized_shape=(D,)): False,
         lambda t: nn.functional.rms_norm(t, (D,), weight[0, :, 0].double()): False,
         lambda t: t.to(torch.float64): True,
         lambda t: t.to("cpu", torch.float64): False,
@@ -124,5 +126,7 @@ def test_what_is_not_done_token_by_token_is_done_at_once() -> None:
     assert made.to(torch.float64).narrowed(heads=slice(1)).dtype == torch.float64  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="normalized_shape"):
         nn.functional.layer_norm(made, (D + 1,))
+    outside = made.then(EachToken(lambda t: t @ torch.eye(D)))  # a product, which autocast on a CPU casts
     with torch.autocast("cpu", torch.bfloat16):
+        assert outside.dtype == outside.compute().dtype == torch.float32  # type: ignore[attr-defined]
         assert not isinstance(nn.functional.layer_norm(Projected(x, weight), (D,)), Projected)
