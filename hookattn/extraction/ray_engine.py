@@ -181,11 +181,7 @@ class _Worker:
         order: _Order = cloudpickle.loads(import_ray().get(self._sent))
         if os.path.isdir(order.folder):
             os.chdir(order.folder)
-        if order.device == "cuda" and not torch.cuda.is_available():
-            raise HookattnError(
-                f"an actor on {socket.gethostname()} was given a GPU by Ray, and PyTorch {torch.__version__} sees none there: "
-                "install a build of PyTorch for the driver of that node, or leave out gpus=."
-            )
+        _check_seen(order.device)
         torch.set_num_threads(order.threads)
         torch.set_float32_matmul_precision(order.precision)
         model = torch.load(io.BytesIO(order.model), map_location=order.device, weights_only=False)
@@ -222,6 +218,15 @@ def _check_device(model: nn.Module, gpus: float) -> None:
     device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
     if device is not None and not gpus:
         raise HookattnError(f"the model is on {device}, and actors have no GPU: RayEngine(gpus=1), or a share of one.")
+
+
+def _check_seen(device: str) -> None:
+    """Check, in an actor, that PyTorch sees the GPU that Ray has given it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HookattnError(
+            f"an actor on {socket.gethostname()} was given a GPU by Ray, and PyTorch {torch.__version__} sees none there: "
+            "install a build of PyTorch for the driver of that node, or leave out gpus=."
+        )
 
 
 def _unpack(outcome: bytes) -> list[Step]:

@@ -126,7 +126,7 @@ def test_what_is_not_done_token_by_token_is_done_at_once() -> None:
     assert made.to(torch.float64).narrowed(heads=slice(1)).dtype == torch.float64  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="normalized_shape"):
         nn.functional.layer_norm(made, (D + 1,))
-    outside = made.then(EachToken(lambda t: t @ torch.eye(D)))  # a product, which autocast on a CPU casts
+    outside = Projected(x, weight).then(EachToken(lambda t: t @ torch.eye(D)))  # a product, which autocast on a CPU casts
     with torch.autocast("cpu", torch.bfloat16):
         assert outside.dtype == outside.compute().dtype == torch.float32  # type: ignore[attr-defined]
         assert not isinstance(nn.functional.layer_norm(Projected(x, weight), (D,)), Projected)

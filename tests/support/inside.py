@@ -34,6 +34,7 @@ from hookattn.extraction.engines import Job
 from hookattn.extraction.locks import _Note as Note
 from hookattn.extraction.locks import hold_store
 from hookattn.extraction.ray_engine import _check_all_there as check_all_there
+from hookattn.extraction.ray_engine import _check_seen as check_seen
 from hookattn.extraction.ray_engine import _unpack as unpack
 from hookattn.extraction.sent_errors import make_sendable
 from hookattn.extraction.sources.images import Images
@@ -73,6 +74,7 @@ __all__ = [
     "Sum",
     "Writer",
     "check_all_there",
+    "check_seen",
     "compare_runs",
     "copy_into",
     "copy_to_cpu",
