@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ Facts = dict[str, Any]
 FORMAT = 1  # counted up when a reader of the one before would misread what is written
 _CHUNK = 2**20  # bytes that are compressed together, and have to be read for one image
 _MARK = "hookattn"
+_UNFINISHED = re.compile(r"zarr\.\w+\.partial")  # as zarr names what it writes, before that is put in its place
 
 
 class Store:
@@ -49,7 +51,7 @@ class Store:
         Raises:
             StoreError: there is something else.
         """
-        zarr = import_zarr()
+        zarr, self.group = import_zarr(), None
         if self.folder is not None and not self.folder.exists():
             return None
         try:
@@ -75,13 +77,20 @@ class Store:
     def create(self, layout: Layout, coordinates: Mapping[str, tuple[tuple[str, ...], Array]], facts: Facts) -> None:
         """Make the arrays, those of coordinates filled; facts are noted last: a store which is only half made is seen to be.
 
+        That it is being made is noted first, and stays noted while what a run left there that was killed before is removed.
+
         Raises:
             StoreError: it cannot be written.
         """
         zarr = import_zarr()
         with answering_writes(self.where):
-            attributes = {_MARK: {"state": "being made"}}
-            self.group = zarr.create_group(self.where, overwrite=True, zarr_format=3, attributes=attributes)
+            if self.group is None:
+                self.group = zarr.create_group(self.where, zarr_format=3, attributes={_MARK: {"state": "being made"}})
+            else:
+                self.group = zarr.open_group(self.where, mode="r+", zarr_format=3, use_consolidated=False)
+            self.remove_leftovers()
+            for name in self._list_names():
+                del self.group[name]
             for spec in layout.specs:
                 self._create(spec, layout)
             for name, kind, fill in _OF_IMAGES:
@@ -97,19 +106,28 @@ class Store:
         with answering_writes(self.where), warnings.catch_warnings():
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)  # that other implementations may not look for it
             coordinates = " ".join(name for name in names if name in self.group)
-            self.group.attrs.update({_MARK: facts, "coordinates": coordinates})
-            zarr.consolidate_metadata(self.group.store)
+            self.group = zarr.consolidate_metadata(self.group.store)
+            self.group.update_attributes({_MARK: facts, "coordinates": coordinates})  # last, and in one piece
 
     def _is_empty(self) -> bool:
-        """Whether there is nothing at all where the store is to be."""
+        """Whether there is nothing at all where the store is to be, or no more than the first file of one, not finished."""
         if self.folder is not None:
-            return self.folder.is_dir() and not any(self.folder.iterdir())
+            return self.folder.is_dir() and all(_UNFINISHED.fullmatch(each.name) for each in self.folder.iterdir())
         from fsspec.core import url_to_fs
 
         with answering_reads(self.where):
             files, path = url_to_fs(self.where)
             files.invalidate_cache()  # others may have put something there
             return not files.exists(path)
+
+    def _list_names(self) -> list[str]:
+        """Names of what lies in the group, whole or not."""
+        from fsspec.core import url_to_fs
+
+        files, path = url_to_fs(self.where)
+        files.invalidate_cache()
+        found = (each.rstrip("/").rpartition("/")[2] for each in files.ls(path, detail=False))
+        return [name for name in found if name != "zarr.json"]
 
     def status(self) -> Array:
         """What became of each image."""

@@ -158,6 +158,21 @@ def test_a_run_that_is_killed_wherever_it_writes_is_gone_on_with(cloud: Cloud, p
     assert "x.zarr.lock" not in list_names(cloud, place)
 
 
+def test_a_store_that_was_half_made_is_made_again_wherever_that_is_killed(
+    cloud: Cloud, place: str, model: Any, whole: Path
+) -> None:
+    where = cloud.address(f"{place}/x.zarr")
+    kill_at(cloud, 9, lambda: run(model, where, what="maps,cls,distance"))
+    assert "x.zarr/maps/zarr.json" in list_names(cloud, place)
+    for request in (2, 3, 4, 7):
+        kill_at(cloud, request, lambda: run(model, where))
+        with pytest.raises(StoreError, match="there is no store"):
+            extraction.open(where)
+    assert run(model, where).taken == 4
+    assert same(everything(where), everything(whole))
+    assert list_names(cloud, place) == sorted(f"x.zarr/{p.relative_to(whole)}" for p in whole.rglob("*") if p.is_file())
+
+
 def test_of_two_runs_that_begin_together_one_is_refused(cloud: Cloud, place: str) -> None:
     where, lock = cloud.address(f"{place}/x.zarr"), f"bucket/{place}/x.zarr.lock"
     theirs = json.dumps({"run": "theirs", "host": "elsewhere", "pid": 7, "renewed": time.time()}).encode()

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from support.drawn import Drawn, small_vit
-from support.stores import everything, full_after, same
+from support.stores import everything, full_after, same, states_of
 
 from hookattn import HookattnError
 from hookattn.errors import StoreError
@@ -45,6 +45,20 @@ def test_kill_9_at_random_moments_tears_nothing_and_repeats_little(tmp_path: Pat
 def run(out: Path, model: Any = None, images: Any = None, **options: Any) -> Any:
     asked = {"what": "cls,entropy", "batch_size": 2, "block": 4, "dtype": "float32", **options}
     return extraction.extract(small_vit() if model is None else model, Drawn(10) if images is None else images, out, **asked)
+
+
+def files_of(store: Path) -> set[str]:
+    return {path.relative_to(store).as_posix() for path in store.rglob("*")}
+
+
+def find_taken(store: Path) -> int | None:
+    """How many images of a store are there; None where a reader is told that there is no store."""
+    try:
+        return extraction.open(store).count()[0]
+    except StoreError as error:
+        if "there is no store" not in str(error):
+            raise
+        return None
 
 
 class StoppedError(Exception):
@@ -160,6 +174,30 @@ def test_a_store_that_was_half_made_is_made_again(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no store"):
         extraction.open(tmp_path / "x.zarr")
     assert run(tmp_path / "x.zarr").taken == 10
+
+
+@pytest.mark.parametrize("half_made", [False, True])
+def test_wherever_it_is_killed_a_store_that_is_made_is_there_whole_or_not_at_all(tmp_path: Path, half_made: bool) -> None:
+    model, out, kept = small_vit(), tmp_path / "x.zarr", tmp_path / "kept"
+    run(tmp_path / "whole.zarr", model)
+    if half_made:  # by a run with other settings
+        with full_after(20), pytest.raises(StoreError):
+            run(out, model, what="cls,entropy,distance,maps")
+
+    def make() -> None:
+        with pytest.raises(StoppedError):
+            run(out, model, report=stop_after(0))
+
+    states = states_of(out, kept, make)
+    assert len(states) > 50
+    told = [find_taken(state) for state in states]
+    made = told.index(0)
+    assert told == [None] * made + [0] * (len(told) - made)
+    assert all(zarr.open_consolidated(state).attrs["coordinates"].startswith("label status") for state in states[made:])
+    for state in [*states[: made + 1 : 8], states[made - 1], states[made]]:
+        assert run(state, model).taken == 10
+        assert same(everything(state), everything(tmp_path / "whole.zarr"))
+        assert files_of(state) == files_of(tmp_path / "whole.zarr")
 
 
 def test_what_is_no_store_of_ours_is_not_touched(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -43,6 +44,8 @@ def forked(job: Callable[[], Any], after: float | None = None) -> Any:
             os.close(receives)
             os.write(sends, json.dumps(job()).encode())
             status = 0
+        except BaseException:  # which nothing else would tell
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(sends)
