@@ -32,6 +32,7 @@ _VERSION = attrgetter("_version")
 # Undocumented, torch 2.6 to 2.14: it raises a RuntimeError where there is no storage. In 2.14 fake and meta tensors and
 # wrappers give 0 instead, so steps on them are told by id.
 _ADDRESS = Tensor.data_ptr
+_IS_INFERENCE = Tensor.is_inference
 _NO_VERSION = -1
 Stamps = tuple[list[int], list[int], list[int]]
 """Versions, addresses and optimizer steps of tensors: differ later if one was written to, moved or stepped on."""
@@ -78,10 +79,15 @@ def counted_steps() -> Steps:
 
 def stamps(tensors: Sequence[Tensor], steps: Steps) -> Stamps:
     """Versions, addresses and optimizer steps of tensors, as they are now."""
-    try:  # most are plain tensors, of which versions and addresses are had without a look at what they are
-        versions, addresses = [*map(_VERSION, tensors)], [*map(_ADDRESS, tensors)]
+    if True in map(_IS_INFERENCE, tensors):
+        # they have no version, and to ask for it raises, which takes as long as all else that is done here
+        versions = [_NO_VERSION if tensor.is_inference() else tensor._version for tensor in tensors]
+    else:
+        versions = [*map(_VERSION, tensors)]
+    try:
+        addresses = [*map(_ADDRESS, tensors)]
     except RuntimeError:
-        versions, addresses = [*map(_version, tensors)], [*map(_address, tensors)]
+        addresses = [*map(_address, tensors)]
     if not (taken := steps.taken):
         return versions, addresses, [0] * len(addresses)
     return versions, addresses, [taken.get(at or id(t), 0) for t, at in zip(tensors, addresses)]
@@ -126,8 +132,9 @@ def _many_values(tensor: Tensor) -> Values | None:
     """Up to 4096 values of a tensor that nothing else tells apart; a copy costs an operator, which other tensors are spared."""
     if tensor.device.type == "meta" or tensor.is_nested or not (tensor.is_inference() or _is_of_others(tensor)):
         return None
-    values = tensor.detach().reshape(-1)
-    return Values(values[:: max(1, values.numel() // SAMPLES)].clone().view(torch.uint8))  # as bytes, by which a NaN is itself
+    values, step = tensor.detach(), max(1, (count := tensor.numel()) // SAMPLES)
+    some = values.as_strided((-(-count // step),), (step,)) if tensor.is_contiguous() else values.reshape(-1)[::step]
+    return Values(some.clone().view(torch.uint8))  # as bytes, by which a NaN is itself
 
 
 def _is_of_others(tensor: Tensor) -> bool:
@@ -135,11 +142,6 @@ def _is_of_others(tensor: Tensor) -> bool:
         return not tensor.untyped_storage().resizable()
     except (RuntimeError, NotImplementedError):  # without storage
         return False
-
-
-def _version(tensor: Tensor) -> int:
-    """The version of a tensor of any kind, also of one made in inference mode, which has none."""
-    return _NO_VERSION if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:

@@ -9,7 +9,8 @@ from ..errors import UnreadableError
 
 def is_capturing() -> bool:
     """Whether a CUDA graph is captured on this stream now; to wait for the device would end the capture."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capturing() -> None:
