@@ -134,6 +134,9 @@ def counted(model: nn.Module, x: Tensor) -> dict[str, float]:
             run()
             recorded = count_calls(partial(model, x))
             found["rows of all layers, the first of a forward"] = count_calls(run) - recorded
+    with torch.enable_grad(), AttentionRecorder(model):  # whose graph arguments are cut off from
+        model(x)
+        found["recorded call, with a graph"] = round((count_calls(partial(model, x)) - bare) / layers, 1)
     with torch.inference_mode(), AttentionRecorder(model) as rec:  # in which tensors have no version
         model(x)
         found["recorded call, inference mode"] = round((count_calls(partial(model, x)) - bare) / layers, 1)

@@ -24,13 +24,19 @@ def keep_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: boo
     tensors: list[Tensor] = []
     # The usual call, bare tensors and numbers, is told without walking trees. The dict is copied all the same: a hook of
     # somebody else may be given it after ours, and put other values in.
+    followed = False
     for value in (*args, *kwargs.values()) if kwargs else args:
-        if type(value) is Tensor and not (detach and value.requires_grad):
+        if type(value) is Tensor:
             tensors += (value,)  # no call of a method: this runs at every recorded call
+            followed = followed or value.requires_grad
         elif type(value) not in _AS_THEY_ARE:
             break
     else:
-        return (args, {**kwargs}), tuple(tensors)
+        if not (detach and followed):
+            return (args, {**kwargs}), tuple(tensors)
+        args = tuple([a.detach() if type(a) is Tensor and a.requires_grad else a for a in args])
+        kwargs = {name: a.detach() if type(a) is Tensor and a.requires_grad else a for name, a in kwargs.items()}
+        return (args, kwargs), tuple([a for a in (*args, *kwargs.values()) if type(a) is Tensor])
     args, kwargs = tuple([_kept(a) for a in args]), {name: _kept(a) for name, a in kwargs.items()}
     given = (_detached(args), _detached(kwargs)) if detach else (args, kwargs)
     return given, tuple(tensors_in((*given[0], *given[1].values())))
