@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import warnings
@@ -20,7 +21,7 @@ Facts = dict[str, Any]
 FORMAT = 1  # counted up when a reader of the one before would misread what is written
 _CHUNK = 2**20  # bytes that are compressed together, and have to be read for one image
 _MARK = "hookattn"
-_UNFINISHED = re.compile(r"zarr\.\w+\.partial")  # as zarr names what it writes, before that is put in its place
+_UNFINISHED = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # as zarr names what it writes, before that is put in its place
 
 
 class Store:
@@ -244,9 +245,10 @@ def answering_writes(where: str) -> Iterator[None]:
             raise StoreError(f"{told} What is there is whole, and the same again goes on from there.") from error
         if not isinstance(error, OSError):
             raise
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise StoreError(
-            f"{where} cannot be written ({error.strerror or reason_of(error)}). What is there is whole: make room, and "
-            "run the same again to go on from there."
+            f"{where} cannot be written ({error.strerror or reason_of(error)}). What is there is whole: "
+            f"{'make room' if is_full else 'mend that'}, and run the same again to go on from there."
         ) from error
 
 

@@ -203,12 +203,15 @@ def test_wherever_it_is_killed_a_store_that_is_made_is_there_whole_or_not_at_all
 def test_what_is_no_store_of_ours_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "dog.jpg").write_bytes(b"a dog")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "zarr.notes.partial").write_bytes(b"what somebody has begun to write")
     (tmp_path / "file").write_bytes(b"a file")
     zarr.create_group(tmp_path / "group", attributes={"whose": "mine"})
     zarr.create_array(tmp_path / "array", shape=(3,), dtype="int8")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in {
         "photos": "no store of Zarr v3; name another",
+        "notes": "no store of Zarr v3; name another",
         "file": "name another|cannot be opened",
         "group": "a Zarr group that hookattn has not written",
         "array": "name another|cannot be opened",
