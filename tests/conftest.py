@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from support.hub import client as client  # which tests of any room ask, with a `hub` and a `folder` of their own
 
 torch.set_num_threads(1)  # there are as many workers as cores
 

@@ -13,6 +13,8 @@ from ..extraction.sources.hub import find_fetched_commit
 from ..image.preprocessing import RESAMPLED
 from .checkpoints import Fit, compare, load_fitting, watching_loads
 
+HUB = ("hf-hub", "hf_hub")
+"""How timm is told that what follows is a repository, and after an @ its revision."""
 _RESIZED = {"shortest": "center", "longest": "border", "squash": "squash"}
 
 
@@ -32,27 +34,28 @@ def _load_transformers(name: str, checkpoint: Path | None) -> nn.Module:
     transformers = _import("transformers")
     if checkpoint is not None:
         return _with_file(_make_transformers(name), checkpoint)
-    place, at = _split_revision(name)
-    whole, told = transformers.AutoModel.from_pretrained(place, output_loading_info=True, **at)
+    place, revision = split_revision("transformers", name)
+    whole, told = transformers.AutoModel.from_pretrained(place, output_loading_info=True, revision=revision)
     fit = compare(whole, {}, sorted(told["missing_keys"]), ())
     if not fit.is_right:
         raise HookattnError(f"the weights of transformers:{name} do not fit it: {fit}.")
     found = _with_config(_tower(whole), _config_of_processor(_processor(name)))
-    cast(Any, found).hub_commit = None if Path(place).is_dir() else find_fetched_commit(place, "config.json", **at)
+    cast(Any, found).hub_commit = None if Path(place).is_dir() else find_fetched_commit(place, "config.json", revision=revision)
     return found
 
 
 def _make_transformers(name: str) -> nn.Module:
     transformers = _import("transformers")
-    place, at = _split_revision(name)
-    model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(place, **at))
+    place, revision = split_revision("transformers", name)
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(place, revision=revision))
     return _with_config(_tower(model), _config_of_processor(_processor(name)))
 
 
-def _split_revision(name: str) -> tuple[str, dict[str, str]]:
-    """A repository and the revision that follows an @, as timm has it; or a folder."""
-    place, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
-    return place, {"revision": revision} if revision else {}
+def split_revision(source: str, place: str) -> tuple[str, str | None]:
+    """A repository and the revision that follows an @; folders, and what lies elsewhere than on the hub, have none."""
+    has_one = source in HUB or (source == "transformers" and not Path(place).is_dir())
+    repository, _, revision = place.partition("@") if has_one else (place, "", "")
+    return repository, revision or None
 
 
 def _with_config(model: Any, config: dict[str, Any]) -> nn.Module:
@@ -68,8 +71,8 @@ def _tower(model: Any) -> Any:
 
 
 def _processor(name: str) -> Any:
-    place, at = _split_revision(name)
-    return _import("transformers").AutoImageProcessor.from_pretrained(place, **at)
+    place, revision = split_revision("transformers", name)
+    return _import("transformers").AutoImageProcessor.from_pretrained(place, revision=revision)
 
 
 def _config_of_processor(processor: Any) -> dict[str, Any]:

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from ..errors import HookattnError
 from ..extraction.sources.hub import explain_refusal, find_fetched_commit, not_waiting_for_hub
 from .checkpoints import Fit, load_fitting, watching_loads
-from .elsewhere import FAMILIES
+from .elsewhere import FAMILIES, HUB, split_revision
 
 Sizes = Union[int, tuple[int, int], None]
-HUB = ("hf-hub", "hf_hub")
-"""How timm is told that what follows is a repository, and after an @ its revision."""
 
 
 def load_model(name: str, checkpoint: Path | None, img_size: Sizes, *, whole: bool) -> nn.Module:
@@ -50,16 +48,15 @@ def load_model(name: str, checkpoint: Path | None, img_size: Sizes, *, whole: bo
     if not fit.is_right:
         raise HookattnError(f"the weights of {name} do not fit it: {fit}.")
     if family in HUB:
-        repository, _, revision = rest.partition("@")
-        cast(Any, model).hub_commit = find_fetched_commit(repository, "config.json", revision or None)
+        repository, revision = split_revision(family, rest)
+        cast(Any, model).hub_commit = find_fetched_commit(repository, "config.json", revision)
     return model
 
 
 def without_revision(name: str) -> str:
     """The name of a model whatever the commit that it was asked for at: two of them are told apart by their weights."""
-    source, _, rest = name.partition(":")
-    is_of_hub = source in HUB or (source == "transformers" and not Path(rest).is_dir())
-    return name.partition("@")[0] if is_of_hub else name
+    source, colon, place = name.partition(":")
+    return f"{source}{colon}{split_revision(source, place)[0]}"
 
 
 def make_model(name: str, img_size: Sizes) -> nn.Module:

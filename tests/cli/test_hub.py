@@ -69,13 +69,6 @@ def hub(folder: Path) -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture(scope="module")
-def client(hub: Hub, folder: Path) -> Iterator[Client]:
-    client = Client(hub, folder / "home")
-    yield client
-    client.close()
-
-
 @pytest.mark.parametrize("kind", NAMED)
 def test_a_model_of_the_hub_gives_the_maps_of_its_weights(kind: str, hub: Hub, client: Client, folder: Path) -> None:
     typed = {"far": f"{NAMED[kind]}owner/{kind}", "near": f"{HERE[kind]}{folder / kind}"}

@@ -87,13 +87,6 @@ def hub(folder: Path) -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture(scope="module")
-def client(hub: Hub, folder: Path) -> Iterator[Client]:
-    client = Client(hub, folder / "home")
-    yield client
-    client.close()
-
-
 def pick(numbers: Sequence[int]) -> dict[str, Any]:
     return {
         "names": [NAMES[n] for n in numbers],

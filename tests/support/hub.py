@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 Files = Mapping[str, bytes]
 _LARGE = (".safetensors", ".bin", ".parquet", ".tar", ".png", ".jpg", ".webp")  # which the hub keeps elsewhere
 _RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -265,3 +267,11 @@ class Client:
         self._process.kill()  # there is nothing that it has to leave in order
         self._process.communicate()
         self._said.close()
+
+
+@pytest.fixture(scope="module")
+def client(hub: Hub, folder: Path) -> Iterator[Client]:
+    """A client of the hub that a module of tests serves, with its own folder."""
+    client = Client(hub, folder / "home")
+    yield client
+    client.close()
