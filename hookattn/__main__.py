@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -14,7 +15,12 @@ def main() -> None:
         from .cli.app import app
     except MissingExtraError as error:
         sys.exit(f"hookattn: {error}")
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code == 130:  # somebody stopped it, and may do so again: whatever is put away now would complain of that
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def save_picture(
     image: np.typing.ArrayLike | Photo | None, maps: Maps, query: Query | None, out: Path, title: str, index: int = 0
 ) -> None:
     """Draw all maps of an image that lie on it, and say which do not."""
+    from ..figures.layout import TooLargeError
     from ..figures.plot import overview
 
     # with no map to draw, the last one is tried all the same: its error says why
@@ -35,9 +36,7 @@ def save_picture(
     drawn = asked
     try:
         figure = overview(drawn, query, image=image, title=title, index=index)
-    except TokenError:
-        raise
-    except ValueError as error:  # of a sheet that no file of pixels can be
+    except TooLargeError as error:
         size = str(error).split(":")[0]
         raise HookattnError(f"{title} is too long a strip to be drawn ({size}): a part of the photo can be.") from error
     write_out(out, figure.savefig)

@@ -83,7 +83,9 @@ class Photos:
 
     def describe(self) -> dict[str, Any]:
         """How photos are shown, in plain values: two runs in which it is the same show them alike."""
-        told = {name: list(v) if isinstance(v, tuple) else v for name, v in self.preprocessing._asdict().items()}
+        found = self.preprocessing._asdict()
+        del found["model"]  # which class a model is of is told by its weights
+        told = {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
         return {**told, "size": list(self.size) if isinstance(self.size, tuple) else self.size, "crop": self.crop}
 
 

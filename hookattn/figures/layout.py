@@ -21,16 +21,20 @@ _WIDE = 9.0  # inches, how wide a sheet is unless its panels would be too small,
 _MOST = 300.0  # inches, how wide or high a sheet may be
 
 
+class TooLargeError(ValueError):
+    """A sheet would be larger than what can be drawn."""
+
+
 class Page:
     """A figure on which things are placed in inches from its upper left corner.
 
     Raises:
-        ValueError: it would be too large.
+        TooLargeError: it would be too large.
     """
 
     def __init__(self, width: float, height: float, dpi: float) -> None:
         if max(width, height) > _MOST or max(width, height) * dpi >= 2**16:  # which is what matplotlib draws at most
-            raise ValueError(
+            raise TooLargeError(
                 f"the sheet would be {width:.0f} x {height:.0f} inches at {dpi:.0f} dots for each: draw fewer layers, such as "
                 "rec.maps[:12], fewer heads, heads=[0, 1], or with a smaller dpi=."
             )

@@ -82,7 +82,7 @@ class Photo:
         found: Crop = crop or ("none" if wanted.any_size else "center")
         plan = plan_whole(upright, size, wanted) if found == "none" else plan_crop(upright, size, wanted)
         if wanted.strict and plan.size != wanted.input_size[1:]:
-            raise TokenError(_refuse(plan, wanted, type(model).__name__))
+            raise TokenError(_refuse(plan, wanted))
         # a copy: an array that is only looked at cannot be written to
         pixels = torch.from_numpy(np.array(image))
         steps += _describe(upright, plan)
@@ -177,10 +177,10 @@ def _describe(photo_size: Size, plan: Plan) -> list[str]:
     return steps
 
 
-def _refuse(plan: Plan, wanted: Preprocessing, name: str) -> str:
-    _, height, width = wanted.input_size
+def _refuse(plan: Plan, wanted: Preprocessing) -> str:
+    (_, height, width), (rows, columns) = wanted.input_size, plan.size
     return (
-        f"this {name} takes images of {height} x {width} alone, and the photo would come as one of {plan.size[0]} x "
-        f"{plan.size[1]}. Take crop='center', or make the model for it: timm.create_model(..., img_size={plan.size}), or "
+        f"this {wanted.model or 'model'} takes images of {height} x {width} alone, and the photo would come as one of {rows} x "
+        f"{columns}. Take crop='center', or make the model for it: timm.create_model(..., img_size={plan.size}), or "
         "dynamic_img_size=True where it has that."
     )

@@ -36,6 +36,7 @@ class Preprocessing(NamedTuple):
         multiple: what the height and the width of images of other sizes have to be multiples of.
         any_size: whether the model takes images of other sizes.
         strict: whether it is known that it refuses them.
+        model: whose class it was found in; "" where it is not known.
     """
 
     input_size: tuple[int, int, int] = (3, 224, 224)
@@ -47,6 +48,7 @@ class Preprocessing(NamedTuple):
     multiple: int = 1
     any_size: bool = False
     strict: bool = False
+    model: str = ""
 
 
 def preprocessing_of(model: nn.Module | Mapping[str, Any] | Preprocessing) -> Preprocessing:
@@ -71,7 +73,8 @@ def preprocessing_of(model: nn.Module | Mapping[str, Any] | Preprocessing) -> Pr
     if isinstance(own, tuple):  # the model was made for another size than its weights
         told = told._replace(input_size=(told.input_size[0], *own))
     any_size = not (holder.pretrained_cfg.get("fixed_input_size", False) if strict is None else strict)
-    return told._replace(multiple=max(reductions_of(holder), default=1), any_size=any_size, strict=bool(strict))
+    multiple, name = max(reductions_of(holder), default=1), type(model).__name__
+    return told._replace(multiple=multiple, any_size=any_size, strict=bool(strict), model=name)
 
 
 def _from_config(config: Mapping[str, Any]) -> Preprocessing:

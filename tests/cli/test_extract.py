@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +112,17 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, weights: Path, photos: P
     # nobody looks at a bar in a file
     assert "waiting for images" not in over.output
     assert "\x1b" not in again.output + over.output
+
+
+def test_who_stops_a_run_twice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("hookattn.cli.app.app", lambda: sys.exit(130))
+    try:
+        with pytest.raises(SystemExit):
+            runpy.run_module("hookattn", run_name="__main__")
+        signal.raise_signal(signal.SIGINT)  # while what the run was made of is put away
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_images_that_could_not_be_read_are_tried_again_when_it_is_asked_for(

@@ -112,6 +112,16 @@ def test_odd_calls_are_answered_in_one_line_and_leave_nothing(args: tuple[str, .
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_fault_in_drawing_is_not_told_as_a_photo_that_is_too_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("cannot broadcast")
+
+    monkeypatch.setattr("hookattn.figures.plot.overview", fail)
+    result = run(*RECORD, "--layers", "-1", "-o", "out.png")
+    assert isinstance(result.exception, ValueError)
+    assert "too long" not in result.output
+
+
 @pytest.mark.parametrize("name", ["$x$ [b] \x1b[31m.png", os.fsdecode(b"caf\xe9.png"), "--.png"])
 def test_odd_names_of_photos_are_drawn_and_printed_as_they_are(name: str, folder: Path) -> None:
     (folder / "photo.png").rename(folder / name)

@@ -202,6 +202,19 @@ def test_what_is_given_together_is_named_from_the_folder_around_it(tmp_path: Pat
     assert "the name 'a/train/cat/1.png' is there twice: leave one" in refusal(["a/train", "a/train/cat/1.png", "c.png"])
 
 
+def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    in_folder(tmp_path / "x")
+    (tmp_path / "x/other.txt").symlink_to("other.txt")
+    targets = {"self.png": "self.png", "file.png": f"{NAMES[0]}/a.png", "long.png": "n" * 300}
+    for name, target in targets.items():
+        (tmp_path / "x" / name).symlink_to(target)
+    images = open_images("x")
+    assert {*images.names} - {*NAMES} == {*targets}
+    for name in targets:
+        with pytest.raises(HookattnError, match=rf"{name}' cannot be read: "):
+            images.read(images.names.index(name))
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     in_folder(tmp_path / "x")
     (tmp_path / "y").mkdir()

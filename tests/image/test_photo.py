@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.inside import preprocessing_of
 from torch import nn
 
 from hookattn import HookattnError, TokenError
@@ -104,6 +105,11 @@ def test_a_model_of_one_size_says_so_when_it_is_to_see_the_whole_photo() -> None
         TokenError, match=r"takes images of 224 x 224 alone.*192 x 256\. Take crop='center', or.*img_size=\(192, 256\)"
     ):
         Photo.open(noise(48, 64), model, crop="none")
+    told = preprocessing_of(model)  # as it is kept where the model is not at hand
+    with pytest.raises(TokenError, match="this VisionTransformer takes images of 224 x 224 alone"):
+        Photo.open(noise(48, 64), told, crop="none")
+    with pytest.raises(TokenError, match="this model takes images of 224 x 224 alone"):
+        Photo.open(noise(48, 64), told._replace(model=""), crop="none")
     assert Photo.open(noise(48, 64), model, crop="none", size=(224, 224)).seen == (0, 0, 1, 1)
     assert Photo.open(noise(50, 50), model, crop="none").input_size == (224, 224)
 

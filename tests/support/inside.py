@@ -42,6 +42,7 @@ from hookattn.extraction.sources.open_images import open_images
 from hookattn.extraction.writer import Writer
 from hookattn.figures import page_data
 from hookattn.image import preprocessing
+from hookattn.image.preprocessing import preprocessing_of as preprocessing_of
 from hookattn.image.sizes import size_after
 from hookattn.maps import comparison, established, lazy, specs, transfer
 from hookattn.maps.comparison import compare_runs

@@ -134,10 +134,17 @@ def _walk(folder: str) -> Iterator[str]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     waiting.append((f"{inside}{entry.name}/", (*around, _enter(entry, around))))
-                elif entry.is_file() or entry.is_symlink():
+                elif entry.is_symlink() or entry.is_file():
                     yield f"{inside}{entry.name}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link that leads to itself, through a file, or to where nobody may look: told when it is read
+        return False
 
 
 def _identify(status: os.stat_result) -> tuple[int, int]:
