@@ -15,14 +15,14 @@ from ..image.geometry import Geometry
 from ..image.tokens import Query, Size, Tokens
 from ..recipes.places import Places, find_tokens, name_axes, settle
 from .comparison import Comparison, Difference, compare_runs, compare_with_output, saving_unseen
-from .established import NotEstablishedError
+from .established import NotEstablishedError, reason_of
 from .gradient import Gradient
 from .labelled import Labelled
 from .lazy import Delivery, Spec
 from .notebook import describe_in_html
 from .outputs import OfOutputs
 from .picture import draw_rows, index_of_row
-from .reading import Captured, Deferred, Kept, Loaded, Lost, Origin, Watched, keep_or_lose, reason_of
+from .reading import Captured, Deferred, Kept, Loaded, Lost, Origin, Watched, keep_or_lose
 from .sites import Watch
 
 

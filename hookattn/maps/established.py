@@ -14,6 +14,7 @@ from ..attention.sources import Source
 from ..calls.call import Call
 from ..calls.restore import restoring
 from ..conditions.function_modes import SDPA
+from ..conditions.meta import advise, name_missing
 from ..errors import HookattnError, UnreadableError
 from ..recipes.registry import find_axes, find_recipe, qualified_name
 from .arrangement import Arrangement, arrange_by_recipe
@@ -118,8 +119,14 @@ class TellWhy:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if kind is not None and isinstance(error, Exception) and not isinstance(error, self._but):
-            why = f"it could not be computed: {type(error).__name__}: {error}"
-            raise UnreadableError(f"{self.name!r}: {why}") from error
+            raise UnreadableError(f"{self.name!r}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What to say of an error that was kept: ours speak for themselves."""
+    if isinstance(error, HookattnError):
+        return str(error)
+    return f"it could not be computed: {type(error).__name__}: {error}{advise(error)}"
 
 
 def arrange(call: Call, sites: Following) -> Arrangement:
@@ -159,7 +166,8 @@ def arrange_by_evidence(call: Call, sites: Following) -> Arrangement:
         found = known[key] = _establish(call, sites)
     if isinstance(found, str):
         name = type(module).__qualname__.split(".<locals>.")[-1]
-        raise UnreadableError(f"{name}: {found}; describe its map with @hookattn.recipe.")
+        advice = name_missing(module) or "describe its map with @hookattn.recipe."
+        raise UnreadableError(f"{name}: {found}; {advice}")
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention.narrowing import ALL, Pick
 from ..attention.softmax import Chunk
 from ..attention.sources import Source, chunk_of
+from ..conditions.meta import check_values
 from .as_array import AsArray
 from .established import TellWhy
 from .transfer import copy_to_cpu
@@ -96,19 +97,30 @@ class LazyArray(AsArray):
             picks, rest = split_index(index, source.shape)
             with TellWhy(self.name, IndexError, ValueError):  # of an index that does not fit
                 values = source.narrow(*picks).values()
-            return values[rest]
+            return self._check(values)[rest]
 
     def visit(self, visit: Visit, batch: Pick = ALL, heads: Pick = ALL, rows: Pick = ALL) -> None:
         """Compute a part of it chunk by chunk and hand each on; items and rows are counted from where the part begins."""
         with self.open() as source:
             with TellWhy(self.name):
                 part = source.narrow(batch, heads, rows)
-            visit_chunks(self.name, part, visit, lambda part: part.values())
+            visit_chunks(self.name, part, visit, lambda part: self._check(part.values()))
 
     def visit_with_scores(self, visit: Callable[[slice, slice, Chunk], None]) -> None:
         """The same of all of it, each chunk with the scores it is the softmax of, where these are there."""
+
+        def form(part: Source) -> Chunk:
+            chunk = chunk_of(part)
+            self._check(chunk.values)
+            return chunk
+
         with self.open() as source:
-            visit_chunks(self.name, source, visit, chunk_of)
+            visit_chunks(self.name, source, visit, form)
+
+    def _check(self, computed: Tensor) -> Tensor:
+        """What was computed; an UnreadableError if it has no values, unless it was asked for so."""
+        is_asked = self._deliver.device is not None and self._deliver.device.type == "meta"
+        return computed if is_asked else check_values(self.name, computed)
 
 
 def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:

@@ -230,8 +230,3 @@ def _spec_of(call: Call) -> Spec:
     with call.in_its_modes():
         source = source_of(call)
     return Spec(source.shape, source.dtype, call.x.device)
-
-
-def reason_of(error: Exception) -> str:
-    """What to say of an error that was kept: ours speak for themselves."""
-    return str(error) if isinstance(error, HookattnError) else f"it could not be computed: {type(error).__name__}: {error}"

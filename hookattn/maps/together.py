@@ -28,7 +28,7 @@ def read_rows(maps: Mapping[str, AttentionMap], query: Query) -> dict[str, Tenso
     if doubts and not are_equal(doubts):  # waited for once, and not for each map
         for call in calls.values():
             call.check_fresh()
-    return {name: m._deliver(found[name]) if name in found else m[asked[name]] for name, m in maps.items()}
+    return {n: m._deliver(m._check(found[n])) if n in found else m[asked[n]] for n, m in maps.items()}
 
 
 def _read_in_its_modes(

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..calls.hooks import Around
 from ..conditions.frames import Running, caller_of_hook, code_of_methods
+from ..conditions.meta import name_missing
 from ..conditions.threads import Here
 from ..image.geometry import ArgumentSizes
 from ..image.images import Images, images_in
@@ -226,7 +227,6 @@ def why_empty(model: nn.Module, passes: ForwardPasses, layers: list[str]) -> str
             "scaled_dot_product_attention, or a softmax whose outcome weighs values. If there is a kernel of its own, name "
             "the module, AttentionRecorder(model, layers=[...]), and describe its map with @hookattn.recipe."
         )
-    return (
-        f"a forward ran, but it called none of {', '.join(layers[:4])}{', ...' * (len(layers) > 4)}. "
-        "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
-    )
+    why = "A fast path, a compiled or a scripted part may have gone around them; layers=[...] names other modules."
+    called = f"a forward ran, but it called none of {', '.join(layers[:4])}{', ...' * (len(layers) > 4)}."
+    return f"{called} {name_missing(model) or why}"

@@ -19,10 +19,10 @@ from ..image.geometry import Geometry, measure_arguments
 from ..image.snapshot import read_settings
 from ..image.trunk import stems_of
 from ..maps.attention_map import AttentionMap
-from ..maps.established import deferring
+from ..maps.established import deferring, reason_of
 from ..maps.gradient import Gradient
 from ..maps.lazy import Delivery
-from ..maps.reading import Captured, Lost, reason_of
+from ..maps.reading import Captured, Lost
 from ..maps.sites import Watch
 from ..recipes.registry import find_recipe
 from .edits import edit_before_others, is_edited

@@ -58,7 +58,7 @@ def establish_axes(
 def _establish(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_called: bool
 ) -> tuple[Arrangement, list[Any]]:
-    if any(t.is_meta for t in (*module.parameters(), *tensors_in((args, kwargs)))):
+    if any(t.is_meta for t in tensors_in((args, kwargs))):  # parameters alone may be fetched when the module is called
         module, args, kwargs = _with_values(module, args, kwargs)
     with _plainly(module, args, kwargs), ExitStack() as stack:
         tape = Tape(module, args, kwargs, as_called=as_called)
@@ -91,7 +91,8 @@ def _with_values(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _plainly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Derivatives on, and autocast off, which would keep what it casts for the user's own forwards."""
     with ExitStack() as stack:
-        for device in {t.device.type for t in (*module.parameters(), *tensors_in((args, kwargs)))}:
+        # "meta", of parameters that are fetched when the module is called, has no autocast
+        for device in {t.device.type for t in (*module.parameters(), *tensors_in((args, kwargs)))} - {"meta"}:
             stack.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
