@@ -122,6 +122,12 @@ class Geometry(NamedTuple):
         """The module and all that hold it, outwards to the model."""
         yield from reversed(path_to(self.model, self.name))
 
+    @property
+    def _called(self) -> tuple[int, ...]:
+        """The shape of the first tensor that the attention was called with, without the batch."""
+        args, kwargs = self.arguments
+        return next((tuple(each[1:]) for each in (*args, *kwargs.values()) if isinstance(each, torch.Size)), ())
+
     def find_holder(self, attribute: str) -> Any:
         """The innermost module around the call, itself included, that has such an attribute.
 
@@ -171,13 +177,13 @@ class Geometry(NamedTuple):
                 f"{self.name!r} is outside of the part of the {type(self.model).__name__} that cuts the image into patches, so "
                 "its tokens may be words, or what was made of patches; slice the map itself, m[...]."
             )
-        names, size = cut.prefix, self.image_size
+        names, size, called = cut.prefix, self.image_size, self._called
         # where it is not known whether prefix tokens are among them, with them is tried first
         prefixes = {None: (names, ()), True: (names,), False: ((),)}[prefix]
         if isinstance(self.images, Patches):
             return _lay_out_patches(self.images, prefixes, count)
         for each in prefixes:
-            asked = size, count - len(each), prefix is not None
+            asked = size, count - len(each), prefix is not None, called
             if (grid := cut.remember((grid_size, *asked), partial(grid_size, cut, *asked))) is not None:
                 return whole_grid(grid, each)
         seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"

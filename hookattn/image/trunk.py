@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ _STEMS = (*_EMBEDDINGS, "patch_embeddings", "embeddings", "conv_proj", "to_patch
 _CLASS = ("cls_token", "class_token", "class_embedding")
 _DISTILLED = ("dist_token", "distillation_token")
 _REGISTERS = ("reg_token", "register_tokens")
+_SIDES = re.compile(r"\(\w+ (\w+)\)(?=.*->)")  # of a patch, in a pattern of einops
 # where words come in, no image does
 _VOCABULARY = ("token_embedding", "word_embeddings", "text_embeddings", "embed_tokens", "wte")
 
@@ -167,13 +169,23 @@ def _patch_size(holders: list[nn.Module]) -> Size | None:
 def stem_grid(cut: Cut, image_size: Size) -> Size | None:
     """(rows, columns) of patches that the first layer makes of an image; None where it is not one layer that does."""
     if cut.stem is None:
-        return None
+        step = _rearranged(cut.trunk)
+        return None if step is None else (image_size[0] // step[0], image_size[1] // step[1])
     if hasattr(stem_of(cut.trunk), "maybe_pad"):  # of transformers: up to whole patches
         height, width = pair(cut.stem.stride)
         return -(-image_size[0] // height), -(-image_size[1] // width)
     told = getattr(cut.embed, "dynamic_feat_size", None)
     rows, columns = size_after(image_size, cut.stem) if told is None else told(image_size)
     return int(rows), int(columns)
+
+
+def _rearranged(trunk: nn.Module) -> Size | None:
+    """(height, width) in pixels of patches that a layer of einops cuts, "b c (h p1) (w p2) -> ..."; None where none does."""
+    for layer in (m for stem in _children(trunk, _STEMS).values() for m in stem.modules()):
+        sides, lengths = _SIDES.findall(getattr(layer, "pattern", "")), getattr(layer, "axes_lengths", {})
+        if len(sides) == 2 and all(side in lengths for side in sides):
+            return int(lengths[sides[0]]), int(lengths[sides[1]])
+    return None
 
 
 def reductions_of(model: Any) -> list[int]:
@@ -183,29 +195,37 @@ def reductions_of(model: Any) -> list[int]:
     return [int(layer["reduction"]) for layer in layers if isinstance(layer, dict) and layer.get("reduction")]
 
 
-def grid_size(cut: Cut, image_size: Size | None, patches: int, exactly: bool = False) -> Size | None:
+def grid_size(
+    cut: Cut, image_size: Size | None, patches: int, exactly: bool = False, called: tuple[int, ...] = ()
+) -> Size | None:
     """(rows, columns) of so many patches; None if they are no grid over the image.
 
     Args:
         exactly: take the word of a patch embedding that tells its grid, where else a coarser one would do.
+        called: the shape of what the attention was called with, without the batch.
     """
-    grid = None
+    told = hasattr(cut.embed, "dynamic_feat_size")
     if image_size is None:
         grid = getattr(cut.embed, "grid_size", None)
-    elif hasattr(cut.embed, "dynamic_feat_size"):
-        grid = cut.embed.dynamic_feat_size(image_size)
-    # a square of what was left after dropping must not be taken for a grid
-    if grid is None and image_size is not None and any("PatchDrop" in type(m).__name__ for m in cut.trunk.modules()):
-        stem = stem_of(cut.trunk)
-        grid, exactly = (size_after(image_size, stem), True) if isinstance(stem, nn.Conv2d) else (None, exactly)
-    if grid is None and image_size is not None:  # what the first layer makes, where it leaves out what fills no patch
-        made = stem_grid(cut, image_size)
-        grid = made if made is not None and made[0] * made[1] == patches else None
+    else:  # what the first layer makes, where it leaves out what fills no patch
+        grid = cut.embed.dynamic_feat_size(image_size) if told else stem_grid(cut, image_size)
     if grid is not None and grid[0] * grid[1] == patches:
         return int(grid[0]), int(grid[1])
-    if image_size is None or (grid is not None and exactly):
+    if image_size is None or (grid is not None and ((told and exactly) or not _may_coarsen(cut, called))):
         return None
     return _factors(patches, image_size) or _halved(patches, image_size)
+
+
+def _may_coarsen(cut: Cut, called: tuple[int, ...]) -> bool:
+    """Whether a grid may be coarser than the stem made it; where it may not, fewer tokens are merged or chosen ones."""
+    # a pyramid shrinks its grid by layers that skip places, or makes tokens wider where it joins them
+    width = getattr(cut.stem, "out_channels", None)
+    if width is not None and called and width not in (called[-1], *called[:-2]):  # channels come last, or before a grid
+        return True
+    stem = stem_of(cut.trunk)
+    before = set() if stem is None else {*stem.modules()}
+    later = (m for m in cut.trunk.modules() if isinstance(m, STRIDING) and m not in before)
+    return any(set(pair(m.stride)) != {1} for m in later)
 
 
 def sees_patches(model: nn.Module, name: str) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
+import timm
 import torch
+from einops import rearrange
 from support.image import DAVIT, VIT, build
 from support.models import small, tiny
 from support.reading import record
@@ -37,6 +40,83 @@ def test_dropped_tokens_are_not_taken_for_a_grid_without_prefix(name: str) -> No
     assert m.shape[3] == 16
     with pytest.raises(TokenError, match=rf"16 tokens are no grid of patches over .* with {prefix} prefix tokens"):
         m.image("mean")
+
+
+def choose_a_quarter(block: nn.Module) -> None:
+    """Hand a block its class token and a quarter of its patches, those of the largest norm, as pruning and merging do."""
+    forward = block.forward
+
+    def pruned(x: Tensor, *args: Any, **options: Any) -> Any:
+        patches = x[:, 1:]
+        kept = patches.norm(dim=-1).topk(patches.shape[1] // 4).indices
+        x = torch.cat((x[:, :1], patches.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))), dim=1)
+        return forward(x, *args, **options)
+
+    block.forward = pruned
+
+
+def pruned_models() -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Models without a pyramid, each with its second block."""
+    from_timm = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    found = {"timm": (from_timm, from_timm.blocks[1])}
+    if has("torchvision"):
+        from torchvision.models import VisionTransformer
+
+        vit = VisionTransformer(64, 16, 2, 2, 32, 32)
+        found["torchvision"] = vit, vit.encoder.layers[1]
+    if has("transformers"):
+        from transformers import ViTConfig, ViTModel
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        model = ViTModel(ViTConfig(**sizes, image_size=64))
+        found["transformers"] = model, model.layers[1] if hasattr(model, "layers") else model.encoder.layer[1]
+    return found
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@pytest.mark.parametrize("library", pruned_models())
+@pytest.mark.filterwarnings("ignore")
+def test_patches_that_were_chosen_are_not_taken_for_a_coarser_grid(library: str) -> None:
+    model, block = pruned_models()[library]
+    choose_a_quarter(block)
+    model.eval()
+    maps = record(model, torch.randn(2, 3, 64, 64)).maps
+    assert [m.shape[-1] for m in maps.values()] == [17, 5]
+    assert maps[0].tokens.grid_size == (4, 4)
+    with pytest.raises(TokenError, match="5 tokens are no grid of patches over an image of 64 x 64 pixels"):
+        maps[1].image("mean")
+
+
+def test_tokens_of_vit_pytorch_that_were_merged_are_not_taken_for_a_coarser_grid() -> None:
+    merging = pytest.importorskip("vit_pytorch.vit_with_patch_merger")
+    sizes = {"image_size": 64, "patch_size": 16, "num_classes": 2, "dim": 32, "depth": 2, "heads": 2, "mlp_dim": 32}
+    maps = record(merging.ViT(**sizes, patch_merge_layer=1, patch_merge_num_tokens=4), torch.randn(2, 3, 64, 64)).maps
+    with pytest.raises(TokenError, match="4 tokens are no grid"):
+        maps["transformer.layers.1.0"].image("mean")
+
+
+class Joining(nn.Module):
+    """Two stages, between which four tokens become a wider one, by a reshape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed, self.join = nn.Conv2d(3, 16, 8, 8), nn.Linear(64, 32)
+        self.first = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.second = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(self.patch_embed(x), "b c h w -> b (h w) c")
+        x = self.first(x, x, x)[0]
+        x = self.join(rearrange(x, "b (h i w j) c -> b (h w) (i j c)", h=4, i=2, j=2))
+        return self.second(x, x, x)[0]  # type: ignore[no-any-return]
+
+
+def test_stages_that_join_tokens_by_a_reshape_still_lie_on_a_coarser_grid() -> None:
+    maps = record(Joining(), torch.randn(2, 3, 64, 64)).maps
+    assert [m.tokens.grid_size for m in maps.values()] == [(8, 8), (4, 4)]
 
 
 @pytest.mark.parametrize(("rate", "left"), [(0.4375, 9), (0.75, 4)])
