@@ -81,7 +81,7 @@ class OfOutputs(OfVectors):
         call, rows = self.call, self._numbers(queries)
         with call.resumed(), NameInErrors(call), TellWhy(self.name, IndexError, TokenError), as_in_training(call):
             found = head_outputs(Forward(call, recall(call)), _as_slice(heads), rows)
-        return self._deliver(found)
+        return self._deliver(self._check(found))
 
     def _numbers(self, queries: Query | Index) -> Any:
         if queries is None:
