@@ -17,6 +17,7 @@ from ..maps.established import NameInErrors, TellWhy, as_in_training
 from ..maps.forward import Forward, recall
 from ..maps.outputs import effective_source, projection_of
 from ..maps.reading import Computed
+from .layers import check_one
 
 Kind = Literal["norm", "projection"]
 
@@ -62,6 +63,7 @@ def contributions(
     self-attention transformers", arXiv 2606.07604, for projections: what is projected onto is here the output of all heads,
     without a bias.
     """
+    check_one("contributions", m)
     if kind not in ("norm", "projection") or heads not in (None, "sum"):
         raise ValueError(f"kind={kind!r}, heads={heads!r} is no choice: 'norm' or 'projection', None or 'sum'.")
     return m.derived(Computed(m.name, f"contributions ({kind})", lambda: _opened(m.call, kind, heads == "sum", shares)))

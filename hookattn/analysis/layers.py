@@ -22,6 +22,12 @@ def layers_in(maps: LayerMaps) -> list[AttentionMap]:
     return list(maps.values() if isinstance(maps, Mapping) else maps)
 
 
+def check_one(what: str, m: object) -> None:
+    """Raise a TypeError where several maps are given to what is of one."""
+    if isinstance(m, (AttentionRecorder, Mapping, list, tuple)):
+        raise TypeError(f"{what} is of one map, and this {type(m).__name__} is of several: give one, such as rec.maps[-1].")
+
+
 def find_gap(layers: Sequence[AttentionMap]) -> tuple[str, str] | None:
     """The names of two layers of which the second does not follow the first; None where all do, as far as names tell.
 

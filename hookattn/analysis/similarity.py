@@ -67,7 +67,8 @@ def similarity(maps: LayerMaps, by: By = "heads") -> Similarity:
     Source: Clark et al. 2019, "What does BERT look at? An analysis of BERT's attention", section 6, for heads.
     """
     if by not in ("heads", "layers"):
-        raise ValueError(f'by={by!r} is not known: by="heads" or by="layers".')
+        given = repr(by) if isinstance(by, str) else f"a {type(by).__name__}"
+        raise ValueError(f'by={given} is not known: by="heads" or by="layers", of the maps of one forward.')
     layers = layers_in(maps)
     _check_alike(layers)
     sums: list[Tensor] = []

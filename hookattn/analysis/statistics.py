@@ -26,6 +26,7 @@ from ..attention.softmax import Chunk
 from ..attention.sources import exact_dtype, without_autocast
 from ..maps.attention_map import AttentionMap
 from .centres import Places, places_of
+from .layers import check_one
 
 __all__ = ["Statistic", "Sum", "compute_statistics", "entropy", "head_mean", "mean_attention_distance", "received"]
 
@@ -79,6 +80,8 @@ def compute_statistics(m: AttentionMap, *wanted: Statistic) -> tuple[Tensor, ...
         StaleMapError, UnreadableError: as when the map is sliced.
         TokenError: `mean_attention_distance` is among them, and it is not known where the tokens lie.
     """
+    for statistic in wanted:
+        check_one(statistic.of.__name__, m)
     sums = [statistic.of(m) for statistic in wanted]
     totals: list[Tensor] = []
 

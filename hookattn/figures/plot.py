@@ -15,6 +15,7 @@ from typing import Any, Union
 
 import numpy as np
 
+from ..analysis.layers import check_one
 from ..errors import MissingExtraError, TokenError, UnreadableError
 from ..image.tokens import Query, Size
 from ..maps.attention_map import AttentionMap
@@ -81,6 +82,7 @@ def attention(
     Raises:
         TokenError: there is no such query, head or image, or it is not known where the keys lie.
     """
+    check_one("plot.attention", m)
     chosen, ground = Style(**style), Ground(image, _size_of(m, index))
     (cell,) = chosen.cells(read_panels(m, ground.to_input(query), head, index))
     if ax is None:
@@ -109,6 +111,7 @@ def heads(
     Raises:
         TokenError: as `attention`.
     """
+    check_one("plot.heads", m)
     ground = Ground(image, _size_of(m, index))
     rows = [(name_query(q), read_panels(m, ground.to_input(q), heads, index)) for q in _listed(query)]
     columns = [_name_head(panel.head) for panel in rows[0][1]]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
+from ..errors import RecorderError
 from ..maps.store import Rows, What
 from ..maps.tensor_file import PathLike
 from .maps import Maps
@@ -35,3 +37,10 @@ class Saving:
         See `rec.maps.save`.
         """
         self.maps.save(path, layers=layers, rows=rows, what=what, dtype=dtype)
+
+    def __reduce__(self) -> NoReturn:
+        """Always raises: hooks on a model cannot be copied or pickled."""
+        raise RecorderError(
+            "a recorder is of the hooks on its model, and is not copied or pickled: rec.maps are, so keep these, and make "
+            "another recorder for a copy of the model. Where a module holds one, open it where the module is called instead."
+        )

@@ -134,6 +134,8 @@ def test_layers_that_cannot_be_compared_are_named() -> None:
         similarity([])
     with pytest.raises(ValueError, match='by="heads" or by="layers"'):
         similarity([one], by="images")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"by=a list is not known.*of the maps of one forward"):
+        similarity([one], [one])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["autocast", "inference", "half", "train", "graph"])

@@ -21,7 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from hookattn import AttentionMap, AttentionRecorder, StaleMapError, TokenError, UnreadableError
-from hookattn.analysis import Statistic, compute_statistics, entropy, head_mean, mean_attention_distance, received
+from hookattn.analysis import (
+    Statistic,
+    compute_statistics,
+    contributions,
+    divergence_from_mean,
+    entropy,
+    head_mean,
+    mean_attention_distance,
+    received,
+)
 
 PLAIN = {entropy: reference.entropy, received: reference.received, head_mean: reference.head_mean}
 FOUR = (*PLAIN, mean_attention_distance)
@@ -359,3 +368,15 @@ def test_help_on_a_statistic_says_what_it_is() -> None:
     ):
         assert shape in pydoc.plain(pydoc.render_doc(statistic))
         assert statistic.__name__ in repr(statistic)
+
+
+@pytest.mark.parametrize("of_one", [*FOUR, divergence_from_mean, contributions])
+def test_what_is_of_one_map_says_so_where_it_is_given_several(of_one: Callable[[Any], Any]) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(x)
+    for several in (rec, rec.maps, rec.maps[:], tuple(rec.maps[:])):
+        with pytest.raises(
+            TypeError, match=rf"of one map, and this {type(several).__name__} is of several: .* rec\.maps\[-1\]"
+        ):
+            of_one(several)

@@ -313,3 +313,9 @@ def test_a_line_goes_around_the_patches_that_hold_most(vit: Any) -> None:
     assert ends.max(0).tolist() == [28, 14]
     edges = sum(len(each.get_segments()) for each in ax.collections)
     assert edges == 6, "of two patches side by side"
+
+
+@pytest.mark.parametrize("draw", [plot.attention, plot.heads])
+def test_pictures_of_one_map_say_so_where_they_are_given_several(draw: Any, vit: Any) -> None:
+    with pytest.raises(TypeError, match=rf"plot\.{draw.__name__} is of one map, and this Maps is of several"):
+        draw(vit)

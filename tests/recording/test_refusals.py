@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -273,3 +274,24 @@ def test_heads_that_are_folded_into_the_batch_are_told_apart_by_what_they_feed()
 def test_a_dtype_that_holds_no_probabilities_is_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"holds no probabilities: dtype=torch\.float32"):
         AttentionRecorder(tiny("vit")[0], dtype=dtype)
+
+
+class Holding(nn.Module):
+    """A module that keeps a recorder, as somebody may write a training module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, x = tiny("vit")
+        with AttentionRecorder(self.model) as self.rec, torch.no_grad():
+            self.model(x)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_recorder_is_not_copied_and_says_what_is(copied: Callable[[Any], Any]) -> None:
+    holding = Holding()
+    with pytest.raises(RecorderError, match=r"not copied or pickled: rec\.maps are"):
+        copied(holding.rec)
+    if copied is not copy.copy:
+        with pytest.raises(RecorderError, match=r"open it where the module is called"):
+            copied(holding)
+    assert copy.deepcopy(holding.rec.maps)[0].shape == (2, 3, 17, 17)
