@@ -40,6 +40,7 @@ class Geometry(NamedTuple):
         block_arguments: what that block was called with, likewise; None if nobody called it.
         block_settings: numbers of that block at the time, such as the size of a window.
         cut: how the model cut the image then; None where its stem was not called.
+        frames: how many frames a clip may have that the model was called with.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Geometry(NamedTuple):
     block_arguments: ArgumentSizes | None = None
     block_settings: Mapping[str, Any] = MappingProxyType({})
     cut: Cut | None = None
+    frames: tuple[int, ...] = ()
 
     @property
     def trunk(self) -> nn.Module:
@@ -122,6 +124,18 @@ class Geometry(NamedTuple):
         """The module and all that hold it, outwards to the model."""
         yield from reversed(path_to(self.model, self.name))
 
+    def may_be_frames(self, count: int) -> bool:
+        """Whether so many tokens may be the same patch in all frames of a clip, which are as many as the patches of a frame."""
+        sees_frames = self.images is not None and not isinstance(self.images, Patches)
+        return sees_frames and {count, count - len(self._cut.prefix)} & {*self.frames} != set()
+
+    def _check_are_patches(self, count: int) -> None:
+        if self.may_be_frames(count):
+            raise TokenError(
+                f"the {count} tokens of {self.name!r} may be frames of a clip or patches of a frame, since there are as many "
+                "of one as of the other; call the model on clips of another length, or slice the map itself, m[...]."
+            )
+
     @property
     def _called(self) -> tuple[int, ...]:
         """The shape of the first tensor that the attention was called with, without the batch."""
@@ -185,6 +199,7 @@ class Geometry(NamedTuple):
         for each in prefixes:
             asked = size, count - len(each), prefix is not None, called
             if (grid := cut.remember((grid_size, *asked), partial(grid_size, cut, *asked))) is not None:
+                self._check_are_patches(count)
                 return whole_grid(grid, each)
         seen = "an image of unknown size" if size is None else f"an image of {size[0]} x {size[1]} pixels"
         how = {None: "with or without", True: "with", False: "without"}[prefix]

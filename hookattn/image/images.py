@@ -42,6 +42,12 @@ def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
     return None
 
 
+def frames_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """How many frames a clip may have that a model is called with: of 5 axes, channels are the second or the third."""
+    clip = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 5), None)
+    return () if clip is None else tuple(clip.shape[1:3])
+
+
 def _patches_in(args: tuple[Any, ...], named: Mapping[str, Any]) -> Patches | None:
     """The patches of images among arguments, told by the names of some."""
     # timm's NaFlex names coordinates, transformers' SigLIP 2 the grid of each image

@@ -149,6 +149,8 @@ def name_axes(geometry: Geometry | Places, shape: Shape) -> tuple[str, str, str,
 
 def _name_first_axis(geometry: Geometry, shape: Shape) -> str:
     images, entries = _count_images(geometry), shape[0]
+    if geometry.frames and geometry.may_be_frames(shape[3]):
+        return "sequence"
     if images and entries and images % entries == 0:  # fewer where an entry holds several: frames of a clip, tiles
         return "batch"
     try:

@@ -17,7 +17,7 @@ from ..conditions.frames import Running, caller_of_hook, code_of_methods
 from ..conditions.meta import name_missing
 from ..conditions.threads import Here
 from ..image.geometry import ArgumentSizes
-from ..image.images import Images, images_in
+from ..image.images import Images, frames_in, images_in
 from ..image.trunk import Cut
 from ..maps.attention_map import AttentionMap
 from ..maps.gradient import Backwards, Gradient
@@ -84,6 +84,7 @@ class ForwardPasses(Around):
         images: the pictures that the maps to come are of, by the part of the model that looks at them.
         blocks: what blocks that cut windows were called with, tensors by their sizes.
         cuts: how parts of the model cut the images that went into them last.
+        frames: how many frames a clip may have that the model was called with.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class ForwardPasses(Around):
         # The call of the model that runs. `_call` may be of a method instead, in which each call of the model is a pass.
         self._announced: ForwardPass | None = None
         self.images: dict[nn.Module | None, Images] = {}
+        self.frames: tuple[int, ...] = ()
 
     @cached_property
     def _methods(self) -> set[CodeType]:
@@ -136,6 +138,7 @@ class ForwardPasses(Around):
         if self._announced is None or not self._call:
             begun = self._announced = self._begin_pass(Running(caller_of_hook(), held=True), "forward")
             self.images.clear()
+            self.frames = frames_in(args, kwargs)
         if (images := images_in(args, kwargs)) is not None:
             self.images[None] = images
         return begun

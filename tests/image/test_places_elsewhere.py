@@ -202,3 +202,27 @@ def test_images_that_come_as_patches_lie_on_grids_of_their_own() -> None:
     torch.testing.assert_close(picture[0, :3, :4], rows[0, 7].reshape(3, 4))
     torch.testing.assert_close(picture[1, :2], rows[1, 8, :10].reshape(2, 5))
     assert float(picture[0, :, 4].sum() + picture[1, 2].sum()) == 0
+
+
+@pytest.mark.parametrize(("frames", "known"), [(4, False), (2, True), (8, True)])
+@pytest.mark.filterwarnings("ignore")
+def test_frames_are_not_taken_for_as_many_patches(frames: int, known: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.TimesformerModel(
+        transformers.TimesformerConfig(**sizes, image_size=32, patch_size=16, num_frames=frames)
+    ).eval()
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(torch.randn(2, frames, 3, 32, 32))
+    over_time, over_space = rec.maps[:]
+    assert over_time.shape == (8, 2, frames, frames)
+    assert over_space.shape == (2 * frames, 2, 5, 5)
+    with pytest.raises(TokenError):
+        over_time.image("mean")
+    if known:
+        assert over_space.tokens.grid_size == (2, 2)
+        assert over_space.axes[0] == "batch"
+    else:
+        assert over_time.axes[0] == "sequence"
+        with pytest.raises(TokenError, match="may be frames of a clip or patches of a frame"):
+            over_space.image("mean")
