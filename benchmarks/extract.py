@@ -77,7 +77,7 @@ def run_bare(model: nn.Module, photos: Path, batch: int, workers: int) -> float:
     like = next(model.parameters())
     began = time.perf_counter()
     with torch.no_grad():
-        for each in load_batches(inputs, {0: (0, len(inputs.names))}, batch, workers, pin=like.is_cuda):
+        for each in load_batches(inputs, {0: range(len(inputs.names))}, batch, workers, pin=like.is_cuda):
             for _, images in each.groups:
                 model(images.to(like.device, like.dtype, non_blocking=True)).cpu()
     return time.perf_counter() - began

@@ -136,7 +136,7 @@ def extract(
         Union[int, None], typer.Option(help="Images that are written together; up to 1,024 in 128 MB if not given.", min=1)
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
-    retry: Annotated[bool, typer.Option(RETRY, help="Try images again that could not be read, with their blocks.")] = False,
+    retry: Annotated[bool, typer.Option(RETRY, help="Try images again that could not be read.")] = False,
     image_column: Annotated[Union[str, None], typer.Option(help="Of a table: which column holds images.")] = None,
     label_column: Annotated[Union[str, None], typer.Option(help="Of a table: which column holds labels.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",

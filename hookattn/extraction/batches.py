@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import HookattnError
 from .inputs import Input, Inputs
+from .layout import Pending
 
 T = TypeVar("T")
 
@@ -36,12 +37,8 @@ class Batch(NamedTuple):
     broken: dict[int, str]
 
 
-Range = tuple[int, int]
-"""The numbers of the images of a block: from the first to before the last."""
-
-
 def load_batches(
-    inputs: Inputs, blocks: dict[int, Range], size: int, workers: int, *, pin: bool, in_order: bool = False
+    inputs: Inputs, pending: Pending, size: int, workers: int, *, pin: bool, in_order: bool = False
 ) -> Iterator[Batch]:
     """Read the images of blocks, one block after the other, in batches of a size.
 
@@ -50,14 +47,14 @@ def load_batches(
 
     Args:
         inputs: the images.
-        blocks: their numbers, by number of the block.
+        pending: which of them.
         size: how many a batch has, or fewer at the end of a block.
         workers: processes that read ahead; 0 to read when a batch is asked for.
         pin: whether to lay them where a GPU copies from.
         in_order: whether batches come in the order of the images, and workers take them in turn.
     """
     runs = 1 if in_order else max(1, workers)
-    plan = [each for block, numbers in blocks.items() for each in _plan_block(block, numbers, size, runs)]
+    plan = [each for block, numbers in pending.items() for each in _plan_block(block, numbers, size, runs)]
     # a generator of its own: with none the loader draws from the global one, which is the user's
     generator = torch.Generator("cpu")
     loader = DataLoader(
@@ -71,9 +68,8 @@ def load_batches(
     yield from loader
 
 
-def _plan_block(block: int, numbers: Range, size: int, runs: int) -> list[tuple[int, list[int], bool]]:
-    start, stop = numbers
-    batches = _deal([list(range(first, min(first + size, stop))) for first in range(start, stop, size)], runs)
+def _plan_block(block: int, numbers: Sequence[int], size: int, runs: int) -> list[tuple[int, list[int], bool]]:
+    batches = _deal([[*numbers[first : first + size]] for first in range(0, len(numbers), size)], runs)
     return [(block, batch, place == len(batches)) for place, batch in enumerate(batches, 1)]
 
 

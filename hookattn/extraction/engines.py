@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 
+from .layout import Pending
 from .store import Store
 from .work import Step, Task, take_blocks
 from .writer import Writer
@@ -21,14 +22,14 @@ class Job(NamedTuple):
         model: in eval mode, where it is to run.
         task: what is taken of images, and how.
         store: where blocks go.
-        pending: numbers of the blocks that are to be done; doing one twice does no harm.
+        pending: images that are to be taken; taking some twice does no harm.
         report: is told of each batch.
     """
 
     model: nn.Module
     task: Task
     store: Store
-    pending: Sequence[int]
+    pending: Pending
     report: Callable[[Step], None]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import compress, count
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,7 +15,7 @@ from ..image.tokens import Size
 from ..recording.selection import Layers
 from .engines import Engine, Job, run_here
 from .inputs import Opened, Source, check_how_shown, describe_source, find_inputs, open_source
-from .layout import BROKEN, TAKEN
+from .layout import BROKEN, TAKEN, Pending
 from .locks import hold_store
 from .manifest import check_same_run, list_versions
 from .plan import Reading, check_numbers, describe, find_coordinates, find_reading, plan_run
@@ -126,7 +125,7 @@ def extract(
         workers: processes that read images ahead; none if not given.
         block: images that are written together; None for up to 1,024, in at most 128 MB.
         strict: end the run at the first image that cannot be read; else it is left NaN, and `error` of the store says why.
-        retry: take blocks again that hold an image which could not be read, with their other images.
+        retry: read images again that could not be read; what is there of the others stays as it is.
         preprocessing: how the model wants photos, where it does not tell: a data config as timm resolves it.
         image_column, label_column: of a table.
         name: of the model, for the store; None for that of its architecture.
@@ -185,15 +184,19 @@ def _hold(store: Store, held: ExitStack) -> None:
 def _run(planned: Planned, store: Store, engine: Engine, report: Report, ranks: Ranks, *, retry: bool) -> Summary:
     """Do what is left to do of a task, as the one of several processes that this is."""
     model, task, facts = planned
-    done = ranks.from_first(lambda: _begin(store, task, facts, retry=retry))
+    pending = ranks.from_first(lambda: _begin(store, task, facts, retry=retry))
     ranks.together(lambda: _open(store, facts, ranks))
-    resumed = task.layout.count(compress(count(), done))
-    share = [number for number, is_done in enumerate(done) if not is_done][ranks.rank :: ranks.count]
-    meter = _Meter(report, resumed, resumed + task.layout.count(share), ranks)
+    resumed = task.layout.images - _count(pending)
+    share = {number: pending[number] for number in [*pending][ranks.rank :: ranks.count]}
+    meter = _Meter(report, resumed, resumed + _count(share), ranks)
     ranks.together(lambda: engine(Job(model, task, store, share, meter.add)))
     status = store.status()
     taken, broken = (int((status == kind).sum()) for kind in (TAKEN, BROKEN))
     return Summary(task.layout.images, taken, broken, resumed, meter.seconds, meter.waited / (meter.seconds or 1.0))
+
+
+def _count(pending: Pending) -> int:
+    return sum(map(len, pending.values()))
 
 
 def _open(store: Store, facts: Facts, ranks: Ranks) -> None:
@@ -216,8 +219,8 @@ class _Meter:
         self._report(Progress(self._done, self._images, step.broken, self.seconds, self.waited, *self._ranks))
 
 
-def _begin(store: Store, task: Task, facts: Facts, *, retry: bool) -> list[bool]:
-    """Make the store, or check that it is this run's; which of its blocks are done with."""
+def _begin(store: Store, task: Task, facts: Facts, *, retry: bool) -> Pending:
+    """Make the store, or check that it is this run's; which images are to be taken."""
     there = store.find_facts()
     if there is None:
         store.create(task.layout, find_coordinates(task), {**facts, "versions": [list_versions()]})
@@ -226,4 +229,4 @@ def _begin(store: Store, task: Task, facts: Facts, *, retry: bool) -> list[bool]
         store.remove_leftovers()
         if (versions := list_versions()) not in there["versions"]:
             store.note({**there, "versions": [*there["versions"], versions]})
-    return store.find_done(task.layout, retry=retry)
+    return store.find_pending(task.layout, retry=retry)

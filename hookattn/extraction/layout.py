@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from ..errors import StoreError
 Array = npt.NDArray[Any]
 PENDING, TAKEN, BROKEN = 0, 1, 2
 """What `status` says of an image: not there yet, taken, or not to be read."""
+Pending = Mapping[int, Sequence[int]]
+"""Numbers of the images that are to be taken, in their order, by number of their block."""
 
 
 class Spec(NamedTuple):
@@ -41,7 +43,7 @@ class Spec(NamedTuple):
 
 @dataclass
 class Block:
-    """What was taken of the images that are written together.
+    """What was taken of the images that are written together; of those with status `PENDING` nothing was.
 
     Attributes:
         number: of the block.
@@ -83,18 +85,9 @@ class Layout:
     block: int
     specs: Sequence[Spec]
 
-    @property
-    def blocks(self) -> int:
-        """How many there are."""
-        return -(-self.images // self.block)
-
     def range_of(self, number: int) -> tuple[int, int]:
         """The numbers of the images of a block, from the first to before the last."""
         return number * self.block, min((number + 1) * self.block, self.images)
-
-    def count(self, numbers: Iterable[int]) -> int:
-        """How many images these blocks have."""
-        return sum(stop - start for start, stop in map(self.range_of, numbers))
 
 
 def encode(spec: Spec, values: Array) -> dict[str, Array]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import HookattnError, StoreError, listed
 from .engines import Job
+from .layout import Pending
 from .ray_session import answering_ray, connected, counting_tries, import_ray, wait_for_scheduler
 from .sent_errors import make_sendable
 from .store import Store
@@ -78,7 +79,7 @@ class RayEngine:
         with connected(self.address), answering_ray():
             self._look_for_room()
             ended = 0.0
-            for number, steps in self._take(ray.put(order), job.pending):
+            for number, steps in self._take(ray.put(order), [*job.pending]):
                 now = time.perf_counter()
                 step = _sum(steps, now - ended if ended else None)
                 ended = now
@@ -92,11 +93,11 @@ class RayEngine:
     def _range(self) -> tuple[int, int]:
         return self.actors if isinstance(self.actors, tuple) else (self.actors, self.actors)
 
-    def _take(self, order: Any, pending: Sequence[int]) -> Iterator[tuple[int, Sequence[Step]]]:
+    def _take(self, order: Any, numbers: Sequence[int]) -> Iterator[tuple[int, Sequence[Step]]]:
         """Let actors take blocks: of each its number and what it took, none where it was given up; in any order."""
         data = import_ray().data
         fewest, most = self._range
-        blocks = data.from_items([{"block": each} for each in pending], override_num_blocks=min(len(pending), _BUNDLES))
+        blocks = data.from_items([{"block": each} for each in numbers], override_num_blocks=min(len(numbers), _BUNDLES))
         rows = blocks.map_batches(
             _Worker,
             batch_size=1,
@@ -128,6 +129,7 @@ class _Order(NamedTuple):
     Attributes:
         model: as `torch.save` writes it.
         task: what is taken.
+        pending: of which images.
         where: the store.
         folder: in which paths are looked up.
         device: on which the model runs.
@@ -136,6 +138,7 @@ class _Order(NamedTuple):
 
     model: bytes
     task: Task
+    pending: Pending
     where: str
     folder: str
     device: str
@@ -169,13 +172,13 @@ class _Worker:
         steps: list[Step] = []
         with counting_tries(f"hookattn {self._run} {number}") as tries:
             if tries <= self._tries:
-                model, task, store = self._opened
-                for block in take_blocks(model, task, [number], steps.append):
+                model, task, pending, store = self._opened
+                for block in take_blocks(model, task, {number: pending[number]}, steps.append):
                     store.write(block, task.layout.specs)
         return steps
 
     @cached_property  # not in the constructor, whose errors Ray tells in its own words
-    def _opened(self) -> tuple[nn.Module, Task, Store]:
+    def _opened(self) -> tuple[nn.Module, Task, Pending, Store]:
         from ray import cloudpickle
 
         order: _Order = cloudpickle.loads(import_ray().get(self._sent))
@@ -188,7 +191,7 @@ class _Worker:
         store = Store(order.where)
         if store.find_facts() is None:
             raise StoreError(f"{order.where} is not there on a node of the cluster: {_SHARED}")
-        return model, order.task, store
+        return model, order.task, order.pending, store
 
 
 _SHARED = "name a folder that all nodes share, or an address (s3://)."
@@ -203,7 +206,8 @@ def _pack(job: Job, engine: RayEngine) -> bytes:
     model = io.BytesIO()
     try:
         torch.save(job.model, model, pickle_module=cloudpickle)
-        order = _Order(model.getvalue(), job.task, where, os.getcwd(), device, threads, torch.get_float32_matmul_precision())
+        figures = threads, torch.get_float32_matmul_precision()
+        order = _Order(model.getvalue(), job.task, job.pending, where, os.getcwd(), device, *figures)
         packed: bytes = cloudpickle.dumps(order)
     except Exception as error:  # whatever a model, a data set or a quantity holds
         raise HookattnError(
@@ -252,7 +256,8 @@ def _sum(steps: Sequence[Step], seconds: float | None) -> Step:
 def _check_none_lost(job: Job, lost: Sequence[int], most: int = 1) -> None:
     """Check that fewer blocks than so many were given up."""
     names = job.task.inputs.names
-    told = [f"{names[start]} to {names[stop - 1]}" for start, stop in map(job.task.layout.range_of, lost)]
+    ends = [(images[0], images[-1]) for images in map(job.pending.__getitem__, lost)]
+    told = [names[first] if first == last else f"{names[first]} to {names[last]}" for first, last in ends]
     if len(told) >= most:
         raise HookattnError(
             f"the process that took {listed(told)} ended each of {_TRIES} times: most often a decoder that crashes on one of "
@@ -262,6 +267,5 @@ def _check_none_lost(job: Job, lost: Sequence[int], most: int = 1) -> None:
 
 
 def _check_all_there(job: Job) -> None:
-    done = job.store.find_done(job.task.layout)
-    if not all(done[number] for number in job.pending):
+    if job.store.find_pending(job.task.layout).keys() & job.pending.keys():
         raise StoreError(f"nodes have written to a {job.store.where} of their own: {_SHARED}")

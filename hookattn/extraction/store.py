@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import HookattnError, MissingExtraError, StoreError
 from .clients import advise, describe_missing, is_address, reason_of
-from .layout import BROKEN, PENDING, Array, Block, Layout, Spec, encode
+from .layout import BROKEN, PENDING, Array, Block, Layout, Pending, Spec, encode
 
 Facts = dict[str, Any]
 FORMAT = 1  # counted up when a reader of the one before would misread what is written
@@ -30,8 +30,9 @@ class Store:
     Beside an array for each quantity it has, for each image, `status` (0 not there yet, 1 taken, 2 not to be read),
     `label`, `sha256` of what it was made of, `error`, and `grid_rows` and `grid_cols` of its patches.
 
-    A block is there once its `status` is, which is removed first and written last; each file of a block is replaced as a whole.
-    So a run that is killed leaves blocks that are whole, and others that count for nothing and are written again.
+    An image is there once its `status` is, which is removed first and written last; each file of a block is replaced as a
+    whole, in which images that are there already stay as they are. So a run that is killed leaves images that are whole, and
+    others that count for nothing and are taken again.
 
     Args:
         where: a folder, or an address that fsspec knows (s3://, gs://).
@@ -143,28 +144,30 @@ class Store:
         with answering_reads(self.where):
             return np.asarray(self.group[name][rows])
 
-    def find_done(self, layout: Layout, *, retry: bool = False) -> list[bool]:
-        """Which blocks are there; with `retry`, without those that hold an image which could not be read."""
-        status, undone = self.status(), [PENDING, BROKEN] if retry else [PENDING]
-        blocks = (status[slice(*layout.range_of(number))] for number in range(layout.blocks))
-        return [not np.isin(block, undone).any() for block in blocks]
+    def find_pending(self, layout: Layout, *, retry: bool = False) -> Pending:
+        """The images that are not there yet; with `retry`, those that could not be read, too."""
+        numbers = np.flatnonzero(np.isin(self.status(), [PENDING, BROKEN] if retry else [PENDING]))
+        begins = np.flatnonzero(np.diff(numbers // layout.block, prepend=-1))
+        parts = np.split(numbers, begins[1:]) if len(numbers) else []
+        return {int(part[0]) // layout.block: _shorten(part) for part in parts}
 
     def write(self, block: Block, specs: Sequence[Spec]) -> None:
-        """Write a block, or write it anew; it counts once all of it is there.
+        """Write the images of a block that were taken, which count once all of it is there; the others stay as they are.
 
         Raises:
             StoreError: it cannot be written, as where the disk is full.
         """
-        rows = slice(block.start, block.start + len(block.status))
         with answering_writes(self.where):
-            self.group["status"][rows] = PENDING  # what was there counts no longer before the first of it is replaced
+            # what was there of them counts no longer before the first of it is replaced
+            _replace(self.group["status"], block, np.full_like(block.status, PENDING))
             for spec in specs:
                 for name, values in encode(spec, block.values[spec.name]).items():
-                    self._open(name)[rows] = values
+                    _replace(self._open(name), block, values)
             for name in ("label", "sha256", "error"):
-                self.group[name][rows] = getattr(block, name)
-            self.group["grid_rows"][rows], self.group["grid_cols"][rows] = block.grid.T
-            self.group["status"][rows] = block.status  # last
+                _replace(self.group[name], block, getattr(block, name))
+            for name, values in zip(("grid_rows", "grid_cols"), block.grid.T):
+                _replace(self.group[name], block, values)
+            _replace(self.group["status"], block, block.status)  # last
 
     def _open(self, name: str) -> Any:
         """An array of values, to be written to: whether some are all as in an array that is empty takes long to look for."""
@@ -219,6 +222,22 @@ _OF_IMAGES = (
     ("grid_rows", "int32", 0),
     ("grid_cols", "int32", 0),
 )
+
+
+def _replace(array: Any, block: Block, values: Array) -> None:
+    """Write what an array has of a block: of the images that were taken their values, of the others what is there."""
+    rows, taken = slice(block.start, block.start + len(block.status)), block.status != PENDING
+    if not taken.all():
+        there = array[rows]
+        there[taken] = values[taken]
+        values = there
+    array[rows] = values
+
+
+def _shorten(numbers: Array) -> Sequence[int]:
+    """Numbers as a range, where they follow one another."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    return range(first, last + 1) if last - first + 1 == len(numbers) else numbers.tolist()
 
 
 def import_zarr() -> Any:

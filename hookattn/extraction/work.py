@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import HookattnError, listed
 from .batches import Batch, answering_lost_workers, load_batches
 from .inputs import DataSet, Inputs
-from .layout import BROKEN, TAKEN, Array, Block, Layout
+from .layout import BROKEN, TAKEN, Array, Block, Layout, Pending
 from .quantities import Quantity
 from .taking import Shapes, Taken, Taker
 
@@ -61,24 +61,23 @@ class Step(NamedTuple):
 
 
 def take_blocks(
-    model: nn.Module, task: Task, numbers: Iterable[int], report: Callable[[Step], None] = lambda _: None
+    model: nn.Module, task: Task, pending: Pending, report: Callable[[Step], None] = lambda _: None
 ) -> Generator[Block, None, None]:
-    """Take the blocks of these numbers, one after the other; the model is recorded until the generator ends or is closed.
+    """Take images, one block after the other; the model is recorded until the generator ends or is closed.
 
     Args:
         model: in eval mode, where it is to run.
         task: what is taken.
-        numbers: of blocks.
+        pending: of which images.
         report: is told of each batch.
 
     Raises:
         HookattnError: an image cannot be read and the task is strict, the model does not take an image, or something cannot be
             taken of it.
     """
-    blocks = {number: task.layout.range_of(number) for number in numbers}
     # the first image that cannot be read is to be the first of all; and somebody's data set is asked as a loader asks it
     in_order = task.strict or isinstance(task.inputs, DataSet)
-    batches = load_batches(task.inputs, blocks, task.batch_size, task.workers, pin=_is_on_gpu(model), in_order=in_order)
+    batches = load_batches(task.inputs, pending, task.batch_size, task.workers, pin=_is_on_gpu(model), in_order=in_order)
     before = time.perf_counter()
     known = task.shapes.layers
     modules = [name for name in known if name.rpartition("#")[0] not in known]  # name#1 is the second call of one

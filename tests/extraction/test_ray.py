@@ -135,13 +135,13 @@ def test_an_image_that_ends_each_process_that_reads_it_is_told_when_all_others_a
     torch.set_float32_matmul_precision("high")
     try_blocks(monkeypatch, 1)
     try:
-        with pytest.raises(HookattnError, match=r"took 00000004 to 00000007 ended each of 1 times: .* tries these once more"):
+        with pytest.raises(HookattnError, match=r"took 00000005 ended each of 1 times: .* tries these once more"):
             run(out, Noise(12, account=kill), what=what, engine=RayEngine(), retry=True)
         assert ray.is_initialized()
         wait_for(lambda: ray.available_resources().get("CPU") == 1)  # no actor is left
-        assert kill.read() == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]
+        assert kill.read() == [1, 5, 9]
         assert extraction.open(out).broken() == {"00000005": "OSError: image 5 is broken"}
-        assert run(out, Noise(12), what=what, retry=True).resumed == 8
+        assert run(out, Noise(12), what=what, retry=True).resumed == 11
         run(Path("whole.zarr"), Noise(12), what=what)
         assert same(everything(out), everything("whole.zarr"))
         assert (everything(out)["told"] == 11).all()
