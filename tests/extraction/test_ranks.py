@@ -15,7 +15,7 @@ import timm
 from safetensors.torch import save_file
 from support.drawn import draw
 from support.plain import Noise, Plain
-from support.stores import everything, metadata, same
+from support.stores import alike, everything, metadata
 
 extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 pytest.importorskip("zarr")
@@ -62,7 +62,7 @@ def run_alone(out: Path) -> Any:
 
 
 def same_stores(one: Path, other: Path) -> bool:
-    return same(everything(one), everything(other)) and metadata(one) == metadata(other)
+    return alike(everything(one), everything(other)) and metadata(one) == metadata(other)
 
 
 def test_two_processes_fill_one_store_as_one_does(tmp_path: Path, folder: Path) -> None:

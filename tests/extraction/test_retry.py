@@ -7,10 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from support.drawn import Drawn, small_vit
-from support.stores import everything, full_after, same
+from support.stores import alike, everything, full_after, same
 
 from hookattn.errors import StoreError
 
@@ -122,12 +121,3 @@ def test_a_retry_that_ends_anywhere_tears_nothing(tmp_path: Path) -> None:
 def rows_of(found: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
     """What a store holds of some images."""
     return {name: array[numbers] for name, array in found.items() if len(array) == len(found["image"])}
-
-
-def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two stores hold the same, but for what the size of a batch changes in the last places."""
-    near = {name for name, array in one.items() if array.dtype.kind == "f"}
-    for name in near:
-        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6 if one[name].dtype == np.float32 else 1e-3)
-    exact = one.keys() - near - {"cls", "maps"} if "cls_max" in one else one.keys() - near
-    return one.keys() == other.keys() and same({name: one[name] for name in exact}, {name: other[name] for name in exact})
