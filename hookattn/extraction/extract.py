@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, StoreError
 from ..image.preprocessing import Crop
 from ..image.tokens import Size
 from ..recording.selection import Layers
@@ -185,7 +185,7 @@ def _run(planned: Planned, store: Store, engine: Engine, report: Report, ranks: 
     """Do what is left to do of a task, as the one of several processes that this is."""
     model, task, facts = planned
     pending = ranks.from_first(lambda: _begin(store, task, facts, retry=retry))
-    ranks.together(lambda: _open(store, facts, ranks))
+    ranks.together(lambda: _open(store, task, facts, ranks))
     resumed = task.layout.images - _count(pending)
     share = {number: pending[number] for number in [*pending][ranks.rank :: ranks.count]}
     meter = _Meter(report, resumed, resumed + _count(share), ranks)
@@ -199,10 +199,21 @@ def _count(pending: Pending) -> int:
     return sum(map(len, pending.values()))
 
 
-def _open(store: Store, facts: Facts, ranks: Ranks) -> None:
+def _open(store: Store, task: Task, facts: Facts, ranks: Ranks) -> None:
     """Open the store that the first process has made or found, for the same run."""
-    if not ranks.is_first:
-        check_same_run((store.find_facts() or {}).get("run", {}), facts["run"], store.where)
+    if ranks.is_first:
+        return
+    there = store.find_facts()
+    if there is None:
+        raise StoreError(
+            f"{store.where} is not there for process {ranks.rank}: name a folder that all nodes share, or an address."
+        )
+    _check_same(store, there, task, facts)
+
+
+def _check_same(store: Store, there: Facts, task: Task, facts: Facts) -> None:
+    names = lambda: (store.read("image"), find_coordinates(task)["image"][1])  # noqa: E731
+    check_same_run(there["run"], facts["run"], store.where, names)
 
 
 class _Meter:
@@ -225,7 +236,7 @@ def _begin(store: Store, task: Task, facts: Facts, *, retry: bool) -> Pending:
     if there is None:
         store.create(task.layout, find_coordinates(task), {**facts, "versions": [list_versions()]})
     else:
-        check_same_run(there["run"], facts["run"], store.where)
+        _check_same(store, there, task, facts)
         store.remove_leftovers()
         if (versions := list_versions()) not in there["versions"]:
             store.note({**there, "versions": [*there["versions"], versions]})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import nn
 from ..errors import StoreError
 
 Facts = dict[str, Any]
+Names = Collection[str]
+_NAMES = "images.names"
+_TOLD = 3  # names of many that differ
 _PACKAGES = ("hookattn", "torch", "timm", "zarr", "numpy", "pillow")
 
 
@@ -50,17 +54,42 @@ def list_versions() -> dict[str, str]:
     return found
 
 
-def check_same_run(there: Facts, asked: Facts, where: str) -> None:
+def check_same_run(there: Facts, asked: Facts, where: str, read_names: Callable[[], tuple[Names, Names]]) -> None:
     """Check that what a store was begun with is what is asked for now.
+
+    Args:
+        there: what it was begun with.
+        asked: what is asked for now.
+        where: the store.
+        read_names: gives the names of the images that are there, and of those that are asked for; asked where they differ.
 
     Raises:
         StoreError: it is not; the message says what differs, and what to do.
     """
-    if differing := list(_differences(there, asked)):
+    differing = [each for each in _differences(there, asked) if not each.startswith(_NAMES)]
+    if there.get("images", {}).get("names") != asked["images"]["names"]:
+        differing.insert(0, f"{_NAMES}: {compare_names(*read_names())}")
+    if differing:
         raise StoreError(
             f"{where} was begun with other settings, and is not touched. There | asked for now: {'; '.join(differing[:6])}. "
             f"Ask for the same to go on with it, or name another store.{_advise_revision(there, asked)}"
         )
+
+
+def compare_names(before: Names, now: Names) -> str:
+    """How the names of images differ from what they were: how many, and the first of them."""
+    were, are = set(before), set(now)
+    stayed, stay = [name for name in before if name in are], [name for name in now if name in were]
+    gone, new = [name for name in before if name not in are], [name for name in now if name not in were]
+    found = [_tell_some(len(names), told, map(repr, names)) for names, told in ((gone, "gone"), (new, "new")) if names]
+    moved = [f"{name!r} now where {other!r} was" for other, name in zip(stayed, stay) if other != name]
+    found += [_tell_some(len(moved), "in another order", moved)] if moved else []
+    return ", ".join(found) or "the same but for bytes that are no text"
+
+
+def _tell_some(count: int, told: str, examples: Iterable[str]) -> str:
+    first = [*islice(examples, _TOLD)]
+    return f"{count:,} {told} ({', '.join(first)}{', ...' if count > len(first) else ''})"
 
 
 def _advise_revision(there: Facts, asked: Facts) -> str:

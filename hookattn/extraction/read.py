@@ -22,7 +22,7 @@ from ..maps.rows import SomeRows
 from ..recording.maps import Maps
 from .geometry import read_places
 from .layout import BROKEN, PENDING, TAKEN, Array, Spec, decode
-from .manifest import hash_names
+from .manifest import compare_names, hash_names
 from .sources.images import Images
 from .sources.open_images import open_images
 from .store import Facts, Store
@@ -134,7 +134,8 @@ class Run:
             raise HookattnError("images came from no file")
         images = open_images(source["paths"], image=source["image"], label=source["label"])
         if hash_names(images.names) != self.facts["run"]["images"]["names"]:
-            raise HookattnError(f"there are other images in {listed(source['paths'])} now")
+            told = compare_names(self.names, images.names)
+            raise HookattnError(f"there are other images in {listed(source['paths'])} now: {told}")
         return images
 
     def read(self, quantity: str, image: int | str) -> Tensor:

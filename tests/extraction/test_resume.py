@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.drawn import Drawn, small_vit
+from support.drawn import Drawn, draw, small_vit
 from support.stores import everything, full_after, same, states_of
 
 from hookattn import HookattnError
@@ -108,8 +108,23 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dtype": (r"what\.cls\.dtype: float32 \| float16", {"dtype": "float16"}),
     "layers": (r"layers: \['blocks\.0\.attn', 'blocks\.1\.attn'\] \| \['blocks\.1\.attn'\]", {"layers": -1}),
     "blocks": (r"block: 4 \| 8", {"block": 8}),
-    "more images": (r"images\.count: 10 \| 11", {"images": Drawn(11)}),
-    "other images": (r"images\.names: ", {"images": "renamed"}),
+    "more images": (r"images\.names: 1 new \('photo 010\.png'\); images\.count: 10 \| 11\.", {"images": Drawn(11)}),
+    "fewer images": (
+        r"images\.names: 4 gone \('photo 006\.png', 'photo 007\.png', 'photo 008\.png', \.\.\.\); images\.count: 10 \| 6\.",
+        {"images": Drawn(6)},
+    ),
+    "other images": (
+        r"images\.names: 1 gone \('photo 004\.png'\), 1 new \('another\\\\xff\.png'\)\.",
+        {"images": lambda names: [*names[:4], "another\\xff.png", *names[5:]]},
+    ),
+    "another order": (
+        r"images\.names: 2 in another order \('photo 005\.png' now where 'photo 003\.png' was, 'photo 003\.png' now where",
+        {"images": lambda names: [*names[:3], names[5], names[4], names[3], *names[6:]]},
+    ),
+    "another order of those that stay": (
+        r"names: 1 gone \('photo 000\.png'\), 8 in another order \('photo 009\.png' now where 'photo 001\.png' was, ",
+        {"images": lambda names: names[:0:-1]},
+    ),
 }
 
 
@@ -123,15 +138,26 @@ def test_a_run_with_other_settings_is_refused_and_says_what_differs(tmp_path: Pa
     options = {**options}
     if "model" in options:
         model = options.pop("model")(model)
-    if options.get("images") == "renamed":
+    if callable(rename := options.get("images")):
         options["images"] = Drawn(10)
-        options["images"].names[4] = "another.png"
+        options["images"].names = rename(options["images"].names)
     if "preprocessing" in options:
         options["preprocessing"] = {**model.pretrained_cfg, **options["preprocessing"], "input_size": (3, 64, 64)}
     with pytest.raises(StoreError, match=message) as refused:
         run(tmp_path / "x.zarr", model, **options)
     assert "Ask for the same to go on with it, or name another store." in str(refused.value)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_names_in_a_store_are_read_where_they_differ_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, whole = small_vit(), list[str](), zarr.Array.__getitem__
+    monkeypatch.setattr(zarr.Array, "__getitem__", lambda array, rows: read.append(array.basename) or whole(array, rows))
+    for _ in range(2):
+        run(tmp_path / "x.zarr", model)
+        assert {*read} == {"status"}
+    with pytest.raises(StoreError):
+        run(tmp_path / "x.zarr", model, Drawn(11))
+    assert read.count("image") == 1
 
 
 def test_batches_and_workers_may_be_others(tmp_path: Path) -> None:
@@ -253,3 +279,14 @@ def test_an_address_in_place_of_a_folder(tmp_path: Path) -> None:
 def test_the_address_of_a_folder_is_that_folder(tmp_path: Path) -> None:
     assert run(f"file://{tmp_path}/x.zarr").taken == 10
     assert extraction.open(tmp_path / "x.zarr").find(3) == 3
+
+
+def test_a_photo_that_is_read_again_is_not_one_of_other_images(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / f"photos/{number}.png").write_bytes(draw(number))
+    run(tmp_path / "x.zarr", images=str(tmp_path / "photos"))
+    assert extraction.open(tmp_path / "x.zarr").photo("1.png").size == (48, 64)
+    (tmp_path / "photos/0.png").rename(tmp_path / "photos/a.png")
+    with pytest.raises(HookattnError, match=r"other images in .*photos now: 1 gone \('0\.png'\), 1 new \('a\.png'\)$"):
+        extraction.open(tmp_path / "x.zarr").photo("1.png")
