@@ -15,6 +15,7 @@ From top to bottom, an import may only point down:
     quantities   what can be asked of each image
     batches      images, read ahead by other processes
     inputs       images as a model is shown them
+    data_sets    images that a data set of torch makes
     sources      where images come from: folders, lists, archives, tables, data sets by name
     manifest     what a run is, in plain values; how two differ
     sent_errors  errors, as another process is sent them

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import HookattnError
-from .inputs import Input, Inputs
+from .data_sets import Input
+from .inputs import Inputs
 from .layout import Pending
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from ..image.preprocessing import Crop
 from ..image.tokens import Size
 from ..recording.selection import Layers
 from .engines import Engine, Job, run_here
-from .inputs import Opened, Source, check_how_shown, describe_source, find_inputs, open_source
+from .inputs import Opened, Source, check_how_shown, describe_source, find_inputs, list_paths, open_source
 from .layout import BROKEN, TAKEN, Pending
 from .locks import hold_store
 from .manifest import check_same_run, list_versions
@@ -111,8 +111,9 @@ def extract(
 
     Args:
         model: in eval mode, on the device it is to run on; or what loads it, which is called when all else has been looked at.
-        source: a folder, a list, an archive, a table or a data set of photos, see `open_images`; or a data set of torch, or a
-            `DataLoader`, of which data set, batch size and workers are taken. Images are stored in the order of the data set.
+        source: a folder, a list, an archive, a table or a data set of photos, see `open_images`; or an array, a column, a
+            generator or a set of paths (sorted); or a data set of torch, or a `DataLoader`, of which data set, batch size and
+            workers are taken. Images are stored in the order of the data set.
         out: a folder, by habit NAME.zarr, or an address that fsspec knows ("s3://bucket/run.zarr", "gs://...").
         what: names from `QUANTITIES`, with commas between them or in a list, in which a `Quantity` of one's own may be.
         layers: as for `AttentionRecorder`.
@@ -146,7 +147,7 @@ def extract(
         import_zarr()
         quantities, (images, reading) = find_quantities(what), find_reading(source, batch_size, workers, strict)
         check_numbers(dtype, block, reading)
-        opened = open_source(images, image_column, label_column)
+        opened = open_source(images := list_paths(images), image_column, label_column)
         check_how_shown(opened, size, crop, preprocessing)
         return images, opened, reading, quantities
 

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Union
+from itertools import chain, islice
+from typing import Any, Union
 
-import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..errors import HookattnError, TokenError, listed
 from ..image.photo import Photo
 from ..image.preprocessing import Crop, Preprocessing, preprocessing_of
 from ..image.tokens import Size
 from ..image.trunk import cut_of, trunk_of
+from .data_sets import DataSet, Input
 from .sources.images import Images
 from .sources.open_images import open_images
-
-
-class Input(NamedTuple):
-    """One image as a model is shown it.
-
-    Attributes:
-        tensor: (channels, height, width).
-        label: "" where there is none.
-        sha256: of the bytes it was made of.
-    """
-
-    tensor: Tensor
-    label: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -89,69 +75,50 @@ class Photos:
         return {**told, "size": list(self.size) if isinstance(self.size, tuple) else self.size, "crop": self.crop}
 
 
-class DataSet:
-    """Images that a data set of torch makes, by number.
-
-    Args:
-        dataset: one that has a length and gives, by number, an image (channels, height, width), a tuple that begins with one
-            (its second part, a number or a word, is the label), or a dict with one under "pixel_values", "image" or "images".
-
-    Raises:
-        HookattnError: it has no length, or cannot be asked by number.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise HookattnError(
-                f"{type(dataset).__name__} cannot be asked for an image by number, so that a run could be resumed: give a data "
-                "set with __getitem__ and __len__, or the folder, archive or table it reads."
-            )
-        self._dataset, self.revision = dataset, None
-        self.names = _names_of(dataset)
-
-    def label_of(self, index: int) -> str:
-        """None: it comes with the image."""
-        return ""
-
-    def load(self, index: int) -> Input:
-        """Ask for one.
-
-        Raises:
-            HookattnError: what it gives is no image; whatever the data set raises comes as it is.
-        """
-        found = self._dataset[index]
-        label, keys = "", ""
-        if isinstance(found, (tuple, list)):
-            label = str(_plain(found[1])) if len(found) > 1 else ""
-            found = found[0] if found else None
-        elif isinstance(found, Mapping):
-            label = str(_plain(found.get("label", found.get("labels", ""))))
-            keys = f" of a dict with {listed(map(str, found))}"
-            found = next((found[key] for key in ("pixel_values", "image", "images") if key in found), None)
-        if not isinstance(found, Tensor) or found.dim() != 3 or not found.is_floating_point():
-            what = f"a tensor {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-            what += keys
-            raise HookattnError(
-                f"an image of {type(self._dataset).__name__} is {what}: a data set gives (channels, height, width) in "
-                'floating point, as the model is called with, alone, first in a tuple, or as "pixel_values" in a dict. Its '
-                "transform makes it so; what a DataLoader would make of several is not asked."
-            )
-        found = found.detach().cpu().contiguous()
-        return Input(found, label, hashlib.sha256(found.view(torch.uint8).numpy().data).hexdigest())
-
-    def describe(self) -> dict[str, Any]:
-        """What is known of how images are made: the kind of data set, and its transform in words."""
-        transform = getattr(self._dataset, "transform", None)
-        # but for where it lies in memory, which is another place in each run
-        told = None if transform is None else re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
-        return {"dataset": type(self._dataset).__qualname__, "transform": told}
-
-
 _EXAMPLE = 'preprocessing={"input_size": (3, 224, 224), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}'
 Inputs = Union[Photos, DataSet]
 Opened = Union[Images, DataSet]
 Source = Union[str, "os.PathLike[str]", Sequence[Any], Images, Any]
-"""Whatever `open_images` takes, `Images`, or a data set of torch."""
+"""Whatever `open_images` takes, anything that gives paths one after the other, `Images`, or a data set of torch."""
+
+
+def list_paths(source: Source) -> Source:
+    """A list of whatever gives paths one after the other: an array, a column, a generator, a set, sorted; else what it is.
+
+    Raises:
+        HookattnError: it is a table or a dict, or there is something else among its paths.
+    """
+    if isinstance(source, (str, os.PathLike, Images, DataSet, Dataset, Tensor)) or not isinstance(source, Iterable):
+        return source
+    try:
+        found: Iterator[Any] = iter(source)
+        first = [*islice(found, 1)]
+    except Exception:
+        if hasattr(source, "__getitem__"):  # a data set, whose first image may be broken
+            return source
+        raise
+    is_dict = isinstance(source, Mapping) and all(isinstance(each, str) for each in first)
+    if first and (is_dict or hasattr(source, "columns")):  # as tables have them
+        whole = "list(source) or list(source.values()), or one of these" if is_dict else "one of its columns"
+        raise HookattnError(f"a {type(source).__name__} is no list of images: give {whole}, such as source[{first[0]!r}].")
+    if not isinstance(source, (list, tuple)) and not all(isinstance(each, (str, os.PathLike, bytes)) for each in first):
+        return source
+    paths = [_check_path(place, each) for place, each in enumerate(chain(first, found))]
+    return sorted(paths) if isinstance(source, (set, frozenset)) else paths
+
+
+def _check_path(place: int, path: Any) -> str:
+    if isinstance(path, (str, os.PathLike)):
+        return str(os.fsdecode(path))
+    advice = (
+        "Paths with labels are written into a .txt, a path a line, and a label after a tab, and its name is given"
+        if isinstance(path, (tuple, list))
+        else "Images in memory are given as a data set of torch, such as torch.utils.data.TensorDataset(torch.stack(tensors))"
+    )
+    raise HookattnError(
+        f"a list names files and addresses of images, and there is a {type(path).__name__} in this one, number {place}. "
+        f"{advice}."
+    )
 
 
 def open_source(source: Source, image_column: str | None = None, label_column: str | None = None) -> Opened:
@@ -160,8 +127,8 @@ def open_source(source: Source, image_column: str | None = None, label_column: s
     Raises:
         HookattnError: there are none, they are in a list themselves, or columns are named of what has none.
     """
-    if isinstance(source, (str, os.PathLike, list, tuple)):
-        _check_paths(source)
+    source = list_paths(source)
+    if isinstance(source, (str, os.PathLike, list)):
         source = open_images(source, image=image_column, label=label_column)
     elif image_column is not None or label_column is not None:
         raise HookattnError(
@@ -172,15 +139,6 @@ def open_source(source: Source, image_column: str | None = None, label_column: s
     if not len(found.names):
         raise HookattnError("there are no images in it.")
     return found
-
-
-def _check_paths(source: Any) -> None:
-    for each in source if isinstance(source, (list, tuple)) else ():
-        if not isinstance(each, (str, os.PathLike)):
-            raise HookattnError(
-                f"a list names files and addresses of images, and there is a {type(each).__name__} in this one. Images in "
-                "memory are given as a data set of torch, such as torch.utils.data.TensorDataset(torch.stack(tensors))."
-            )
 
 
 def check_how_shown(opened: Opened, size: Size | int | None, crop: Crop | None, preprocessing: object) -> None:
@@ -236,25 +194,9 @@ def describe_source(
     source: Source, opened: Opened, image_column: str | None, label_column: str | None
 ) -> dict[str, Any] | None:
     """Where photos can be found again; None for what is no path, address or name, or a list of these."""
-    paths: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
+    paths: list[Any] = source if isinstance(source, list) else [source]
     if not all(isinstance(path, (str, os.PathLike)) for path in paths):
         return None
     found = [os.path.abspath(path) if os.path.exists(path) else os.fspath(path) for path in paths]
     address = opened.address if isinstance(opened, Images) else None
     return {"paths": [address] if address else found, "image": image_column, "label": label_column}
-
-
-def _names_of(dataset: Any) -> list[str]:
-    """Paths, where it is known of each image which file it is of; else numbers."""
-    samples = getattr(dataset, "samples", None)  # as torchvision's folders have it
-    root = getattr(dataset, "root", None)
-    if isinstance(samples, list) and len(samples) == len(dataset) and all(isinstance(each, tuple) for each in samples[:1]):
-        paths = [Path(each[0]) for each in samples]
-        names = [str(path.relative_to(root)) if root and path.is_relative_to(root) else str(path) for path in paths]
-        if len({*names}) == len(names):
-            return names
-    return [f"{index:08d}" for index in range(len(dataset))]
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -14,7 +14,8 @@ from ..errors import HookattnError
 from ..image.preprocessing import most_cells
 from ..recording.maps import name_model
 from ..recording.selection import Layers
-from .inputs import Input, Inputs, Photos
+from .data_sets import Input
+from .inputs import Inputs, Photos
 from .layout import Array, Layout, Spec
 from .manifest import hash_names, hash_weights
 from .quantities import Quantity

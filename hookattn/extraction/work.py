@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import HookattnError, listed
 from .batches import Batch, answering_lost_workers, load_batches
-from .inputs import DataSet, Inputs
+from .data_sets import DataSet
+from .inputs import Inputs
 from .layout import BROKEN, TAKEN, Array, Block, Layout, Pending
 from .quantities import Quantity
 from .taking import Shapes, Taken, Taker

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from support.drawn import Drawn, draw, small_vit
@@ -21,6 +23,7 @@ from hookattn.errors import MissingExtraError
 extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 pytest.importorskip("zarr")
 TENSORS = TensorDataset(torch.zeros(6, 3, 64, 64))
+TABLE = pd.DataFrame({"file": ["a.png", "b.png"], "label": [0, 1]})
 
 
 def of_ones_own(name: str, *dims: str) -> Any:
@@ -41,7 +44,15 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "batch_size": ("batch_size and block are numbers", {"batch_size": 0}),
     "block": ("batch_size and block are numbers", {"block": 0}),
     "half a batch": ("batch_size and block are numbers", {"batch_size": 2.5}),
-    "images in a list": (r"there is a Tensor in this one\. .*TensorDataset", {"source": [torch.zeros(3, 64, 64)]}),
+    "images in a list": (r"there is a Tensor in this one, number 0\. .*TensorDataset", {"source": [torch.zeros(3, 64, 64)]}),
+    "labels in a list": (r"a tuple in this one, number 1\. Paths with labels .* \.txt", {"source": ["a.png", ("b.png", 1)]}),
+    "what is missing in a column": (r"a float in this one, number 1\.", {"source": np.array(["a.png", np.nan], object)}),
+    "a dict": (r"a dict is no list of images: give list\(source\) or .* such as source\['a\.png'\]", {"source": {"a.png": 1}}),
+    "a table": (r"a DataFrame is no .*: give one of its columns, such as source\['file'\]\.", {"source": TABLE}),
+    "an empty dict": ("no source of images is given", {"source": {}}),
+    "no paths at all": ("no source of images is given", {"source": iter(())}),
+    "a stream of tensors": ("generator cannot be asked for an image by number", {"source": (each for each in TENSORS)}),
+    "an array without axes": ("ndarray cannot be asked for an image by number", {"source": np.array("a.png")}),
     "bytes in a list": ("there is a bytes in this one", {"source": [b"a.png"]}),
     "no source": (r"there is no '.*nowhere'", {"source": "nowhere"}),
     "an empty source": ("has no photos, .tar or .parquet files in it", {"source": "empty"}),
