@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import HookattnError
 from .data_sets import Input
-from .inputs import Inputs
+from .inputs import Inputs, explain
 from .layout import Pending
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class _Batches(Dataset[Batch]):
             try:
                 loaded[number] = self._inputs.load(number)
             except Exception as error:  # of a file, of its decoder, or of somebody's data set
-                broken[number] = str(error) if isinstance(error, HookattnError) else f"{type(error).__name__}: {error}"
+                broken[number] = explain(error)
         sizes: dict[Any, list[int]] = {}
         for number, each in loaded.items():
             sizes.setdefault(each.tensor.shape, []).append(number)

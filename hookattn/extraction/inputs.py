@@ -190,6 +190,12 @@ def _prepare_for(model: nn.Module, told: Mapping[str, Any] | Preprocessing | Non
     return found._replace(multiple=max(found.multiple, *patch)) if whole and patch is not None else found
 
 
+def explain(error: Exception) -> str:
+    """Why an image cannot be read, in a line."""
+    told = " ".join(str(error).split())
+    return told if isinstance(error, HookattnError) else f"{type(error).__name__}: {told or 'no reason is told'}"
+
+
 def describe_source(
     source: Source, opened: Opened, image_column: str | None, label_column: str | None
 ) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from ..image.preprocessing import most_cells
 from ..recording.maps import name_model
 from ..recording.selection import Layers
 from .data_sets import Input
-from .inputs import Inputs, Photos
+from .inputs import Inputs, Photos, explain
 from .layout import Array, Layout, Spec
 from .manifest import hash_names, hash_weights
 from .quantities import Quantity
@@ -155,7 +155,7 @@ def _find_readable(inputs: Inputs, strict: bool) -> Input:
         try:
             return inputs.load(index)
         except Exception as error:  # of a file, of its decoder, or of somebody's data set
-            why = str(error).rstrip(".")
+            why = explain(error).rstrip(".")
             if strict:
                 raise unreadable(inputs.names[index], why) from error
             reasons.setdefault(why, inputs.names[index])

@@ -57,19 +57,34 @@ def import_pillow() -> Any:
 
 def _open(path: Any) -> Any:
     pil = import_pillow()
-    from PIL import UnidentifiedImageError
-
     if not isinstance(path, (str, PathLike, bytes)):
         raise HookattnError(f"a photo is a path, an image of PIL, an array or a tensor, not {type(path).__name__}.")
+    what = f"a file of {len(path)} bytes" if isinstance(path, bytes) else fspath(path)
     try:
         # read at once: PIL keeps a file open where it fails, and where there are more frames
-        image = pil.open(BytesIO(path if isinstance(path, bytes) else Path(path).read_bytes()))
+        encoded = path if isinstance(path, bytes) else Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise HookattnError(f"{what} is no image that can be read ({error}).") from error
+    try:
+        image = pil.open(BytesIO(encoded))
         image.load()
     except (OSError, ValueError, SyntaxError, TypeError, AttributeError, pil.DecompressionBombError) as error:
-        what = f"a file of {len(path)} bytes" if isinstance(path, bytes) else fspath(path)
-        reason = "of no kind that PIL knows" if isinstance(error, UnidentifiedImageError) else error
-        raise HookattnError(f"{what} is no image that can be read ({reason}).") from error
+        raise HookattnError(f"{what} is no image that can be read ({_explain(error, encoded)}.") from error
     return image
+
+
+def _explain(error: Exception, encoded: bytes) -> str:
+    """Why bytes are no image, and what to do about it."""
+    from PIL import UnidentifiedImageError
+
+    if not encoded:
+        return "it is empty). Fetch it anew"
+    if isinstance(error, UnidentifiedImageError):
+        return f"of no kind that PIL knows, or broken where it begins, {encoded[:16]!r}). Fetch it anew, or save it as PNG"
+    reason = str(error).rstrip(".")
+    if isinstance(error, import_pillow().DecompressionBombError):
+        return f"{reason}). Make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS = None where it can be trusted"
+    return f"{reason}). It is damaged, or ends too early: fetch it anew"
 
 
 def _turn(image: Any, done: list[str]) -> Any:

@@ -17,6 +17,7 @@ from support.drawn import draw, small_vit
 from support.stores import everything, same
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
 
+from hookattn import HookattnError
 from hookattn.errors import StoreError
 from hookattn.image import Photo
 
@@ -178,6 +179,25 @@ class Untyped:
 @pytest.mark.parametrize("kind", [Iterated, Untyped])
 def test_a_data_set_that_can_be_iterated_over_is_asked_by_number(folder: Path, kind: Any) -> None:
     assert run(kind(broken=0)).broken() == {"00000000": "OSError: is broken"}
+
+
+REASONS: list[tuple[Exception, str]] = [
+    (OSError("a\n  long story\n"), "OSError: a long story"),
+    (ValueError(), "ValueError: no reason is told"),
+    (KeyError(1), "KeyError: 1"),
+]
+
+
+@pytest.mark.parametrize(("error", "expected"), REASONS)
+def test_why_an_image_cannot_be_read_is_told_in_a_line_with_its_kind(folder: Path, error: Exception, expected: str) -> None:
+    def label(index: int) -> int:
+        if index == 2:
+            raise error
+        return index
+
+    assert run(Own(label)).broken() == {"00000002": expected}
+    with pytest.raises(HookattnError, match=f"none of the images can be read\\. 00000002: {expected}\\.$"):
+        run(Subset(Own(label), [2]), "y.zarr")
 
 
 def test_samples_that_are_no_files_give_no_names(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import zlib
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,48 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     for name in ("text.png", "cut.png", "none.png"):
         with pytest.raises(HookattnError, match="is no image that can be read"):
             Photo.open(tmp_path / name, PLAIN)
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
+    image.save(file := io.BytesIO(), kind)
+    return file.getvalue()
+
+
+DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", r"0 bytes is no image that can be read \(it is empty\)\. Fetch it anew\.$"),
+    "a page": (
+        lambda: b"<!DOCTYPE html><html>",
+        r"or broken where it begins, b'<!DOCTYPE html>.'\)\. Fetch it anew",
+    ),
+    "a pointer": (lambda: b"version https://git-lfs.github.com", r"b'version https://'\)\. Fetch it anew"),
+    "of no pixels": (lambda: set_width(encode(noise(8, 8), "PNG"), 0), r"or broken where it begins, b'.x89PNG.*Fetch it anew"),
+    "cut": (
+        lambda: encode(noise(64, 64), "PNG")[:2000],
+        r"\(.+\)\. It is damaged, or ends too early: fetch it anew",
+    ),
+    "cut in its data": (
+        lambda: encode(noise(64, 64), "BMP")[:2000],
+        r"\(.+\)\. It is damaged, or ends too early: fetch it anew",
+    ),
+    "a bomb": (
+        lambda: set_width(encode(noise(8, 8), "PNG"), 10**8),
+        r"\(Image size \(800000000 pixels\) .*\)\. Make it smaller, or set PIL\.Image\.MAX_IMAGE_PIXELS = None",
+    ),
+}
+
+
+def set_width(png: bytes, width: int) -> bytes:
+    """A PNG that says that it is so wide."""
+    head = b"IHDR" + width.to_bytes(4, "big") + png[20:29]
+    return png[:12] + head + zlib.crc32(head).to_bytes(4, "big") + png[33:]
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_what_is_wrong_with_a_file_and_what_to_do_is_told_in_a_line(kind: str) -> None:
+    make, message = DAMAGED[kind]
+    with pytest.raises(HookattnError, match=message) as refused:
+        Photo.open(make(), PLAIN)
+    assert "\n" not in str(refused.value)
 
 
 # Upright, in its colours
