@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence, Sized
 from numbers import Integral
 from typing import Any, NamedTuple, cast
@@ -104,7 +105,7 @@ def plan_run(
     if isinstance(inputs, Photos) and inputs.varies:
         shapes = shapes.with_room_for(most_cells(inputs.size, inputs.preprocessing), quantities)
     specs = [_specify(quantity, shapes, dtype) for quantity in quantities]
-    layout = Layout(len(inputs.names), block or _choose_block(specs), specs)
+    layout = Layout(len(inputs.names), int(block or _choose_block(specs)), specs)
     return Task(inputs, quantities, shapes, layout, *reading)
 
 
@@ -124,7 +125,10 @@ def describe(model: nn.Module, task: Task, name: str | None, source: Facts | Non
     varies = isinstance(task.inputs, Photos) and task.inputs.varies
     found = {"layers": shapes.layers, "missing": shapes.missing, "varies": varies}
     # of whoever fetched the model; weights tell whether it is the same
-    return {"format": FORMAT, "run": run, **found, "source": source, "model_revision": getattr(model, "hub_commit", None)}
+    facts = {"format": FORMAT, "run": run, **found, "source": source, "model_revision": getattr(model, "hub_commit", None)}
+    # numbers may be of numpy, and are compared with what a store gives back
+    plain: Facts = json.loads(json.dumps(facts, default=lambda value: value.tolist()))
+    return plain
 
 
 def find_coordinates(task: Task) -> dict[str, tuple[tuple[str, ...], Array]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from functools import cached_property
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,12 +71,19 @@ class Run:
         what, counts = ", ".join(self.specs), self.count()
         return f"Run({self._store.where}: {what} of {counts.taken} of {len(self)} images, {counts.broken} broken)"
 
-    def find(self, image: int | str) -> int:
+    def find(self, image: int | str | os.PathLike[str]) -> int:
         """The number of an image by its name, or by its number, negative from the end.
 
         Raises:
             HookattnError: there is none, it is not there yet, or it could not be read.
         """
+        if isinstance(image, os.PathLike):
+            image = os.fspath(image)
+        if not isinstance(image, (str, Integral)):
+            raise HookattnError(
+                f"an image is told by its name or its number, not by a {type(image).__name__}; for several at once there is "
+                f"xarray.open_zarr({self._store.where!r})."
+            )
         if isinstance(image, str):
             if image not in self._numbers:
                 raise HookattnError(f"{self._store.where} has no image {image!r}. {did_you_mean(image, self.names[:10_000])}")
@@ -83,7 +91,7 @@ class Run:
         else:
             if not -len(self) <= image < len(self):
                 raise HookattnError(f"there is no image {image}: {self._store.where} has {len(self)}.")
-            number = image % len(self)
+            number = int(image) % len(self)
         status = int(self._store.read("status", number))
         if status == PENDING:
             raise HookattnError(f"image {image} is not there yet; the same extract again goes on with the run.")

@@ -39,7 +39,9 @@ class Store:
     """
 
     def __init__(self, where: str | os.PathLike[str]) -> None:
-        self.where = os.fspath(where).removeprefix("file://").removeprefix("local://")
+        self.where = os.path.expanduser(os.fspath(where).removeprefix("file://").removeprefix("local://"))
+        if not self.where.strip():
+            raise StoreError(f"{where!r} names no store: give a folder, such as NAME.zarr, or an address.")
         self.group: Any = None
 
     @property
@@ -139,9 +141,9 @@ class Store:
         """Values of an array: all of them, or of some images.
 
         Raises:
-            StoreError: they cannot be read at an address.
+            StoreError: they are damaged, or cannot be read at an address.
         """
-        with answering_reads(self.where):
+        with answering_reads(self.where), answering_damage(self.where, name):
             return np.asarray(self.group[name][rows])
 
     def find_pending(self, layout: Layout, *, retry: bool = False) -> Pending:
@@ -159,15 +161,25 @@ class Store:
         """
         with answering_writes(self.where):
             # what was there of them counts no longer before the first of it is replaced
-            _replace(self.group["status"], block, np.full_like(block.status, PENDING))
+            self._replace(self.group["status"], block, np.full_like(block.status, PENDING))
             for spec in specs:
                 for name, values in encode(spec, block.values[spec.name]).items():
-                    _replace(self._open(name), block, values)
+                    self._replace(self._open(name), block, values)
             for name in ("label", "sha256", "error"):
-                _replace(self.group[name], block, getattr(block, name))
+                self._replace(self.group[name], block, getattr(block, name))
             for name, values in zip(("grid_rows", "grid_cols"), block.grid.T):
-                _replace(self.group[name], block, values)
-            _replace(self.group["status"], block, block.status)  # last
+                self._replace(self.group[name], block, values)
+            self._replace(self.group["status"], block, block.status)  # last
+
+    def _replace(self, array: Any, block: Block, values: Array) -> None:
+        """Write what an array has of a block: of the images that were taken their values, of the others what is there."""
+        rows, taken = slice(block.start, block.start + len(block.status)), block.status != PENDING
+        with answering_damage(self.where, array.basename):
+            if not taken.all():
+                there = array[rows]
+                there[taken] = values[taken]
+                values = there
+            array[rows] = values  # which has zarr read what it replaces
 
     def _open(self, name: str) -> Any:
         """An array of values, to be written to: whether some are all as in an array that is empty takes long to look for."""
@@ -224,16 +236,6 @@ _OF_IMAGES = (
 )
 
 
-def _replace(array: Any, block: Block, values: Array) -> None:
-    """Write what an array has of a block: of the images that were taken their values, of the others what is there."""
-    rows, taken = slice(block.start, block.start + len(block.status)), block.status != PENDING
-    if not taken.all():
-        there = array[rows]
-        there[taken] = values[taken]
-        values = there
-    array[rows] = values
-
-
 def _shorten(numbers: Array) -> Sequence[int]:
     """Numbers as a range, where they follow one another."""
     first, last = int(numbers[0]), int(numbers[-1])
@@ -282,6 +284,20 @@ def answering_reads(where: str) -> Iterator[None]:
         if not is_address(where):
             raise
         raise _tell(where, "read", error) from error
+
+
+@contextmanager
+def answering_damage(where: str, name: str) -> Iterator[None]:
+    """Turn what the codecs of zarr say of a file that is not what was written into an error that says what to do."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if is_address(where) or isinstance(error, HookattnError):  # whose client may have raised it
+            raise
+        raise StoreError(
+            f"{where} is damaged: {name!r} cannot be read: {reason_of(error)} Where N is removed, the number of a block, from "
+            f"{where}/{name}/c and from {where}/status/c, the same extract again takes its images anew."
+        ) from error
 
 
 def _tell(where: str, done: str, error: Exception) -> HookattnError:

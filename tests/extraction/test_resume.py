@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from support.drawn import Drawn, draw, small_vit
@@ -42,7 +43,7 @@ def test_kill_9_at_random_moments_tears_nothing_and_repeats_little(tmp_path: Pat
     assert not [*tmp_path.glob(".*lock")]
 
 
-def run(out: Path, model: Any = None, images: Any = None, **options: Any) -> Any:
+def run(out: Path | str, model: Any = None, images: Any = None, **options: Any) -> Any:
     asked = {"what": "cls,entropy", "batch_size": 2, "block": 4, "dtype": "float32", **options}
     return extraction.extract(small_vit() if model is None else model, Drawn(10) if images is None else images, out, **asked)
 
@@ -290,3 +291,30 @@ def test_a_photo_that_is_read_again_is_not_one_of_other_images(tmp_path: Path) -
     (tmp_path / "photos/0.png").rename(tmp_path / "photos/a.png")
     with pytest.raises(HookattnError, match=r"other images in .*photos now: 1 gone \('0\.png'\), 1 new \('a\.png'\)$"):
         extraction.open(tmp_path / "x.zarr").photo("1.png")
+
+
+def test_numbers_may_be_of_numpy(tmp_path: Path) -> None:
+    model, how = small_vit(), {"block": np.int64(4), "batch_size": np.int64(3)}
+    colours = {**model.pretrained_cfg, "mean": (*np.array([0.5, 0.5, 0.5], np.float32),), "input_size": (3, 64, 64)}
+    for resumed in (0, 10):
+        assert run(tmp_path / "x.zarr", model, **how, preprocessing=colours).resumed == resumed
+
+
+def test_a_store_is_where_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(Path("~/deep/x.zarr"))
+    assert len(extraction.open("~/deep/x.zarr")) == len(extraction.open(tmp_path / "deep/x.zarr")) == 10
+    for nothing in ("", " "):
+        with pytest.raises(StoreError, match=r"' ?' names no store: give a folder, such as NAME\.zarr, or an address"):
+            run(nothing)
+
+
+def test_an_image_is_found_by_a_path_and_by_nothing_but_names_and_numbers(tmp_path: Path) -> None:
+    run(tmp_path / "x.zarr")
+    found = extraction.open(tmp_path / "x.zarr")
+    assert [found.find(each) for each in (Path("photo 003.png"), np.int64(3), -7, "photo 003.png")] == [3] * 4
+    for other, kind in ((slice(0, 2), "slice"), ([1, 2], "list"), (None, "NoneType"), (1.0, "float")):
+        with pytest.raises(
+            HookattnError, match=rf"not by a {kind}; for several at once there is xarray\.open_zarr\('.*x\.zarr'\)"
+        ):
+            found.read("entropy", other)

@@ -118,6 +118,24 @@ def test_a_retry_that_ends_anywhere_tears_nothing(tmp_path: Path) -> None:
     assert same(everything(tmp_path / "x.zarr"), everything(tmp_path / "after.zarr"))
 
 
+@pytest.mark.parametrize("array", ["cls", "label"])
+def test_a_block_that_is_damaged_is_told_and_can_be_taken_anew(tmp_path: Path, array: str) -> None:
+    out = tmp_path / "x.zarr"
+    run(out, Drawn(10, broken=[1, 6, 9]))
+    file = next(path for path in sorted((out / array / "c").rglob("*")) if path.is_file() and "/c/1" in path.as_posix())
+    file.write_bytes(file.read_bytes()[:5])
+    for _ in range(2):
+        with pytest.raises(
+            StoreError, match=rf"is damaged: '{array}' cannot be read: .* Where N is removed, .*zarr/{array}/c and"
+        ):
+            run(out, Drawn(10), retry=True)
+    file.unlink()
+    (out / "status/c/1").unlink()
+    assert run(out, Drawn(10), retry=True).taken == 10
+    run(tmp_path / "whole.zarr", Drawn(10))
+    assert alike(everything(out), everything(tmp_path / "whole.zarr"))
+
+
 def rows_of(found: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
     """What a store holds of some images."""
     return {name: array[numbers] for name, array in found.items() if len(array) == len(found["image"])}
