@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import HookattnError, MissingExtraError, StoreError
-from .clients import advise, describe_missing, is_address, reason_of
+from ..errors import MissingExtraError, StoreError
+from .answers import answering_damage, answering_reads, answering_writes, tell
+from .clients import is_address
 from .layout import BROKEN, PENDING, Array, Block, Layout, Pending, Spec, encode
 
 Facts = dict[str, Any]
@@ -65,7 +64,7 @@ class Store:
                 return None
             raise StoreError(f"{self.where} is there, and is no store of Zarr v3; name another.") from error
         except Exception as error:  # whatever zarr, fsspec and a store's client raise
-            raise _tell(self.where, "opened", error) from error
+            raise tell(self.where, "opened", error) from error
         facts = self.group.attrs.get(_MARK)
         if facts is None:
             raise StoreError(f"{self.where} is a Zarr group that hookattn has not written; name another.")
@@ -251,61 +250,6 @@ def import_zarr() -> Any:
     if int(zarr.__version__.split(".")[0]) < 3:
         raise MissingExtraError(f'stores need zarr 3, and this is {zarr.__version__}: pip install "hookattn[store]".')
     return zarr
-
-
-@contextmanager
-def answering_writes(where: str) -> Iterator[None]:
-    """Turn what a file system or a client says while something is written into an error that says what to do."""
-    try:
-        yield
-    except (HookattnError, MemoryError):
-        raise
-    except Exception as error:  # those of clients share no base
-        if is_address(where):
-            told = _tell(where, "written", error)
-            raise StoreError(f"{told} What is there is whole, and the same again goes on from there.") from error
-        if not isinstance(error, OSError):
-            raise
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StoreError(
-            f"{where} cannot be written ({error.strerror or reason_of(error)}). What is there is whole: "
-            f"{'make room' if is_full else 'mend that'}, and run the same again to go on from there."
-        ) from error
-
-
-@contextmanager
-def answering_reads(where: str) -> Iterator[None]:
-    """Turn what a client says of an address while something is read into an error that says what to do."""
-    try:
-        yield
-    except (HookattnError, MemoryError):
-        raise
-    except Exception as error:
-        if not is_address(where):
-            raise
-        raise _tell(where, "read", error) from error
-
-
-@contextmanager
-def answering_damage(where: str, name: str) -> Iterator[None]:
-    """Turn what the codecs of zarr say of a file that is not what was written into an error that says what to do."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if is_address(where) or isinstance(error, HookattnError):  # whose client may have raised it
-            raise
-        raise StoreError(
-            f"{where} is damaged: {name!r} cannot be read: {reason_of(error)} Where N is removed, the number of a block, from "
-            f"{where}/{name}/c and from {where}/status/c, the same extract again takes its images anew."
-        ) from error
-
-
-def _tell(where: str, done: str, error: Exception) -> HookattnError:
-    """Why a store cannot be opened, read or written."""
-    if isinstance(error, ImportError):
-        return MissingExtraError(f"{where} cannot be {done}: {describe_missing(error, where)}")
-    advice = advise(where, error) if is_address(where) else ""
-    return StoreError(f"{where} cannot be {done}: {reason_of(error)} {advice}".rstrip())
 
 
 def _divisor(number: int, most: int) -> int:
