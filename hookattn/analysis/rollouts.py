@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.narrowing import ALL, Pick
-from ..attention.sources import without_autocast
+from ..conditions.autocast import without_autocast
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
 from .layers import LayerMaps, find_gap, layers_in

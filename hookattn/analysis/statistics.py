@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..attention.softmax import Chunk
-from ..attention.sources import exact_dtype, without_autocast
+from ..attention.sources import exact_dtype
+from ..conditions.autocast import without_autocast
 from ..maps.attention_map import AttentionMap
 from .centres import Places, places_of
 from .layers import check_one

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..conditions.autocast import without_autocast
 from .narrowing import ALL, Pick, pick
-from .sources import Source, without_autocast
+from .sources import Source
 from .weighted import OfMap
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from ..conditions.setting import Setting
 
 
 class AwaitedError(Exception):
@@ -61,14 +62,9 @@ class Heard:
 heard_now: ContextVar[Heard | None] = ContextVar("heard", default=None)
 
 
-@contextmanager
-def hearing(heard: Heard) -> Iterator[None]:
+def hearing(heard: Heard) -> Setting[Heard | None]:
     """Take projections from what was heard of a module's own layers, for as long as the block lasts."""
-    token = heard_now.set(heard)
-    try:
-        yield
-    finally:
-        heard_now.reset(token)
+    return Setting(heard_now, heard)
 
 
 class Own(NamedTuple):

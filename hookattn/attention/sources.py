@@ -7,13 +7,13 @@ queries x keys is formed.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar, Union
 
 import torch
 from torch import Tensor
 
+from ..conditions.autocast import without_autocast
 from .derived import Derived
 from .narrowing import ALL, Pick, pick
 from .projected import Projected, compute, sizes_of
@@ -270,13 +270,6 @@ Source = Union[QK, Scores, Outer, Dense, Derived]
 def chunk_of(source: Source) -> Chunk:
     """What a source computes, with the scores where there are such."""
     return source.chunk() if isinstance(source, QK) else Chunk(source.values())
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """A block in which autocast does not touch what is computed on a device, for scores and softmax in full precision."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

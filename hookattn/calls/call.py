@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..conditions.autocast import Autocast, autocast_now
-from ..conditions.changes import NOT_LOOKED_AT, Pair, are_equal, comparing_later, stamps
+from ..conditions.changes import NOT_LOOKED_AT, Pair, Values, are_equal, comparing_later, stamps
 from ..conditions.function_modes import modes_in_force, modes_resumed
 from ..conditions.sharding import gathers, is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
@@ -151,12 +151,12 @@ class Call(NamedTuple):
     def check_soon(self) -> list[Pair]:
         """As `check_fresh`, but nobody waits for a device: what is not known yet is for `check_doubts`, after the reading."""
         _, given, (_, seen), *_ = self.stamps
-        if seen is None and (not given or type(given[0]) is int):  # no values that lie on a device
+        if seen is None and Values not in map(type, given):  # no values that lie on a device
             self.check_fresh()
             return []
         with comparing_later() as doubts:
             self.check_fresh()
-        return doubts
+        return doubts or []
 
     def check_doubts(self, doubts: Sequence[Pair]) -> None:
         """Raise as `check_fresh` if one of these has come true."""
@@ -183,8 +183,9 @@ class Call(NamedTuple):
         By then FSDP has written the parameters anew, and the forward may have counted its calls, neither of which makes the
         map another one; the user has had no say in between. Arguments are still compared with what they were.
         """
-        read, *rest = self.stamps
-        layer, given = self.layer._replace(structure=structure_of(self.layer.inner, self.held)), len(self.tensors)
+        (read, *rest), layer, given = self.stamps, self.layer, len(self.tensors)
+        if layer.has_changed(self.held):
+            layer = layer._replace(structure=structure_of(layer.inner, self.held))
         now = [[*before[:given], *after] for before, after in zip(read, stamps(self.state, layer.steps))]
         return self._replace(stamps=(tuple(now), *rest), layer=layer)
 

@@ -17,4 +17,5 @@ From top to bottom, an import may only point down:
     changes      what tells that a tensor has changed since the forward
     cuda_graphs  nothing is waited for while a CUDA graph is captured
     modules      the modules of a model by name
+    setting      a context variable that has another value for a while
 """

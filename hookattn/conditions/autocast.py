@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -31,3 +32,14 @@ def autocast_now(device: str) -> Autocast | None:
 def _off(device: str) -> Autocast | None:
     """Settings of autocast that is off: made once for a kind of device, since nothing is cast to their dtype."""
     return Autocast(device, False, torch.get_autocast_dtype(device), False) if torch.amp.is_autocast_available(device) else None
+
+
+_NOTHING = nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which autocast does not touch what is computed on a device, for scores and softmax in full precision."""
+    # Undocumented, torch 2.6 to 2.14: whether it is on for any device, which it nearly never is.
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .cuda_graphs import is_capturing
+from .setting import Setting
 
 SAMPLES = 4096
 _FEW = 16
@@ -128,13 +128,16 @@ def _bytes_behind(tensor: Tensor, start: int) -> int:
     return min(tensor.nbytes, storage.data_ptr() + storage.nbytes() - start)
 
 
-def _many_values(tensor: Tensor) -> Values | None:
+def _many_values(tensor: Tensor) -> bytes | Values | None:
     """Up to 4096 values of a tensor that nothing else tells apart; a copy costs an operator, which other tensors are spared."""
     if tensor.device.type == "meta" or tensor.is_nested or not (tensor.is_inference() or _is_of_others(tensor)):
         return None
     values, step = tensor.detach(), max(1, (count := tensor.numel()) // SAMPLES)
     some = values.as_strided((-(-count // step),), (step,)) if tensor.is_contiguous() else values.reshape(-1)[::step]
-    return Values(some.clone().view(torch.uint8))  # as bytes, by which a NaN is itself
+    some = some.clone()
+    if some.is_cpu and (start := _address(some)):
+        return bytes(_memory(start, some.nbytes, _READ_ONLY))
+    return Values(some.view(torch.uint8))  # as bytes, too, by which a NaN is itself
 
 
 def _is_of_others(tensor: Tensor) -> bool:
@@ -181,15 +184,9 @@ Pair = tuple[Tensor, Tensor]
 _doubts: ContextVar[list[Pair] | None] = ContextVar("doubts", default=None)
 
 
-@contextmanager
-def comparing_later() -> Iterator[list[Pair]]:
+def comparing_later() -> Setting[list[Pair] | None]:
     """A block in which values count as equal, and nobody waits for a device: whether they are is told by `are_equal`."""
-    found: list[Pair] = []
-    token = _doubts.set(found)
-    try:
-        yield found
-    finally:
-        _doubts.reset(token)
+    return Setting(_doubts, [])
 
 
 def are_equal(pairs: Iterable[Pair]) -> bool:

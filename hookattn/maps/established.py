@@ -15,6 +15,7 @@ from ..calls.call import Call
 from ..calls.restore import restoring
 from ..conditions.function_modes import SDPA
 from ..conditions.meta import advise, name_missing
+from ..conditions.setting import Setting
 from ..errors import HookattnError, UnreadableError
 from ..recipes.registry import find_axes, find_recipe, qualified_name
 from .arrangement import Arrangement, arrange_by_recipe
@@ -31,14 +32,9 @@ class NotEstablishedError(Exception):
     """Raised in `deferring` where derivatives of a forward would be taken."""
 
 
-@contextmanager
-def deferring() -> Iterator[None]:
+def deferring() -> Setting[bool]:
     """A block, inside of the user's forward, in which no evidence is looked for that is not there yet."""
-    token = _deferred.set(True)
-    try:
-        yield
-    finally:
-        _deferred.reset(token)
+    return Setting(_deferred, True)
 
 
 def source_by_recipe(call: Call) -> Source | None:

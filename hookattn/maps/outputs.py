@@ -11,9 +11,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention.narrowing import ALL
-from ..attention.sources import Dense, Source, exact_dtype, without_autocast
+from ..attention.sources import Dense, Source, exact_dtype
 from ..attention.weighted import Weighted
 from ..calls.call import Call
+from ..conditions.autocast import without_autocast
 from ..errors import TokenError, UnreadableError
 from ..image.tokens import Query
 from ..recipes.registry import attends_to_channels, qualified_name

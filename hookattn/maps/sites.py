@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..attention.sources import Source, without_autocast
+from ..attention.sources import Source
+from ..conditions.autocast import without_autocast
 from ..conditions.training import random_streams
 from ..errors import UnreadableError
 from .arrangement import Arrangement, Part

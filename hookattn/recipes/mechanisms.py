@@ -14,7 +14,8 @@ from torch import Tensor
 from ..attention.narrowing import EachToken
 from ..attention.projected import do_by_token
 from ..attention.projection import multiply, project
-from ..attention.sources import QK, exact_dtype, without_autocast
+from ..attention.sources import QK, exact_dtype
+from ..conditions.autocast import without_autocast
 from ..errors import TokenError
 from ..image.geometry import Geometry
 from ..image.tokens import Tokens

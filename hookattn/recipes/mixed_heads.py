@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..attention.layers import is_plain_conv, is_plain_linear
 from ..attention.projection import project, scale_of
-from ..attention.sources import QK, Scores, Source, exact_dtype, without_autocast
+from ..attention.sources import QK, Scores, Source, exact_dtype
+from ..conditions.autocast import without_autocast
 from ..image.geometry import Geometry
 from ..image.sizes import size_after
 from ..image.tokens import Tokens

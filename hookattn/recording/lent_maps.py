@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 from ..attention.overheard import hearing
 from ..attention.sources import Source
@@ -46,11 +46,23 @@ class _Overheard(Captured):
         self._source = source
         self.spec = Spec(source.shape, source.dtype, source.device)
 
-    @contextmanager
-    def open(self) -> Iterator[Source]:
+    def open(self) -> AbstractContextManager[Source]:
         """What it is computed from, in the modes of the call."""
-        with self.call.in_its_modes():
-            yield self._source
+        return _InItsModes(self.call, self._source)
+
+
+class _InItsModes:
+    """A block in the modes of a call, with what its map is computed from."""
+
+    def __init__(self, call: Call, source: Source) -> None:
+        self._modes, self._source = call.in_its_modes(), source
+
+    def __enter__(self) -> Source:
+        self._modes.__enter__()
+        return self._source
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._modes.__exit__(kind, error, traceback)
 
 
 class AwaitedReduction(Awaited):

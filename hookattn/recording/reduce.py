@@ -10,10 +10,10 @@ from typing import Any, Literal, Union
 
 import torch
 
-from ..attention.sources import without_autocast
 from ..calls.arguments import tensors_in
 from ..calls.call import Call
 from ..calls.restore import is_reading, reading
+from ..conditions.autocast import without_autocast
 from ..conditions.training import random_streams
 from ..conditions.transforms import is_left_behind
 from ..errors import LayerNotFoundError, NoMapError, RecorderError, UnreadableError, did_you_mean, listed
@@ -44,7 +44,7 @@ class Reduction:
         """The same inside of the user's forward: a map whose axes would have to be established first stays as it is."""
         return self._reduced(m, deferring())
 
-    def _reduced(self, m: AttentionMap, while_looked_at: AbstractContextManager[None]) -> AttentionMap:
+    def _reduced(self, m: AttentionMap, while_looked_at: AbstractContextManager[Any]) -> AttentionMap:
         if isinstance(m._origin, Lost):
             return m
         try:

@@ -28,6 +28,7 @@ from hookattn.conditions.changes import Values as Values
 from hookattn.conditions.cuda_graphs import is_capturing as is_capturing
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
+from hookattn.conditions.setting import Setting as Setting
 from hookattn.conditions.training import random_streams as random_streams
 from hookattn.extraction import ray_engine, taking
 from hookattn.extraction.engines import Job
