@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import current_thread, main_thread
 from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
@@ -176,13 +178,27 @@ def _one_prints() -> Iterator[int]:
         dist.destroy_process_group()
 
 
+class _Ended(KeyboardInterrupt):
+    """Somebody ends the process, as batch systems do a while before they kill it."""
+
+
 @contextmanager
 def _answering_stop(out: str) -> Iterator[None]:
+    """Answer who stops a run, by Ctrl-C or SIGTERM: what was taken has been written by then."""
+
+    def end(*_: object) -> None:
+        raise _Ended
+
+    before = signal.signal(signal.SIGTERM, end) if current_thread() is main_thread() else None
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print_error(f"stopped; the same command goes on with what is in {out}.")
-        raise typer.Exit(130) from None  # as a shell tells that somebody stopped it
+        number = signal.SIGTERM if isinstance(stopped, _Ended) else signal.SIGINT
+        raise typer.Exit(128 + number) from None  # as a shell tells that somebody stopped it
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _on_own_gpu(asked: Asked) -> Asked:

@@ -66,6 +66,8 @@ def take_blocks(
 ) -> Generator[Block, None, None]:
     """Take images, one block after the other; the model is recorded until the generator ends or is closed.
 
+    Where something raises, such as somebody who stops the run, what was taken before comes as a block of its own first.
+
     Args:
         model: in eval mode, where it is to run.
         task: what is taken.
@@ -82,16 +84,26 @@ def take_blocks(
     before = time.perf_counter()
     known = task.shapes.layers
     modules = [name for name in known if name.rpartition("#")[0] not in known]  # name#1 is the second call of one
-    with answering_lost_workers(), Taker(model, modules, task.quantities) as taker:
-        for begun in _one_behind(_begin(taker, task, batches)):
-            _finish(begun, task)
-            ended = time.perf_counter()
-            count = len(begun.batch.facts) + len(begun.batch.broken)
-            broken = {task.inputs.names[number]: why for number, why in begun.batch.broken.items()}
-            report(Step(count, broken, ended - before, begun.waited))
-            before = ended
-            if begun.batch.is_last:
-                yield begun.block
+    taken: Block | None = None
+    try:
+        with answering_lost_workers(), Taker(model, modules, task.quantities) as taker:
+            for begun in _one_behind(_begin(taker, task, batches)):
+                taken = begun.block
+                _finish(begun, task)
+                ended = time.perf_counter()
+                count = len(begun.batch.facts) + len(begun.batch.broken)
+                broken = {task.inputs.names[number]: why for number, why in begun.batch.broken.items()}
+                report(Step(count, broken, ended - before, begun.waited))
+                before = ended
+                if begun.batch.is_last:
+                    whole, taken = taken, None
+                    yield whole
+    except GeneratorExit:  # nobody asks for more
+        raise
+    except BaseException:
+        if taken is not None:
+            yield taken
+        raise
 
 
 class _Begun(NamedTuple):
@@ -157,7 +169,7 @@ def _one_behind(batches: Iterable[_Begun]) -> Iterator[_Begun]:
             if each.has_ended:
                 last = None
                 yield each
-    except Exception:  # of the next: what is there is not lost
+    except (Exception, KeyboardInterrupt):  # of the next: what is there is not lost
         if last is not None:
             yield last
         raise
@@ -179,17 +191,18 @@ def _rows_of(numbers: list[int]) -> _Rows:
 def _finish(begun: _Begun, task: Task) -> None:
     """Wait for what is taken of a batch, and put what is known of its images into their block."""
     batch, block = begun.batch, begun.block
+    for number, (label, sha256) in batch.facts.items():
+        block.label[number - block.start], block.sha256[number - block.start] = label, sha256
+    for number, why in batch.broken.items():
+        block.error[number - block.start], block.label[number - block.start] = why, task.inputs.label_of(number)
+        block.status[number - block.start] = BROKEN  # last, as below: somebody may stop the run at any line
     for rows, out, taken in begun.taken:
         taken.copies.finish()
         if not isinstance(rows, slice):
             for name, values in out.items():
                 block.values[name][rows] = values
-        block.grid[rows], block.status[rows] = taken.grid, TAKEN
-    for number, (label, sha256) in batch.facts.items():
-        block.label[number - block.start], block.sha256[number - block.start] = label, sha256
-    for number, why in batch.broken.items():
-        block.error[number - block.start], block.status[number - block.start] = why, BROKEN
-        block.label[number - block.start] = task.inputs.label_of(number)
+        block.grid[rows] = taken.grid
+        block.status[rows] = TAKEN
 
 
 def _is_on_gpu(model: nn.Module) -> bool:

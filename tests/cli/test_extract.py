@@ -6,6 +6,7 @@ import io
 import json
 import runpy
 import signal
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, weights: Path, photos: P
     assert stopped.stderr.endswith(f"hookattn: stopped; the same command goes on with what is in {out}.\n")
     again = run(weights, photos, "-o", out)
     assert (
-        "5 of 6 images of test_vit, 1 could not be read (--retry tries them again); 2 were done before, the others at "
+        "5 of 6 images of test_vit, 1 could not be read (--retry tries them again); 4 were done before, the others at "
         in again.output
     )
     # it was of the run before that it was told
@@ -112,6 +113,30 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, weights: Path, photos: P
     # nobody looks at a bar in a file
     assert "waiting for images" not in over.output
     assert "\x1b" not in again.output + over.output
+
+
+SIGNALLED = """
+import os, sys
+from unittest import mock
+from hookattn.__main__ import main
+
+batches = iter(range(9))
+with mock.patch("hookattn.cli.extract._Told.add", lambda *_: next(batches) == 2 and os.kill(os.getpid(), NUMBER)):
+    main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_taken_before_a_signal_ends_a_run_is_written(
+    tmp_path: Path, weights: Path, photos: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "x.zarr"
+    asked = ["extract", photos, "-m", "test_vit", "-c", weights, "--workers", "1", "--batch", "1", "-o", out]
+    typed = [sys.executable, "-c", SIGNALLED.replace("NUMBER", str(int(number))), *map(str, asked)]
+    done = subprocess.run(typed, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr.endswith(f"hookattn: stopped; the same command goes on with what is in {out}.\n")
+    assert extraction.open(out).count().pending == 3
 
 
 def test_who_stops_a_run_twice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
