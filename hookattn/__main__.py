@@ -18,10 +18,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as ended:
-        if ended.code in (
-            130,
-            143,
-        ):  # somebody stopped it, and may do so again: whatever is put away now would complain of that
+        if ended.code in (130, 143):
+            # somebody stopped it, and may do so again: whatever is put away now would complain of that
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise
 

@@ -105,7 +105,8 @@ def extract(
     The store has an array for each quantity, (image, layer, head, ...), with names of images and layers as coordinates; see
     `hookattn.extraction.open` for maps of it. Images are written a block at a time, or a part of one where something raises
     (a KeyboardInterrupt, an image): what was taken before is written first. A run is gone on with by the same call. Where it
-    was killed, or the disk was full, that repeats what was not written: the block in work, and the one on its way to the disk. What a store was begun with is noted in it, and what does not agree is refused.
+    was killed, or the disk was full, that repeats what was not written: the block in work, and the one on its way to the disk.
+    What a store was begun with is noted in it, and what does not agree is refused.
 
     Under `torchrun`, with a process group that is initialised, each process takes its share of the blocks.
 
