@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -85,12 +86,16 @@ class DataSet:
         return Input(found, label, hashlib.sha256(found.view(torch.uint8).numpy().data).hexdigest())
 
     def describe(self) -> dict[str, Any]:
-        """What is known of how images are made: the kind of data set, and its transform in words."""
-        transforms = [getattr(part, "transform", None) for part in self._parts]
+        """What is known of how images are made: the kinds of data sets, and their transforms in words."""
+        # what is PyTorch's own makes nothing of an image; what somebody derives from it may
+        makers = [each for each in _walk(self._dataset) if type(each) not in (Subset, ConcatDataset)]
+        transforms = [getattr(each, "transform", None) for each in makers]
         # but for where it lies in memory, which is another place in each run
-        told = [re.sub(r" at 0x[0-9a-f]+", "", repr(transform)) for transform in transforms if transform is not None]
-        kinds = [type(part).__qualname__ for part in self._parts]
-        return {"dataset": ", ".join(dict.fromkeys(kinds)), "transform": "; ".join(dict.fromkeys(told)) or None}
+        told = [re.sub(r" at 0x[0-9a-f]+", "", repr(transform)) for transform in transforms]
+        told = told[:1] if len({*told}) == 1 else told  # of several which is whose, by their order
+        is_known = any(transform is not None for transform in transforms)
+        kinds = dict.fromkeys(type(each).__qualname__ for each in makers)
+        return {"dataset": ", ".join(kinds), "transform": "; ".join(told) if is_known else None}
 
 
 def _has_length(dataset: Any) -> bool:
@@ -100,16 +105,31 @@ def _has_length(dataset: Any) -> bool:
         return False
 
 
+def _walk(dataset: Any) -> Iterator[Any]:
+    """A data set, and those that it is put together of."""
+    yield dataset
+    if isinstance(dataset, (Subset, ConcatDataset)):
+        for each in [dataset.dataset] if isinstance(dataset, Subset) else dataset.datasets:
+            yield from _walk(each)
+
+
 def _see_through(dataset: Any) -> tuple[list[Any], Array]:
     """The data sets that one is put together of, and of each image which of these it is from, and its number there."""
-    if isinstance(dataset, Subset) and _has_length(dataset.dataset):
+    if isinstance(dataset, (Subset, ConcatDataset)):
+        with suppress(TypeError, ValueError, IndexError):  # of what has no length, and of indices that are no numbers of images
+            parts, places = _take_apart(dataset)
+            if len(places) == len(dataset):  # which a class of somebody's may tell otherwise
+                return parts, places
+    return [dataset], np.stack([np.zeros(len(dataset), int), np.arange(len(dataset))], 1)
+
+
+def _take_apart(dataset: Subset[Any] | ConcatDataset[Any]) -> tuple[list[Any], Array]:
+    if isinstance(dataset, Subset):
         parts, places = _see_through(dataset.dataset)
         return parts, places[np.asarray(dataset.indices, int)]
-    if isinstance(dataset, ConcatDataset):
-        found = [_see_through(each) for each in dataset.datasets]
-        before = accumulate((len(parts) for parts, _ in found), initial=0)
-        return [part for parts, _ in found for part in parts], np.concatenate([p + (n, 0) for n, (_, p) in zip(before, found)])
-    return [dataset], np.stack([np.zeros(len(dataset), int), np.arange(len(dataset))], 1)
+    found = [_see_through(each) for each in dataset.datasets]
+    before = accumulate((len(parts) for parts, _ in found), initial=0)
+    return [part for parts, _ in found for part in parts], np.concatenate([p + (n, 0) for n, (_, p) in zip(before, found)])
 
 
 def _name_images(parts: Sequence[Any], places: Array) -> list[str]:

@@ -142,10 +142,69 @@ def test_another_split_is_refused(folder: Path) -> None:
             run(Subset(second, [0]), out)
 
 
-def test_another_transform_of_a_part_is_refused(folder: Path) -> None:
-    run(Subset(Folder("one", transform="one"), [1]))
-    with pytest.raises(StoreError, match=r"preprocessing\.transform: 'one' \| 'other'"):
-        run(Subset(Folder("one", transform="other"), [1]))
+class Made(Subset[Any]):
+    """A part whose images are made in a way of its own."""
+
+    def __init__(self, dataset: Any, indices: Any, transform: Any = None) -> None:
+        super().__init__(dataset, indices)
+        self.transform = transform
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[self.indices[index % len(self.indices)]]
+
+
+class Again(Made):
+    def __len__(self) -> int:
+        return 2 * len(self.indices)
+
+
+MADE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "of what it is of": (lambda how: Subset(Folder("one", how), [1]), "{}"),
+    "of a class of one's own": (lambda how: Made(Folder("one"), [1], how), "{}; None"),
+    "of one of several": (lambda how: ConcatDataset([Folder("one", "a"), Folder("two", how), Own()]), "'a'; {}; None"),
+    "of one of several with the same": (
+        lambda how: ConcatDataset([Folder("one", how), Folder("two", "one" if how == "other" else "other")]),
+        "{0}; {1}",
+    ),
+}
+
+
+@pytest.mark.parametrize("of", MADE)
+def test_another_transform_is_refused(folder: Path, of: str) -> None:
+    make, told = MADE[of]
+    run(make("one"))
+    before, now = told.format("'one'", "'other'"), told.format("'other'", "'one'")
+    with pytest.raises(StoreError, match=rf"preprocessing\.transform: {before} \| {now}\. Ask"):
+        run(make("other"))
+
+
+def test_one_transform_of_all_is_told_once(folder: Path) -> None:
+    told = run(ConcatDataset([Folder("one", "how"), Subset(Folder("two", "how"), [0])])).facts["run"]["preprocessing"]
+    assert (told["dataset"], told["transform"]) == ("Folder", "'how'")
+
+
+class Keyed(Own):
+    """Asked by words."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__("abcd".index(index))
+
+
+UNKNOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "words": (lambda: Subset(Keyed(), "db"), ["3", "1"]),  # type: ignore[arg-type]
+    "more than there are": (lambda: Again(Own(), [2, 0]), ["2", "0", "2", "0"]),
+    "beyond the end": (lambda: Subset(Own(broken=9), [3, 9]), ["3", ""]),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_parts_of_which_it_is_not_known_which_images_they_are_have_numbers(folder: Path, kind: str) -> None:
+    make, labels = UNKNOWN[kind]
+    found = run(make())
+    assert (found.names, found.labels) == ([f"{number:08d}" for number in range(len(labels))], labels)
 
 
 LABELS: dict[str, tuple[Callable[[int], Any], list[str]]] = {
