@@ -122,12 +122,11 @@ def _check_path(place: int, path: Any) -> str:
 
 
 def open_source(source: Source, image_column: str | None = None, label_column: str | None = None) -> Opened:
-    """The images of a source, before there is a model to show them to.
+    """The images of a source, before there is a model to show them to; of paths as `list_paths` has them.
 
     Raises:
         HookattnError: there are none, they are in a list themselves, or columns are named of what has none.
     """
-    source = list_paths(source)
     if isinstance(source, (str, os.PathLike, list)):
         source = open_images(source, image=image_column, label=label_column)
     elif image_column is not None or label_column is not None:

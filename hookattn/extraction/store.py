@@ -92,7 +92,7 @@ class Store:
             else:
                 self.group = zarr.open_group(self.where, mode="r+", zarr_format=3, use_consolidated=False)
             self.remove_leftovers()
-            for name in self._list_names():
+            for name in self._list_folders():
                 del self.group[name]
             for spec in layout.specs:
                 self._create(spec, layout)
@@ -123,14 +123,16 @@ class Store:
             files.invalidate_cache()  # others may have put something there
             return not files.exists(path)
 
-    def _list_names(self) -> list[str]:
-        """Names of what lies in the group, whole or not."""
+    def _list_folders(self) -> list[str]:
+        """Names of the folders in the group: arrays, whole or not."""
+        if self.folder is not None:
+            return [each.name for each in os.scandir(self.folder) if each.is_dir(follow_symlinks=False)]
         from fsspec.core import url_to_fs
 
         files, path = url_to_fs(self.where)
         files.invalidate_cache()
-        found = (each.rstrip("/").rpartition("/")[2] for each in files.ls(path, detail=False))
-        return [name for name in found if name != "zarr.json"]
+        found = [each["name"] for each in files.ls(path, detail=True) if each["type"] == "directory"]
+        return [name.rstrip("/").rpartition("/")[2] for name in found]
 
     def status(self) -> Array:
         """What became of each image."""

@@ -52,6 +52,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "an empty dict": ("no source of images is given", {"source": {}}),
     "no paths at all": ("no source of images is given", {"source": iter(())}),
     "a stream of tensors": ("generator cannot be asked for an image by number", {"source": (each for each in TENSORS)}),
+    "a stream of labels": ("iterator cannot be asked for an image by number", {"source": iter([("a.png", 0)])}),
     "an array without axes": ("ndarray cannot be asked for an image by number", {"source": np.array("a.png")}),
     "bytes in a list": ("there is a bytes in this one", {"source": [b"a.png"]}),
     "no source": (r"there is no '.*nowhere'", {"source": "nowhere"}),

@@ -228,6 +228,19 @@ def test_a_store_that_was_half_made_is_made_again(tmp_path: Path) -> None:
     assert run(tmp_path / "x.zarr").taken == 10
 
 
+def test_what_somebody_has_put_into_a_store_that_was_half_made_stays(tmp_path: Path) -> None:
+    with full_after(9), pytest.raises(StoreError):
+        run(tmp_path / "x.zarr", what="maps")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a").write_text("kept")
+    (tmp_path / "x.zarr/maps/.DS_Store").write_text("of an array that goes")
+    (tmp_path / "x.zarr/.DS_Store").write_text("kept")
+    (tmp_path / "x.zarr/notes").symlink_to(tmp_path / "notes")
+    assert run(tmp_path / "x.zarr").taken == 10
+    assert not (tmp_path / "x.zarr/maps").exists()
+    assert [(tmp_path / name).read_text() for name in ("x.zarr/.DS_Store", "x.zarr/notes/a")] == ["kept", "kept"]
+
+
 @pytest.mark.parametrize("half_made", [False, True])
 def test_wherever_it_is_killed_a_store_that_is_made_is_there_whole_or_not_at_all(tmp_path: Path, half_made: bool) -> None:
     model, out, kept = small_vit(), tmp_path / "x.zarr", tmp_path / "kept"
