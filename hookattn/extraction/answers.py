@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..errors import HookattnError, MissingExtraError, StoreError
 from .clients import advise, describe_missing, is_address, reason_of
@@ -44,17 +45,21 @@ def answering_reads(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def answering_damage(where: str, name: str) -> Iterator[None]:
+def answering_damage(where: str, array: Any) -> Iterator[None]:
     """Turn what the codecs of zarr say of a file that is not what was written into an error that says what to do."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
         if is_address(where) or isinstance(error, HookattnError):  # whose client may have raised it
             raise
-        raise StoreError(
-            f"{where} is damaged: {name!r} cannot be read: {reason_of(error)} Where N is removed, the number of a block, from "
-            f"{where}/{name}/c and from {where}/status/c, the same extract again takes its images anew."
-        ) from error
+        name, dims = array.basename, array.metadata.dimension_names
+        folders = " and from ".join(dict.fromkeys((f"{where}/{name}/c", f"{where}/status/c")))
+        advice = (
+            f"Where N is removed, the number of a block, from {folders}, the same extract again takes its images anew."
+            if "image" in dims and name != "image"
+            else "It is written when a store is made: remove the store, or name another, and run the same again."
+        )
+        raise StoreError(f"{where} is damaged: {name!r} cannot be read: {reason_of(error)} {advice}") from error
 
 
 def tell(where: str, done: str, error: Exception) -> HookattnError:

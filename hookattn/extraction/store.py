@@ -144,8 +144,8 @@ class Store:
         Raises:
             StoreError: they are damaged, or cannot be read at an address.
         """
-        with answering_reads(self.where), answering_damage(self.where, name):
-            return np.asarray(self.group[name][rows])
+        with answering_reads(self.where), answering_damage(self.where, array := self.group[name]):
+            return np.asarray(array[rows])
 
     def find_pending(self, layout: Layout, *, retry: bool = False) -> Pending:
         """The images that are not there yet; with `retry`, those that could not be read, too."""
@@ -175,7 +175,7 @@ class Store:
     def _replace(self, array: Any, block: Block, values: Array) -> None:
         """Write what an array has of a block: of the images that were taken their values, of the others what is there."""
         rows, taken = slice(block.start, block.start + len(block.status)), block.status != PENDING
-        with answering_damage(self.where, array.basename):
+        with answering_damage(self.where, array):
             if not taken.all():
                 there = array[rows]
                 there[taken] = values[taken]

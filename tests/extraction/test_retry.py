@@ -136,6 +136,28 @@ def test_a_block_that_is_damaged_is_told_and_can_be_taken_anew(tmp_path: Path, a
     assert alike(everything(out), everything(tmp_path / "whole.zarr"))
 
 
+AGAIN = r"removed, the number of a block, from [^ ]*/{}, the same extract again takes its images anew\.$"
+DAMAGED: dict[str, str] = {
+    "status": AGAIN.format(r"status/c"),
+    "sha256": AGAIN.format(r"sha256/c and from [^ ]*/status/c"),
+    "image": r"It is written when a store is made: remove the store, or name another, and run the same again\.$",
+}
+
+
+@pytest.mark.parametrize("array", DAMAGED)
+def test_what_is_to_be_removed_is_told_of_what_is_taken_anew_alone(tmp_path: Path, array: str) -> None:
+    run(tmp_path / "x.zarr", Drawn(4, broken=[1]))
+    file = tmp_path / "x.zarr" / array / "c/0"
+    file.write_bytes(file.read_bytes()[:5])
+    with pytest.raises(StoreError, match=rf"is damaged: '{array}' cannot be read: .* {DAMAGED[array]}"):
+        read_and_retry(tmp_path / "x.zarr")
+
+
+def read_and_retry(out: Path) -> None:
+    _ = extraction.open(out).names
+    run(out, Drawn(4), retry=True)
+
+
 def rows_of(found: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
     """What a store holds of some images."""
     return {name: array[numbers] for name, array in found.items() if len(array) == len(found["image"])}
