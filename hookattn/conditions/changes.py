@@ -32,7 +32,6 @@ _VERSION = attrgetter("_version")
 # Undocumented, torch 2.6 to 2.14: it raises a RuntimeError where there is no storage. In 2.14 fake and meta tensors and
 # wrappers give 0 instead, so steps on them are told by id.
 _ADDRESS = Tensor.data_ptr
-_IS_INFERENCE = Tensor.is_inference
 _NO_VERSION = -1
 Stamps = tuple[list[int], list[int], list[int]]
 """Versions, addresses and optimizer steps of tensors: differ later if one was written to, moved or stepped on."""
@@ -79,11 +78,12 @@ def counted_steps() -> Steps:
 
 def stamps(tensors: Sequence[Tensor], steps: Steps) -> Stamps:
     """Versions, addresses and optimizer steps of tensors, as they are now."""
-    if True in map(_IS_INFERENCE, tensors):
-        # they have no version, and to ask for it raises, which takes as long as all else that is done here
-        versions = [_NO_VERSION if tensor.is_inference() else tensor._version for tensor in tensors]
-    else:
-        versions = [*map(_VERSION, tensors)]
+    # Tensors of inference mode have no version, and to ask for it raises, which takes as long as all else that is done here:
+    # where there is one the first, which is x, is nearly always one, too.
+    try:
+        versions = _versions(tensors) if tensors and tensors[0].is_inference() else [*map(_VERSION, tensors)]
+    except RuntimeError:
+        versions = _versions(tensors)
     try:
         addresses = [*map(_ADDRESS, tensors)]
     except RuntimeError:
@@ -145,6 +145,11 @@ def _is_of_others(tensor: Tensor) -> bool:
         return not tensor.untyped_storage().resizable()
     except (RuntimeError, NotImplementedError):  # without storage
         return False
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Versions of tensors of any kind."""
+    return [_NO_VERSION if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _address(tensor: Tensor) -> int:

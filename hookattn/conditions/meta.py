@@ -13,11 +13,9 @@ LOAD = (
 """What to type."""
 
 
-def check_values(name: str, computed: Tensor) -> Tensor:
-    """What was computed, as it is; an UnreadableError where that has no values, and nobody asked for it on the meta device."""
-    if computed.is_meta:
-        raise UnreadableError(f"{name!r} was computed on the meta device, where there are shapes and no values: {LOAD}.")
-    return computed
+def without_values(name: str) -> UnreadableError:
+    """What is raised of something that was computed there, where nobody asked for it on the meta device."""
+    return UnreadableError(f"{name!r} was computed on the meta device, where there are shapes and no values: {LOAD}.")
 
 
 def name_missing(model: nn.Module) -> str:

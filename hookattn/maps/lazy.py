@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention.narrowing import ALL, Pick
 from ..attention.softmax import Chunk
 from ..attention.sources import Source, chunk_of
-from ..conditions.meta import check_values
+from ..conditions.meta import without_values
 from .as_array import AsArray
 from .established import TellWhy
 from .transfer import copy_to_cpu
@@ -119,8 +119,9 @@ class LazyArray(AsArray):
 
     def _check(self, computed: Tensor) -> Tensor:
         """What was computed; an UnreadableError if it has no values, unless it was asked for so."""
-        is_asked = self._deliver.device is not None and self._deliver.device.type == "meta"
-        return computed if is_asked else check_values(self.name, computed)
+        if computed.is_meta and (self._deliver.device is None or self._deliver.device.type != "meta"):
+            raise without_values(self.name)
+        return computed
 
 
 def split_index(index: Any, shape: tuple[int, ...]) -> tuple[tuple[Pick, Pick, Pick], Any]:
