@@ -13,6 +13,7 @@ from support.oracle import unfused
 from torch import Tensor, nn
 
 from hookattn import QK, AttentionRecorder
+from hookattn.analysis import entropy
 
 
 def kinds() -> dict[str, nn.Module]:
@@ -42,6 +43,33 @@ def test_derivatives_of_a_map_are_those_of_differences(kind: str, keep: Any) -> 
     inputs = (x, *(p.detach().requires_grad_() for p in module.parameters()))
     assert torch.autograd.gradcheck(map_of, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(map_of, inputs, fast_mode=True)
+
+
+READINGS = {
+    "map": (lambda m: m[...], lambda rows: rows),
+    "a head": (lambda m: m[:, 1:], lambda rows: rows[:, 1:]),
+    "entropy": (entropy, lambda rows: -(rows * rows.clamp_min(1e-300).log()).sum(-1)),
+}
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "lowest"])
+@pytest.mark.parametrize("name", READINGS)
+def test_by_what_a_mask_closes_a_loss_has_no_slope(name: str, kind: str) -> None:
+    (read, of_rows), attention = READINGS[name], randomise(layers.Attention(8, 2, qkv_bias=True)).double()
+    x, mask = torch.randn(2, 4, 8, dtype=torch.float64), torch.ones(4, 4, dtype=torch.bool).tril()
+    mask[2] = kind == "lowest"  # a whole row, which is even where it is no more than low
+    bias = torch.zeros(4, 4, dtype=torch.float64) if kind == "bool" else torch.randn(4, 4, dtype=torch.float64)
+    closed = torch.finfo(bias.dtype).min if kind == "lowest" else -torch.inf
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    with AttentionRecorder(attention, detach=False) as rec:
+        attention(ours, attn_mask=mask if kind == "bool" else bias.masked_fill(~mask, closed))
+    read(rec.maps[0]).pow(2).mul(100).sum().backward()
+
+    q, k, _ = attention.qkv(theirs).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    opened = mask.any(-1)
+    rows = (q[:, :, opened] @ k.mT / 2 + bias[opened]).masked_fill(~mask[opened], -torch.inf).softmax(-1)
+    of_rows(rows).pow(2).mul(100).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
