@@ -116,10 +116,11 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, weights: Path, photos: P
 
 
 SIGNALLED = """
-import os, sys
+import os, signal, sys
 from unittest import mock
 from hookattn.__main__ import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where a shell runs the tests in the background
 batches = iter(range(9))
 with mock.patch("hookattn.cli.extract._Told.add", lambda *_: next(batches) == 2 and os.kill(os.getpid(), NUMBER)):
     main()
