@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.narrowing import ALL
-from ..attention.softmax import Chunk
+from ..attention.softmax import Chunk, is_ours_alone
 from ..attention.sources import exact_dtype
 from ..errors import TokenError
 from ..maps.attention_map import AttentionMap
@@ -144,9 +144,11 @@ def _less(entropy: Tensor, means: Tensor) -> Tensor:
 
 
 def _entropy(rows: Tensor) -> Tensor:
-    """Of rows, in nats; 0 log 0 = 0."""
-    entropies: Tensor = torch.special.entr(rows).sum(-1)
-    return entropies
+    """Of rows, in nats; 0 log 0 = 0, also in the gradient, for which `entr` has an infinity."""
+    if is_ours_alone(rows):
+        entropies: Tensor = torch.special.entr(rows).sum(-1)
+        return entropies
+    return Chunk(rows).entropies()
 
 
 def _check_alike(layers: Sequence[AttentionMap]) -> None:

@@ -74,7 +74,7 @@ class Forward:
         """What outcomes that are added up are multiplied by, (images * windows, heads, count, queries); the first by 1."""
         assert self.carried.members is not None
         heads = len(self.carried.members)
-        slopes = self._slopes()
+        slopes = self._slopes(in_graph=torch.is_grad_enabled())
         assert slopes is not None
         slopes = rearrange(slopes[:, self.carried.members.flatten()], "b (h m) q e -> b h m q e", h=heads)
         first = slopes[:, :, :1]
@@ -119,14 +119,14 @@ class Forward:
                 raise UnreadableError(SEVERAL_VALUES)
         return slabs[first.to(slabs.device)]
 
-    def _slopes(self) -> Tensor | None:
+    def _slopes(self, *, in_graph: bool = False) -> Tensor | None:
         """The gradient of something at the outcomes, (images * windows, heads, queries, width); None where there is none."""
         with torch.enable_grad():
             outcomes = self.outcomes().detach().requires_grad_()
             outputs = [t for t in floats_in(self.run_with(outcomes)[0]) if t.requires_grad]
             random = torch.Generator().manual_seed(7)
             ahead = [(torch.rand(t.shape, generator=random, device="cpu") + 0.5).to(t) for t in outputs]
-            return torch.autograd.grad(outputs, outcomes, ahead)[0] if outputs else None
+            return torch.autograd.grad(outputs, outcomes, ahead, create_graph=in_graph)[0] if outputs else None
 
     def _find(self) -> Carried:
         arrangement = arrange(self.call, self.watch)

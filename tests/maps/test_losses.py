@@ -13,7 +13,7 @@ from support.oracle import unfused
 from torch import Tensor, nn
 
 from hookattn import QK, AttentionRecorder
-from hookattn.analysis import entropy
+from hookattn.analysis import divergence_from_mean, entropy
 
 
 def kinds() -> dict[str, nn.Module]:
@@ -48,8 +48,18 @@ def test_derivatives_of_a_map_are_those_of_differences(kind: str, keep: Any) -> 
 READINGS = {
     "map": (lambda m: m[...], lambda rows: rows),
     "a head": (lambda m: m[:, 1:], lambda rows: rows[:, 1:]),
-    "entropy": (entropy, lambda rows: -(rows * rows.clamp_min(1e-300).log()).sum(-1)),
+    "entropy": (entropy, lambda rows: entropy_of(rows)),
+    "divergence": (divergence_from_mean, lambda rows: divergence_of(rows)),
 }
+
+
+def entropy_of(rows: Tensor) -> Tensor:
+    return -(rows * rows.clamp_min(1e-300).log()).sum(-1)
+
+
+def divergence_of(rows: Tensor) -> Tensor:
+    mean = rows.mean(1, keepdim=True)
+    return (entropy_of((rows + mean) / 2) - (entropy_of(rows) + entropy_of(mean)) / 2).sum(-1) / 4
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "lowest"])
@@ -70,6 +80,28 @@ def test_by_what_a_mask_closes_a_loss_has_no_slope(name: str, kind: str) -> None
     rows = (q[:, :, opened] @ k.mT / 2 + bias[opened]).masked_fill(~mask[opened], -torch.inf).softmax(-1)
     of_rows(rows).pow(2).mul(100).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dual_lambda", [False, True])
+def test_what_weighs_two_maps_learns_of_a_loss_by_their_sum(dual_lambda: bool) -> None:
+    """On the fused kernel the sum is never formed: its gradient is that of the sum of the maps that the unfused path forms."""
+    attention = layers.DiffAttention(8, 2, qkv_bias=True, dual_lambda=dual_lambda)
+    randomise(attention).double().eval()
+    x, formed = torch.randn(2, 4, 8, dtype=torch.float64), []
+    with AttentionRecorder(attention, detach=False) as rec:
+        attention(x)
+    attention.fused_attn = False
+    with attention.attn_drop.register_forward_pre_hook(lambda _, args: formed.append(args[0])):
+        attention(x)
+    first, second = formed[0].unflatten(1, (2, 2)).unbind(2)
+    attention.fused_attn = True
+
+    def gradients(total: Tensor) -> list[Tensor]:
+        loss = total[:, :, 1:3].square().sum()
+        return [*torch.autograd.grad(loss, [*attention.parameters()], allow_unused=True, materialize_grads=True)]
+
+    ours, theirs = gradients(rec.maps[0].effective[...]), gradients(first - attention._compute_lambda() * second)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
