@@ -89,3 +89,10 @@ def listed(names: Iterable[str]) -> str:
     """Names for an error, separated by commas; of more than eight the first four and the last two."""
     names = list(names)
     return ", ".join(names if len(names) <= 8 else [*names[:4], "...", *names[-2:]]) or "nothing"
+
+
+def explained(reasons: Iterable[str]) -> str:
+    """Reasons for an error as one sentence, of more than three the first three and how many more there are."""
+    told = [reason.rstrip(".") for reason in reasons]
+    more = [f"and {len(told) - 3} more"] * (len(told) > 3)
+    return "; ".join([*told[:3], *more]) + "." * bool(told)

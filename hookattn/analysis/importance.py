@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..attention.narrowing import ALL
 from ..attention.softmax import Chunk
-from ..errors import NoMapError, UnreadableError
+from ..errors import NoMapError, UnreadableError, explained
 from ..maps.attention_map import AttentionMap
 from ..recording.recorder import AttentionRecorder
 from ..recording.selection import Layers
@@ -174,7 +174,7 @@ def _maps_of(rec: AttentionRecorder) -> Iterator[AttentionMap]:
         NoMapError: none that was recorded can be read.
     """
     if not rec.maps:
-        raise NoMapError(f"no map that was recorded can be read. {'; '.join(list(rec.maps.skipped.values())[:3])}")
+        raise NoMapError(f"no map that was recorded can be read. {explained(rec.maps.skipped.values())}")
     yield from list(rec.maps.values())
 
 

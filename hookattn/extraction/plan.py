@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from ..errors import HookattnError
+from ..errors import HookattnError, explained
 from ..image.preprocessing import most_cells
 from ..recording.maps import name_model
 from ..recording.selection import Layers
@@ -164,7 +164,7 @@ def _find_readable(inputs: Inputs, strict: bool) -> Input:
                 raise unreadable(inputs.names[index], why) from error
             reasons.setdefault(why, inputs.names[index])
     which = "none of the images" if len(inputs.names) <= _TRIED else f"none of the first {_TRIED} images"
-    raise HookattnError(f"{which} can be read. {'; '.join(f'{name}: {why}' for why, name in [*reasons.items()][:3])}.")
+    raise HookattnError(f"{which} can be read. {explained(f'{name}: {why}' for why, name in reasons.items())}")
 
 
 def _specify(quantity: Quantity, shapes: Shapes, dtype: str) -> Spec:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookattnError, NoMapError, RecorderError, TokenError, UnreadableError
+from ..errors import HookattnError, NoMapError, RecorderError, TokenError, UnreadableError, explained
 from ..image.tokens import Tokens
 from ..maps.attention_map import AttentionMap
 from ..maps.transfer import Copies, copy_into, start_copies
@@ -135,7 +135,7 @@ class Taker:
             self._run(images)
         maps = rec.maps
         if not maps:
-            raise NoMapError(f"no attention of {maps.model} can be read. {'; '.join(list(maps.skipped.values())[:3])}")
+            raise NoMapError(f"no attention of {maps.model} can be read. {explained(maps.skipped.values())}")
         shapes, missing = dict[str, Shape](), dict[str, dict[str, str]]()
         for quantity in self._of_layers:
             found, missing[quantity.name] = _try_layers(maps, len(images), quantity)

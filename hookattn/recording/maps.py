@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hookattn
 
-from ..errors import LayerNotFoundError, NoMapError, UnreadableError, did_you_mean, listed
+from ..errors import LayerNotFoundError, NoMapError, UnreadableError, did_you_mean, explained, listed
 from ..image.tokens import Query
 from ..maps.attention_map import AttentionMap
 from ..maps.labelled import import_xarray
@@ -57,9 +57,7 @@ class Maps(Mapping[str, AttentionMap]):
         if isinstance(key, int):
             if not -len(self) <= key < len(self):
                 if self.skipped:
-                    raise UnreadableError(
-                        f"there is no map {key}: {len(self)} can be read. {'; '.join(list(self.skipped.values())[:3])}"
-                    )
+                    raise UnreadableError(f"there is no map {key}: {len(self)} can be read. {explained(self.skipped.values())}")
                 raise LayerNotFoundError(f"there is no map {key}: {len(self)} were recorded.")
             return list(self._maps.values())[key]
         if key in self.skipped:
@@ -146,7 +144,7 @@ class Maps(Mapping[str, AttentionMap]):
         """
         _check_asked(rows, what, dtype)
         if not (chosen := self._chosen(layers)):
-            raise NoMapError(f"there is no map to save. {'; '.join(list(self.skipped.values())[:3])}")
+            raise NoMapError(f"there is no map to save. {explained(self.skipped.values())}".rstrip())
         writer = Writer(dtype, rows, what)
         for name, m in chosen.items():
             writer.add(name, m)

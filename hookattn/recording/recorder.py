@@ -20,7 +20,7 @@ from ..conditions.compiled import EAGER, INSIDE
 from ..conditions.modules import walk
 from ..conditions.threads import Here
 from ..conditions.wrappers import recordable
-from ..errors import NoMapError, RecorderError
+from ..errors import NoMapError, RecorderError, explained
 from ..image.geometry import Geometry
 from ..image.images import images_in
 from ..image.tokens import Query
@@ -221,7 +221,7 @@ class AttentionRecorder(Saving, Reducing):
             The largest absolute difference of all.
         """
         if not (maps := self.maps):
-            raise NoMapError(f"no map that was recorded can be read. {'; '.join(list(maps.skipped.values())[:3])}")
+            raise NoMapError(f"no map that was recorded can be read. {explained(maps.skipped.values())}")
         return max(m.verify(tolerance) for m in maps.values())
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import nn
 
-from ..errors import LayerNotFoundError, ModelError, UnreadableError, did_you_mean, listed
+from ..errors import LayerNotFoundError, ModelError, UnreadableError, did_you_mean, explained, listed
 from ..recipes.no_map import may_have_no_map, why_no_map
 from ..recipes.registry import is_known, may_be_known
 
@@ -65,8 +65,8 @@ def choose(named: Named, layers: Layers) -> Found:
     found, model = find_attention(named), named[""]
     if layers is None:
         if found.skipped and not found.readable:
-            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.skipped.items())[:3])
-            raise ModelError(f"{type(model).__name__} has no attention map that can be read. {reasons}.")
+            reasons = explained(f"{name!r}: {reason}" for name, reason in found.skipped.items())
+            raise ModelError(f"{type(model).__name__} has no attention map that can be read. {reasons}")
         return found
     if callable(layers) and not isinstance(layers, (type, nn.Module)):
         chosen = [name for name, module in found.readable.items() if layers(name, module)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -53,6 +54,19 @@ def test_a_glob_that_matches_nothing_is_an_error_that_names_what_there_is(rec: A
         rec.maps["blocks.*"]
     assert "b*" not in rec.maps
     assert rec.maps.get("nothing*") is None
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_why_nothing_can_be_read_is_one_sentence_however_many_reasons_there_are(count: int) -> None:
+    model, x = tiny("vit")
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(x)
+    maps = rec.maps
+    maps.skipped.update({f"layer{i}": f"'layer{i}': it forms none; type this." for i in range(count)})
+    told = ["'layer0': it forms none; type this", "'layer1': it forms none; type this", "'layer2': it forms none; type this"]
+    more = "; and 2 more" if count == 5 else ""
+    with pytest.raises(UnreadableError, match=re.escape(f"{'; '.join(told[:count])}{more}.") + "$"):
+        maps[99]
 
 
 def test_what_cannot_be_read_is_skipped_in_a_glob_too() -> None:
