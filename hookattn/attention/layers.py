@@ -13,7 +13,7 @@ from ..calls.hooks import is_ours
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer computes x W^T + b and nothing else, so that rows of W may be left out."""
     # `type(...) is`: a class that is derived may do anything in its forward. Parametrised layers are told by this too: PyTorch
-    # makes a class for each (undocumented, torch 2.6 to 2.14).
+    # makes a class for each (undocumented, torch 2.6 to 2.15).
     return type(layer) is nn.Linear and _is_untouched(layer)
 
 
@@ -29,7 +29,7 @@ def is_pointwise(layer: nn.Conv2d) -> bool:
 
 def _is_untouched(layer: nn.Module) -> bool:
     """Whether nobody but a recorder has put a hook on a layer, or replaced its forward."""
-    # Undocumented, torch 2.6 to 2.14: the dicts of hooks of a module, and those of hooks on all modules in `nn.modules.module`.
+    # Undocumented, torch 2.6 to 2.15: the dicts of hooks of a module, and those of hooks on all modules in `nn.modules.module`.
     if "forward" in layer.__dict__ or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return False
     hooks = layer._forward_hooks, layer._forward_pre_hooks

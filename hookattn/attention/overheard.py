@@ -83,7 +83,7 @@ class Own(NamedTuple):
 
 def _is_same(x: Tensor, other: Tensor) -> bool:
     """Whether two tensors show the same memory in the same way, as a tensor and itself detached do."""
-    # Undocumented, torch 2.6 to 2.14: `data_ptr` is 0 or raises where there is no memory, which two tensors cannot share.
+    # Undocumented, torch 2.6 to 2.15: `data_ptr` is 0 or raises where there is no memory, which two tensors cannot share.
     if x.shape != other.shape or x.stride() != other.stride() or x.dtype != other.dtype:
         return False
     try:

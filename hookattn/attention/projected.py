@@ -52,12 +52,12 @@ class Projected(Tensor):
         batch, tokens, _ = x.shape
         heads, width = sizes
         shape, cast = (batch, heads, tokens, width), False
-        if torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
+        if torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.15
             device = x.device.type
             # autocast leaves float64 alone, and asked to cast to it would raise
             cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
             dtype = torch.get_autocast_dtype(device) if cast else dtype
-        # Undocumented, torch 2.6 to 2.14: makes a tensor that has a shape and no memory.
+        # Undocumented, torch 2.6 to 2.15: makes a tensor that has a shape and no memory.
         self = Tensor._make_wrapper_subclass(Projected, shape, dtype=dtype, device=x.device)
         self.x, self.sizes, self._cast, self._computed, self._packed, self._number = x, shape, cast, None, packed, number
         return self
@@ -141,7 +141,7 @@ class Projected(Tensor):
 
     def _compute(self, x: Tensor, heads: Pick) -> Tensor:
         weight, bias = self._flat(heads)
-        if self._cast or torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
+        if self._cast or torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.15
             with self._modes():
                 y = F.linear(x, weight, bias)
         else:
@@ -180,7 +180,7 @@ class Projected(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _ABOUT:
-            # Undocumented, torch 2.6 to 2.14 (the base class does the same): or the answer would come here again.
+            # Undocumented, torch 2.6 to 2.15 (the base class does the same): or the answer would come here again.
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args)
         if func in _BY_TOKEN and (done := _do_later(func, args, kwargs or {})) is not None:

@@ -56,7 +56,7 @@ def softmax(scores: Tensor, closed: Tensor | None) -> Tensor:
 
 def is_ours_alone(*scores: Tensor) -> bool:
     """Whether scores may be added up and written to in place: neither autograd nor `torch.func` follows what is done."""
-    # Undocumented, torch 2.6 to 2.14: the level of the innermost transform of torch.func that runs, None without one; and that
+    # Undocumented, torch 2.6 to 2.15: the level of the innermost transform of torch.func that runs, None without one; and that
     # of forward-mode differentiation, -1 without. Neither can follow what is written in place with `out=`.
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False

@@ -164,7 +164,7 @@ class QK(_Product):
         if self.is_causal:
             return self.narrow()._scores(out)
         q, k = compute(self.q), self.k if _is_cheaper_absorbed(self.q, self.k) else compute(self.k)
-        if not torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.14
+        if not torch._C._is_any_autocast_enabled():  # undocumented, torch 2.6 to 2.15
             return self._scores_of(q, k, out)
         with without_autocast(q.device):
             return self._scores_of(q, k, out)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _AS_THEY_ARE = frozenset({int, float, bool, str, type(None)})
-# `_pytree` is undocumented, torch 2.6 to 2.14, and PyTorch has no public one. It opens what others have registered with it,
+# `_pytree` is undocumented, torch 2.6 to 2.15, and PyTorch has no public one. It opens what others have registered with it,
 # such as the outputs of transformers.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

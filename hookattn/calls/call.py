@@ -28,7 +28,7 @@ from .staleness import structure_of
 
 _BARE = frozenset({Tensor, nn.Parameter})
 _TRAINING = itemgetter("training")
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # undocumented, torch 2.6 to 2.14: of a torch.func transform
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # undocumented, torch 2.6 to 2.15: of a torch.func transform
 
 
 class Modes(NamedTuple):
@@ -265,7 +265,7 @@ def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, deta
     names, state = (layer.all_state, layer.all_tensors) if in_eval else layer.state_in_training()
     held = layer.mutable_now(in_eval=in_eval)
     functions: tuple[TorchFunctionMode, ...] = ()
-    if not torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.14
+    if not torch._C._len_torch_function_stack():  # undocumented, torch 2.6 to 2.15
         stamped = stamps_of(layer, tensors, state, held, sampled)
     else:
         with torch._C.DisableTorchFunction():  # modes of the user's see nothing of it

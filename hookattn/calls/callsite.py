@@ -15,7 +15,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Undocumented, torch 2.6 to 2.14: between a hook and the code that called the module lie frames of these two files alone.
+# Undocumented, torch 2.6 to 2.15: between a hook and the code that called the module lie frames of these two files alone.
 _PASSED_THROUGH = {nn_module.__file__, container.__file__}
 Origin = tuple[str, Union[str, None]]
 """Name of the module that made a tensor, and of the one that made what it was given."""
@@ -65,7 +65,7 @@ class Origins:
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules() if name}
-        # Undocumented, torch 2.6 to 2.14. A WeakKeyDictionary would compare tensors by `==`, which compares their values.
+        # Undocumented, torch 2.6 to 2.15. A WeakKeyDictionary would compare tensors by `==`, which compares their values.
         self._made_by: MutableMapping[Tensor, Origin] = WeakTensorKeyDictionary()
 
     def note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

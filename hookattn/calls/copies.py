@@ -16,7 +16,7 @@ from torch import nn
 
 from ..conditions.modules import walk
 
-# Undocumented, torch 2.6 to 2.14: dicts of a module by the number of a hook, first the one that holds the hooks. The others say
+# Undocumented, torch 2.6 to 2.15: dicts of a module by the number of a hook, first the one that holds the hooks. The others say
 # how hooks are called, and what was left there would be said of whichever hook gets the same number in another process.
 _HOOKS = (
     ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),

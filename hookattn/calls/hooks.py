@@ -31,7 +31,7 @@ class Hook(NotCopied):
         self.run, self.takes = run, takes
 
     def __call__(self, *given: Any) -> Any:
-        # Undocumented, torch 2.6 to 2.14: which hooks take keyword arguments stands in a dict beside that of the hooks, and the
+        # Undocumented, torch 2.6 to 2.15: which hooks take keyword arguments stands in a dict beside that of the hooks, and the
         # two are filled and emptied one after the other. Called in between, while another thread or a hook puts ours on or
         # takes it off, it is given fewer arguments.
         if is_traced() or len(given) != self.takes:
@@ -47,7 +47,7 @@ class Hook(NotCopied):
         Raises:
             RecorderError: that is who asks.
         """
-        # Undocumented, torch 2.6 to 2.14: the hooks of a module are compiled with it, and that in this file.
+        # Undocumented, torch 2.6 to 2.15: the hooks of a module are compiled with it, and that in this file.
         if name == "__name__" and sys._getframe(1).f_globals.get("__name__") == "torch.jit._recursive":
             raise RecorderError(
                 "torch.jit.script compiles the hooks of a model with it, and those of a recorder are not made for that: script "
@@ -58,7 +58,7 @@ class Hook(NotCopied):
 
 def put_on(register: Callable[..., RemovableHandle], hook: Callable[..., Any], **options: Any) -> RemovableHandle:
     """Put a hook on, by a method such as `register_forward_hook`, while no other recorder does, in whichever thread."""
-    # Undocumented, torch 2.6 to 2.14: hooks are counted by an attribute of a class, without a lock. Two that are put on at
+    # Undocumented, torch 2.6 to 2.15: hooks are counted by an attribute of a class, without a lock. Two that are put on at
     # once may get one number, and where that is on one module, one of them is gone.
     with _NUMBERING:
         return register(hook, **options)
@@ -113,7 +113,7 @@ class Around:
             ends: False leaves the second hook off until `begin` has returned something for the first time.
         """
         handle = put_on(self.module.register_forward_pre_hook, Hook(self._begin), prepend=outermost, with_kwargs=True)
-        # Undocumented, torch 2.6 to 2.14: the handle's `id` is the hook's key in `_forward_pre_hooks`, see `is_followed`.
+        # Undocumented, torch 2.6 to 2.15: the handle's `id` is the hook's key in `_forward_pre_hooks`, see `is_followed`.
         self._begins, self._ends = handle.id, None
         self._handles.append(handle)
         if ends:
@@ -125,7 +125,7 @@ class Around:
             self.close()
             self.hook()
             return
-        # Undocumented, torch 2.6 to 2.14: ordered dicts by key of the hook, which PyTorch itself puts in order like this.
+        # Undocumented, torch 2.6 to 2.15: ordered dicts by key of the hook, which PyTorch itself puts in order like this.
         self.module._forward_pre_hooks.move_to_end(self._begins)  # type: ignore[attr-defined]
         if self._ends in self.module._forward_hooks:
             self.module._forward_hooks.move_to_end(self._ends, last=False)  # type: ignore[attr-defined]
@@ -139,7 +139,7 @@ class Around:
 
     def is_followed(self) -> bool:
         """Whether somebody put a forward-pre-hook on after ours, which may change the arguments once we have seen them."""
-        # Undocumented, torch 2.6 to 2.14: an ordered dict by key of the hook, in the order in which hooks are called.
+        # Undocumented, torch 2.6 to 2.15: an ordered dict by key of the hook, in the order in which hooks are called.
         hooks = self.module._forward_pre_hooks
         for key in reversed(list(hooks)):  # a copy: another thread may put hooks on meanwhile
             if key == self._begins:
@@ -159,7 +159,7 @@ class Around:
         return False
 
     def _hook_end(self, *, prepend: bool) -> None:
-        # Undocumented, torch 2.6 to 2.14: "always" is where an `Exception` ends the forward. Where a KeyboardInterrupt does, no
+        # Undocumented, torch 2.6 to 2.15: "always" is where an `Exception` ends the forward. Where a KeyboardInterrupt does, no
         # hook is called, and the next `_begin` has to clear up.
         end = Hook(self._end, takes=4)
         handle = put_on(self.module.register_forward_hook, end, prepend=prepend, with_kwargs=True, always_call=True)
@@ -176,7 +176,7 @@ class Around:
             state = self.has_failed(error)
         if state is None and self._ends is None:
             return
-        # Undocumented, torch 2.6 to 2.14: which forward hooks to call is looked up after the forward, so one that is put on
+        # Undocumented, torch 2.6 to 2.15: which forward hooks to call is looked up after the forward, so one that is put on
         # now is called at the end of this very call.
         if self._ends is None:
             self._hook_end(prepend=True)
@@ -188,7 +188,7 @@ class Around:
     def _end(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if module is not self.module or reading.get() or not (calls := self._running.get(get_ident())):
             return None
-        # Undocumented, torch 2.6 to 2.14: `always_call` includes calls in which a pre-hook of somebody else raised before ours
+        # Undocumented, torch 2.6 to 2.15: `always_call` includes calls in which a pre-hook of somebody else raised before ours
         # came. They never began here, and the last state is that of a call around them.
         if output is None and len(calls) < _depth(module):
             return None
@@ -208,7 +208,7 @@ def _depth(module: nn.Module) -> int:
     frame: FrameType | None = sys._getframe(1)
     depth = 0
     while frame is not None:
-        # Undocumented, torch 2.6 to 2.14: PyTorch calls hooks, and the forward, inside of this method.
+        # Undocumented, torch 2.6 to 2.15: PyTorch calls hooks, and the forward, inside of this method.
         depth += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
         frame = frame.f_back
     return max(1, depth)

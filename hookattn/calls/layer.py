@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2.14: what batch and instance norms derive from
+from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2.15: what batch and instance norms derive from
 
 from ..conditions.changes import SAMPLES, Samples, Stamps, Steps, counted_steps, stamps, values_of_arguments
 from ..conditions.modules import walk
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
     """An attention module that is recorded, and what has to be looked at each time it is called.
 
     Looked up once, since to walk a module costs many times what a recorded call does. The dicts it refers to (`_parameters`,
-    `_buffers`, `_modules`, `_forward_hooks`, `_forward_pre_hooks` of each module, undocumented, torch 2.6 to 2.14) are those of
+    `_buffers`, `_modules`, `_forward_hooks`, `_forward_pre_hooks` of each module, undocumented, torch 2.6 to 2.15) are those of
     the modules themselves, and so show what has become of them.
 
     Attributes:

@@ -12,7 +12,7 @@ from torch import nn
 PLAIN = frozenset({int, float, bool, str})
 # What may be set between a call and its reading without the map being another one: training flags, which are set back when it
 # is read; the choice of a kernel; and marks of PyTorch's own. Undocumented: `_is_full_backward_hook` is set by backward hooks
-# (torch 2.6 to 2.14); `_is_torch_compile` by torch.compile on its wrapper, which hands it on to the module (2.14, not in 2.6).
+# (torch 2.6 to 2.15); `_is_torch_compile` by torch.compile on its wrapper, which hands it on to the module (2.14, not in 2.6).
 _HARMLESS = frozenset({"training", "fused_attn", "call_super_init", "_is_full_backward_hook", "_is_torch_compile"})
 
 

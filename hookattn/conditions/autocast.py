@@ -21,7 +21,7 @@ class Autocast(NamedTuple):
 def autocast_now(device: str) -> Autocast | None:
     """Read what autocast is set to now, for a call that is recorded; None for a kind of device that has none (meta)."""
     off = _off(device)
-    # Undocumented, torch 2.6 to 2.14: one call of C++ that says whether autocast is on for any device. It is asked at every
+    # Undocumented, torch 2.6 to 2.15: one call of C++ that says whether autocast is on for any device. It is asked at every
     # recorded call, where the three documented questions about one device would cost more.
     if off is None or not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
         return off
@@ -39,7 +39,7 @@ _NOTHING = nullcontext()
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A block in which autocast does not touch what is computed on a device, for scores and softmax in full precision."""
-    # Undocumented, torch 2.6 to 2.14: whether it is on for any device, which it nearly never is.
+    # Undocumented, torch 2.6 to 2.15: whether it is on for any device, which it nearly never is.
     if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING

@@ -26,10 +26,10 @@ _WORDS: dict[int, Literal["Q", "I", "H", "B"]] = {8: "Q", 4: "I", 2: "H", 1: "B"
 _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.argtypes, _memory.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
 _READ_ONLY = 0x100  # PyBUF_READ
-# Undocumented, torch 2.6 to 2.14: `_version`, the counter by which autograd finds saved tensors that were written to. All
+# Undocumented, torch 2.6 to 2.15: `_version`, the counter by which autograd finds saved tensors that were written to. All
 # views of a tensor share it; a write through `.data`, by a fused optimizer or by a CUDA graph does not count.
 _VERSION = attrgetter("_version")
-# Undocumented, torch 2.6 to 2.14: it raises a RuntimeError where there is no storage. In 2.14 fake and meta tensors and
+# Undocumented, torch 2.6 to 2.15: it raises a RuntimeError where there is no storage. In 2.14 fake and meta tensors and
 # wrappers give 0 instead, so steps on them are told by id.
 _ADDRESS = Tensor.data_ptr
 _NO_VERSION = -1
@@ -105,7 +105,7 @@ def values_of_arguments(tensors: Sequence[Tensor], versions: list[int], addresse
     values: list[Any] = []
     try:
         for tensor, version, start in zip(tensors, versions, addresses):
-            # Undocumented, torch 2.6 to 2.14: a storage around memory of somebody else's cannot be resized.
+            # Undocumented, torch 2.6 to 2.15: a storage around memory of somebody else's cannot be resized.
             if version == _NO_VERSION or not tensor.untyped_storage().resizable():
                 break
             if tensor.is_cpu and start:
@@ -199,7 +199,7 @@ def are_equal(pairs: Iterable[Pair]) -> bool:
     by_kind: dict[Any, list[Pair]] = {}
     for pair in pairs:
         by_kind.setdefault((pair[0].device, pair[0].dtype), []).append(pair)
-    with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
+    with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.15; modes of the user's see nothing of it
         return all(torch.equal(*(each[0] if len(each) == 1 else map(torch.cat, zip(*each)))) for each in by_kind.values())
 
 
@@ -235,7 +235,7 @@ class Samples:
         self._at_hand: list[memoryview] = []
         self._elsewhere: list[list[Tensor]] = []
         elsewhere: dict[Any, list[Tensor]] = {}
-        with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.14; modes of the user's see nothing of it
+        with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.15; modes of the user's see nothing of it
             for p in self._of:
                 if not p.is_meta and p.layout is torch.strided and (p.is_contiguous() or _in_memory_order(p).is_contiguous()):
                     if p.device.type in _AT_HAND:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
-# Undocumented, torch 2.6 to 2.14: a reentrant checkpoint is this function of autograd, and both of its methods call what is
+# Undocumented, torch 2.6 to 2.15: a reentrant checkpoint is this function of autograd, and both of its methods call what is
 # checkpointed from their own frame, with the same object as `ctx`.
 _REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 
@@ -36,7 +36,7 @@ def _of(frame: FrameType) -> Any:
     """Take from a frame of `torch.utils.checkpoint` an object that is one in forward and in backward; None if it has none."""
     if frame.f_code in _REENTRANT:
         return frame.f_locals["ctx"]
-    # Undocumented, torch 2.6 to 2.14: without reentrance, a `_CheckpointFrame` stands for a checkpoint. In the forward it is
+    # Undocumented, torch 2.6 to 2.15: without reentrance, a `_CheckpointFrame` stands for a checkpoint. In the forward it is
     # `new_frame` of the generator that `checkpoint` calls `gen`; in backward it is `frame` of the hook that unpacks what was
     # saved, from which the checkpoint is run again. Where these names have changed, no checkpoint is found.
     if frame.f_code.co_name == "unpack_hook":
@@ -47,7 +47,7 @@ def _of(frame: FrameType) -> Any:
 
 def in_backward() -> bool:
     """Whether a backward runs in this thread: modules that run now are made again by a checkpoint, and are no forward."""
-    # Undocumented, torch 2.6 to 2.14 (checkpoints and FSDP ask it too): the number of the backward that runs, or -1.
+    # Undocumented, torch 2.6 to 2.15 (checkpoints and FSDP ask it too): the number of the backward that runs, or -1.
     return torch._C._current_graph_task_id() != -1
 
 

@@ -53,14 +53,14 @@ EAGER = _Eager()
 def is_traced() -> bool:
     """Whether modules run to be compiled, exported or traced: what they are called with then has no values to read."""
     # All of this thread alone, so that a forward beside a trace in another is recorded; but FX's flag, which was global in 2.6.
-    # Undocumented, torch 2.6 to 2.14: `_is_tracing`, which torch.jit.is_tracing asks at one more call.
+    # Undocumented, torch 2.6 to 2.15: `_is_tracing`, which torch.jit.is_tracing asks at one more call.
     if is_dynamo_compiling() or torch._C._is_tracing():
         return True
-    # Undocumented, torch 2.6 to 2.14: while FX traces symbolically it has put another function in place of Module.__call__,
+    # Undocumented, torch 2.6 to 2.15: while FX traces symbolically it has put another function in place of Module.__call__,
     # which is `_wrapped_call_impl` else. That is compared first, since it costs next to nothing.
     if nn.Module.__call__ is not nn.Module._wrapped_call_impl and _is_fx_tracing():
         return True
-    # Undocumented, torch 2.6 to 2.14: export and make_fx run modules under dispatch modes, which are kept by these keys.
+    # Undocumented, torch 2.6 to 2.15: export and make_fx run modules under dispatch modes, which are kept by these keys.
     for key in _TRACERS if torch._C._len_torch_dispatch_stack() else ():
         if torch._C._get_dispatch_mode(key) is not None:
             return True

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-# not documented, but what PyTorch itself uses to look at tensors while modes are on; in torch 2.6 to 2.14
+# not documented, but what PyTorch itself uses to look at tensors while modes are on; in torch 2.6 to 2.15
 from torch.utils._python_dispatch import _disable_current_modes
 
 

@@ -69,7 +69,7 @@ class _Mark:
 
 def caller_of_hook() -> FrameType:
     """The frame of PyTorch's that called the hook we are in, which is there until the module has run."""
-    # Undocumented, torch 2.6 to 2.14: hooks and the forward are called from one frame (`inner` in `Module._call_impl`).
+    # Undocumented, torch 2.6 to 2.15: hooks and the forward are called from one frame (`inner` in `Module._call_impl`).
     frame = sys._getframe(1)
     while str(frame.f_globals.get("__name__")).startswith(_OURS) and frame.f_back is not None:
         frame = frame.f_back

@@ -13,7 +13,7 @@ from torch.utils._device import DeviceContext
 
 SDPA = F.scaled_dot_product_attention
 
-# Undocumented, torch 2.6 to 2.14: the stack of modes of a thread. `with mode` puts one on top only, to be taken off in turn.
+# Undocumented, torch 2.6 to 2.15: the stack of modes of a thread. `with mode` puts one on top only, to be taken off in turn.
 _push: Callable[[TorchFunctionMode], None] = overrides._push_mode
 _pop: Callable[[], TorchFunctionMode] = overrides._pop_mode
 _top: Callable[[], TorchFunctionMode | None] = overrides._get_current_function_mode
@@ -55,7 +55,7 @@ def modes_resumed(modes: tuple[TorchFunctionMode, ...]) -> Iterator[None]:
 
 def put_below_others(mode: OwnMode) -> None:
     """Put a mode on this thread below all others, which may be taken off before it; above a device alone."""
-    # Undocumented, torch 2.6 to 2.14: `with torch.device(...)` and set_default_device are a mode that puts itself lowest, and
+    # Undocumented, torch 2.6 to 2.15: `with torch.device(...)` and set_default_device are a mode that puts itself lowest, and
     # fails on leaving if it is not.
     mode.over = False
     stack = [each for each in _take_all_off() if not (isinstance(each, OwnMode) and each.over)]

@@ -29,5 +29,5 @@ def name_missing(model: nn.Module) -> str:
 
 def advise(error: Exception) -> str:
     """What to type where an operator met what has no values; nothing for other errors."""
-    # Undocumented, torch 2.6 to 2.14: the errors are plain ones of many operators, which have this word in common
+    # Undocumented, torch 2.6 to 2.15: the errors are plain ones of many operators, which have this word in common
     return f". {LOAD[0].upper()}{LOAD[1:]}." if "meta" in str(error).lower().split() else ""

@@ -17,7 +17,7 @@ def is_freed(tensor: Tensor) -> bool:
 
     Looked at before any value is: reading freed memory ends the process.
     """
-    # Undocumented, torch 2.6 to 2.14: both kinds of FSDP resize the storage to 0 bytes and leave the tensor as it is.
+    # Undocumented, torch 2.6 to 2.15: both kinds of FSDP resize the storage to 0 bytes and leave the tensor as it is.
     try:
         return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
     except (RuntimeError, NotImplementedError):  # a tensor without storage

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def is_left_behind(tensor: Tensor) -> bool:
     """Whether a tensor is the batched one of a `torch.vmap` that has returned, so that nothing can be computed of it."""
-    # Undocumented, torch 2.6 to 2.14: all of these. Transforms that run have levels, counted from 1 inwards; a wrapped tensor
+    # Undocumented, torch 2.6 to 2.15: all of these. Transforms that run have levels, counted from 1 inwards; a wrapped tensor
     # keeps the level of its own, which is higher than any that runs once that has returned. What PyTorch does with it then is
     # an error about itself or, inside of another vmap, a silent mix-up of the two.
     functorch = torch._C._functorch

@@ -48,7 +48,7 @@ def _refuse(module: nn.Module, where: str) -> None:
 
 def _instead_of(thing: Any) -> str:
     """Words that say what to record instead of something that is no module."""
-    # Undocumented, torch 2.6 to 2.14: what torch.compile makes of a function has this attribute.
+    # Undocumented, torch 2.6 to 2.15: what torch.compile makes of a function has this attribute.
     if hasattr(thing, "_torchdynamo_orig_callable"):
         return ": it was compiled, and runs eagerly inside the block; record the model that it calls"
     if type(thing).__module__.startswith("torch."):
@@ -58,7 +58,7 @@ def _instead_of(thing: Any) -> str:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside what torch.compile, DistributedDataParallel and FullyShardedDataParallel wrap around it."""
-    # Undocumented, torch 2.6 to 2.14: `_orig_mod` of what torch.compile makes of a module. Hooks on the wrapper would do, but
+    # Undocumented, torch 2.6 to 2.15: `_orig_mod` of what torch.compile makes of a module. Hooks on the wrapper would do, but
     # names are to be those of the model.
     wraps = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
     inner = getattr(model, "module" if wraps else "_orig_mod", None)

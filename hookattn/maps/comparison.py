@@ -195,7 +195,7 @@ def tolerance_of(output: Tensor) -> float:
 
 def saving_unseen() -> AbstractContextManager[Any]:
     """Hide what is saved for backward from hooks of others: a checkpoint counts it by such."""
-    # Undocumented, torch 2.6 to 2.14: whether there can be such hooks; inside of torch.func there are none.
+    # Undocumented, torch 2.6 to 2.15: whether there can be such hooks; inside of torch.func there are none.
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)

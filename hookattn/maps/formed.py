@@ -215,5 +215,5 @@ def _for_each_head(query: Tensor, t: Tensor) -> Tensor:
 
 def _as_tensor(mask: Any, query: Tensor) -> Any:
     """A mask as a plain tensor: those of `torch.nn.attention.bias` are tensors of another class, without values."""
-    # Undocumented, torch 2.6 to 2.14: how they are made.
+    # Undocumented, torch 2.6 to 2.15: how they are made.
     return mask._materialize(query.device) if hasattr(mask, "_materialize") else mask

@@ -37,7 +37,7 @@ class Backwards:
 
     def arrive(self, checkpoint: int) -> int:
         """Note the backward that runs now and give its number; that of a reentrant checkpoint counts as the one around it."""
-        # Undocumented, torch 2.6 to 2.14: a number of its own for each backward, -1 outside of any. A reentrant checkpoint
+        # Undocumented, torch 2.6 to 2.15: a number of its own for each backward, -1 outside of any. A reentrant checkpoint
         # calls backward within backward, which has another number.
         task = torch._C._current_graph_task_id()
         if checkpoint != -1:

@@ -136,7 +136,7 @@ def scores_and_axis(input: Tensor, dim: int | None = -1, *_: Any, **__: Any) -> 
 @lru_cache
 def _body(func: Callable[..., Any]) -> Callable[..., Any]:
     """A Python function of `torch.nn.functional` without the lines that hand it to a mode as one opaque call."""
-    # Undocumented, torch 2.6 to 2.14: these lines are `if has_torch_function(...): return handle_torch_function(...)`. The same
+    # Undocumented, torch 2.6 to 2.15: these lines are `if has_torch_function(...): return handle_torch_function(...)`. The same
     # code runs in a copy of its module's globals where the first is always false; nothing of PyTorch's is changed.
     assert isinstance(func, types.FunctionType)
     scope = {**func.__globals__, "has_torch_function": lambda _: False}

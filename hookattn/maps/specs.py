@@ -84,7 +84,7 @@ _PLAIN = frozenset({*PLAIN, type(None)})
 def _spec_by_recipe(call: Call) -> Spec | None:
     """What a recipe makes of tensors that have a shape and no values, which costs no arithmetic."""
     bare = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
-    # Undocumented, torch 2.6 to 2.14: tensors with shape, dtype and device that know what comes of any operator. Parameters
+    # Undocumented, torch 2.6 to 2.15: tensors with shape, dtype and device that know what comes of any operator. Parameters
     # stay what they are (`allow_non_fake_inputs`), since the recipe takes them from the module.
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         bare = pytree.tree_map_only(Tensor, fake.from_tensor, bare)

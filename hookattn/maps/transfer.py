@@ -72,7 +72,7 @@ class Copies(NamedTuple):
 
 def start_copies(pairs: Sequence[tuple[Tensor, Tensor]]) -> Copies:
     """Let copies be made of tensors, each given behind the one on the CPU that it goes to."""
-    # in pinned memory where they come from a GPU, which other devices do not do (torch 2.6 to 2.14)
+    # in pinned memory where they come from a GPU, which other devices do not do (torch 2.6 to 2.15)
     moved = [(place, tensor.detach().to("cpu", non_blocking=tensor.is_cuda)) for place, tensor in pairs]
     devices = {tensor.device for _, tensor in pairs if tensor.is_cuda}
     return Copies(moved, [torch.cuda.current_stream(device).record_event() for device in devices])

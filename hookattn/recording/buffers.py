@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Undocumented, torch 2.6 to 2.14: counts the tensors, arrays of numpy and others that show the memory of a storage.
+# Undocumented, torch 2.6 to 2.15: counts the tensors, arrays of numpy and others that show the memory of a storage.
 _count_holders = torch._C._storage_Use_Count
 
 

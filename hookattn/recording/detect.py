@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree  # undocumented, torch 2.6 to 2.14
+from torch.utils import _pytree as pytree  # undocumented, torch 2.6 to 2.15
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..calls.hooks import Args, Around, Kwargs
@@ -115,7 +115,7 @@ class _Formed(Sites):
 
     def __init__(self, running: list[_Entered]) -> None:
         self._running = running
-        # Undocumented, torch 2.6 to 2.14. Weak, so that no softmax lives longer than in the forward; by identity, since a
+        # Undocumented, torch 2.6 to 2.15. Weak, so that no softmax lives longer than in the forward; by identity, since a
         # WeakKeyDictionary would compare tensors by their values.
         self._weights: MutableMapping[Tensor, _Entered] = WeakTensorKeyDictionary()
 

@@ -21,7 +21,7 @@ from ..maps.sites import Watch
 from .buffers import Buffers
 from .hear import Awaited, Listener
 
-# Undocumented, torch 2.6 to 2.14: in eval mode these run as one kernel, but not under any function mode, which they take for
+# Undocumented, torch 2.6 to 2.15: in eval mode these run as one kernel, but not under any function mode, which they take for
 # tensors of another class. Outputs would not be those without a recorder, bit for bit.
 _WITH_A_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 Put = Callable[[AttentionMap], None]
