@@ -48,13 +48,15 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
 
 
 def _without_scores(tape: Tape, maps: Sequence[Candidate]) -> list[Candidate]:
-    """Without the products of queries and keys that another map is the softmax of.
+    """Without the products of queries and keys that another map is the softmax of, and those of another map the other way round.
 
-    They feed places of the output where a module returns its map, and where keys come from a cache as they are, channels of
-    them look like tokens.
+    The first feed places of the output where a module returns its map, and where keys come from a cache as they are, channels of
+    them look like tokens. Values times a map look like a map times values where channels are put out as they are, and columns of
+    the map depend on different entries of a mask.
     """
     whole = [c for c in maps if torch.allclose(c.m.sum(-1), torch.ones_like(c.m[..., 0]), atol=1e-4)]
-    return [c for c in maps if c in whole or not any(_is_made_of(tape, d, c) for d in whole)]
+    turned = {d.product.step for d in whole}
+    return [c for c in maps if c in whole or not (c.product.step in turned or any(_is_made_of(tape, d, c) for d in whole))]
 
 
 def _is_made_of(tape: Tape, c: Candidate, scores: Candidate) -> bool:
