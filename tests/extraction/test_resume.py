@@ -22,6 +22,7 @@ from hookattn.errors import StoreError
 
 extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 zarr, fsspec = pytest.importorskip("zarr"), pytest.importorskip("fsspec")
+BEGUN = {"hookattn": {"state": "being made"}}
 KILLED = Path(__file__).parents[1] / "support" / "killed.py"
 
 
@@ -236,9 +237,34 @@ def test_what_somebody_has_put_into_a_store_that_was_half_made_stays(tmp_path: P
     (tmp_path / "x.zarr/maps/.DS_Store").write_text("of an array that goes")
     (tmp_path / "x.zarr/.DS_Store").write_text("kept")
     (tmp_path / "x.zarr/notes").symlink_to(tmp_path / "notes")
+    (tmp_path / "x.zarr/own").mkdir()
+    (tmp_path / "x.zarr/own/model.partial").write_text("kept")
     assert run(tmp_path / "x.zarr").taken == 10
     assert not (tmp_path / "x.zarr/maps").exists()
-    assert [(tmp_path / name).read_text() for name in ("x.zarr/.DS_Store", "x.zarr/notes/a")] == ["kept", "kept"]
+    kept = "x.zarr/.DS_Store", "x.zarr/notes/a", "x.zarr/own/model.partial"
+    assert [(tmp_path / name).read_text() for name in kept] == ["kept"] * 3
+
+
+def test_at_an_address_it_stays_likewise() -> None:
+    where, files = "memory://half/x.zarr", fsspec.filesystem("memory")
+    files.pipe(f"{where}/zarr.json", json.dumps({"zarr_format": 3, "node_type": "group", "attributes": BEGUN}).encode())
+    files.pipe(f"{where}/maps/c/0", b"of an array that goes")
+    files.pipe(f"{where}/own/a/b", b"kept")
+    assert run(where).taken == 10
+    assert not files.exists(f"{where}/maps")
+    assert files.cat(f"{where}/own/a/b") == b"kept"
+    files.rm("/half", recursive=True)
+
+
+def test_only_what_zarr_had_not_finished_is_removed_of_a_store(tmp_path: Path) -> None:
+    model = small_vit()
+    run(tmp_path / "x.zarr", model)
+    mine, unfinished = tmp_path / "x.zarr/mine.partial", tmp_path / f"x.zarr/cls/c/0/0/0/0.{'0f' * 16}.partial"
+    for path in (mine, unfinished):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"begun")
+    run(tmp_path / "x.zarr", model)
+    assert (mine.exists(), unfinished.exists()) == (True, False)
 
 
 @pytest.mark.parametrize("half_made", [False, True])
