@@ -146,9 +146,10 @@ def test_what_was_taken_before_a_signal_ends_a_run_is_written(
     assert extraction.open(out).count().pending == 3
 
 
-def test_who_stops_a_run_twice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [130, 143])
+def test_who_stops_a_run_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("hookattn.cli.app.app", lambda: sys.exit(130))
+    monkeypatch.setattr("hookattn.cli.app.app", lambda: sys.exit(code))
     try:
         with pytest.raises(SystemExit):
             runpy.run_module("hookattn", run_name="__main__")

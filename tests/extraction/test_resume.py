@@ -119,6 +119,23 @@ def test_whatever_ends_a_run_what_was_taken_before_is_written(tmp_path: Path, er
     assert same(everything(tmp_path / "x.zarr"), whole)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_so_is_what_is_still_on_its_way_from_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    """There a batch is looked at when the next has been begun."""
+    monkeypatch.setattr("hookattn.extraction.work._Begun.has_ended", False)
+    model, calls = small_vit(), iter(range(10))
+
+    def stop(*_: Any) -> None:
+        if next(calls) == 4:  # once to see what the model gives, and three batches before
+            raise error
+
+    handle = model.blocks[1].mlp.register_forward_pre_hook(stop)
+    with pytest.raises((KeyboardInterrupt, HookattnError)):
+        run(tmp_path / "x.zarr", model)
+    handle.remove()
+    assert (everything(tmp_path / "x.zarr")["status"] == 1).tolist() == [True] * 6 + [False] * 4
+
+
 def other_weights(model: Any) -> Any:
     with torch.no_grad():
         model.blocks[1].attn.qkv.bias[3] += 1e-3
