@@ -394,6 +394,7 @@ def test_an_image_is_found_by_a_path_and_by_nothing_but_names_and_numbers(tmp_pa
     run(tmp_path / "x.zarr")
     found = extraction.open(tmp_path / "x.zarr")
     assert [found.find(each) for each in (Path("photo 003.png"), np.int64(3), -7, "photo 003.png")] == [3] * 4
+    assert found.read("entropy", Path("photo 003.png")).equal(found.read("entropy", 3))
     for other, kind in ((slice(0, 2), "slice"), ([1, 2], "list"), (None, "NoneType"), (1.0, "float")):
         with pytest.raises(
             HookattnError, match=rf"not by a {kind}; for several at once there is xarray\.open_zarr\('.*x\.zarr'\)"
