@@ -377,8 +377,9 @@ def test_a_photo_that_is_read_again_is_not_one_of_other_images(tmp_path: Path) -
 def test_numbers_may_be_of_numpy(tmp_path: Path) -> None:
     model, how = small_vit(), {"block": np.int64(4), "batch_size": np.int64(3)}
     colours = {**model.pretrained_cfg, "mean": (*np.array([0.5, 0.5, 0.5], np.float32),), "input_size": (3, 64, 64)}
-    for resumed in (0, 10):
-        assert run(tmp_path / "x.zarr", model, **how, preprocessing=colours).resumed == resumed
+    arrays = {**colours, "mean": np.array([0.5, 0.5, 0.5]), "std": torch.tensor(colours["std"], dtype=torch.float64)}
+    for resumed, told in ((0, colours), (10, colours), (10, arrays)):
+        assert run(tmp_path / "x.zarr", model, **how, preprocessing=told).resumed == resumed
 
 
 def test_a_store_is_where_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
