@@ -58,7 +58,9 @@ def choose_a_quarter(block: nn.Module) -> None:
 def pruned_models() -> dict[str, tuple[nn.Module, nn.Module]]:
     """Models without a pyramid, each with its second block."""
     from_timm = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
-    found = {"timm": (from_timm, from_timm.blocks[1])}
+    with_layer = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    with_layer.mix = nn.Conv2d(192, 192, 3, padding=1)  # which leaves a grid as it is
+    found = {"timm": (from_timm, from_timm.blocks[1]), "timm, a later convolution": (with_layer, with_layer.blocks[1])}
     if has("torchvision"):
         from torchvision.models import VisionTransformer
 
