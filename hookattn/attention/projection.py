@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..conditions.meta import check_values
 from .layers import is_plain_conv, is_plain_linear, is_pointwise
 from .packed import PACKED, Packed, plan_of
 from .projected import Projected
@@ -43,6 +44,7 @@ def project(layer: nn.Module, x: Tensor, pattern: str, *, parts: int, of: int, *
     if not (is_plain_linear(layer) or is_plain_conv(layer)):
         return torch.unbind(rearrange(layer(x), pattern, parts=of, **axes))[:parts]
     plan, weight, bias = plan_of(pattern), layer.weight, layer.bias
+    check_values(x, weight)
     if plan is not None and (isinstance(layer, nn.Linear) or is_pointwise(layer)) and is_bare(x, weight, bias):
         flat = weight if isinstance(layer, nn.Linear) else weight.flatten(1)
         packed = Packed(layer, x, flat, bias, pattern, plan, {"parts": of, **axes})
@@ -64,6 +66,7 @@ def project_heads(layer: nn.Module, x: Tensor, heads: int) -> Tensor:
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """Project x by parameters that are in no layer: weight (heads * head_dim, features), bias (heads * head_dim)."""
+    check_values(x, weight)
     if not is_bare(x, weight, bias):
         return rearrange(F.linear(x, weight, bias), "b n (h d) -> b h n d", h=heads)
     by_head = None if bias is None else rearrange(bias, "(h d) -> h d", h=heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
 
 from ..errors import UnreadableError
@@ -11,11 +13,23 @@ LOAD = (
     "that lie there, too"
 )
 """What to type."""
+_NAMED = re.compile(r"\bmeta\b", re.IGNORECASE)
 
 
 def without_values(name: str) -> UnreadableError:
     """What is raised of something that was computed there, where nobody asked for it on the meta device."""
     return UnreadableError(f"{name!r} was computed on the meta device, where there are shapes and no values: {LOAD}.")
+
+
+def check_values(x: Tensor, weight: Tensor) -> None:
+    """Check that what has values is not multiplied by what has none.
+
+    Raises:
+        UnreadableError: it would be.
+    """
+    # a fault of PyTorch, 2.6 to 2.14: on the CPU its linear layers take memory that nobody has written for such weights
+    if weight.is_meta and not x.is_meta:
+        raise UnreadableError(f"weights of a projection lie on the meta device and have no values: {LOAD}.")
 
 
 def name_missing(model: nn.Module) -> str:
@@ -30,4 +44,4 @@ def name_missing(model: nn.Module) -> str:
 def advise(error: Exception) -> str:
     """What to type where an operator met what has no values; nothing for other errors."""
     # Undocumented, torch 2.6 to 2.15: the errors are plain ones of many operators, which have this word in common
-    return f". {LOAD[0].upper()}{LOAD[1:]}." if "meta" in str(error).lower().split() else ""
+    return f". {LOAD[0].upper()}{LOAD[1:]}." if _NAMED.search(str(error)) else ""

@@ -96,8 +96,10 @@ def answering_lost_workers() -> Iterator[None]:
 
 
 def _leave_stopping_to_parent(_: int) -> None:
-    # a terminal sends it to all processes, and workers that end by themselves are waited for, and print tracebacks
+    # terminals and batch systems send them to all processes, and workers that end by themselves are waited for, and told of
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # not for good: a loader ends like this whom it has waited for in vain
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class _Batches(Dataset[Batch]):

@@ -113,7 +113,7 @@ class Run:
         errors = self._store.read("error")
         return {self.names[number]: str(errors[number]) for number in np.flatnonzero(self._store.status() == BROKEN)}
 
-    def photo(self, image: int | str, photo: Any = None) -> Photo:
+    def photo(self, image: int | str | os.PathLike[str], photo: Any = None) -> Photo:
         """The photo of an image as the model was shown it, read again from where the run read it.
 
         Args:
@@ -146,7 +146,7 @@ class Run:
             raise HookattnError(f"there are other images in {listed(source['paths'])} now: {told}")
         return images
 
-    def read(self, quantity: str, image: int | str) -> Tensor:
+    def read(self, quantity: str, image: int | str | os.PathLike[str]) -> Tensor:
         """What was taken of an image, (layers, ...) in float32; NaN where a layer or the image has less than others.
 
         Raises:
@@ -156,7 +156,7 @@ class Run:
             raise HookattnError(f"{self._store.where} has no {quantity!r}. {did_you_mean(quantity, self.specs)}")
         return torch.from_numpy(self._read(self.specs[quantity], self.find(image)))
 
-    def maps(self, image: int | str) -> Maps:
+    def maps(self, image: int | str | os.PathLike[str]) -> Maps:
         """The maps of an image: whole where `maps` were stored, else with the row of the class token where `cls` was.
 
         Raises:

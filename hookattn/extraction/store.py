@@ -20,7 +20,7 @@ Facts = dict[str, Any]
 FORMAT = 1  # counted up when a reader of the one before would misread what is written
 _CHUNK = 2**20  # bytes that are compressed together, and have to be read for one image
 _MARK = "hookattn"
-_UNFINISHED = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # as zarr names what it writes, before that is put in its place
+_UNFINISHED = re.compile(r".+\.[0-9a-f]{32}\.partial")  # as zarr names what it writes, before that is put in its place
 
 
 class Store:
@@ -92,7 +92,7 @@ class Store:
             else:
                 self.group = zarr.open_group(self.where, mode="r+", zarr_format=3, use_consolidated=False)
             self.remove_leftovers()
-            for name in self._list_folders():
+            for name in self._list_arrays():
                 del self.group[name]
             for spec in layout.specs:
                 self._create(spec, layout)
@@ -123,16 +123,17 @@ class Store:
             files.invalidate_cache()  # others may have put something there
             return not files.exists(path)
 
-    def _list_folders(self) -> list[str]:
-        """Names of the folders in the group: arrays, whole or not."""
+    def _list_arrays(self) -> list[str]:
+        """Names of the arrays in the group, whole or not; other folders are somebody else's."""
         if self.folder is not None:
-            return [each.name for each in os.scandir(self.folder) if each.is_dir(follow_symlinks=False)]
+            folders = [each for each in os.scandir(self.folder) if each.is_dir(follow_symlinks=False)]
+            return [each.name for each in folders if _is_array(os.listdir(each))]
         from fsspec.core import url_to_fs
 
         files, path = url_to_fs(self.where)
         files.invalidate_cache()
-        found = [each["name"] for each in files.ls(path, detail=True) if each["type"] == "directory"]
-        return [name.rstrip("/").rpartition("/")[2] for name in found]
+        found = [each["name"].rstrip("/") for each in files.ls(path, detail=True) if each["type"] == "directory"]
+        return [_last_of(each) for each in found if _is_array([_last_of(one) for one in files.ls(each, detail=False)])]
 
     def status(self) -> Array:
         """What became of each image."""
@@ -191,7 +192,8 @@ class Store:
         """Remove files that a run which was killed had not finished."""
         if self.folder is not None:
             for path in self.folder.rglob("*.partial"):
-                path.unlink(missing_ok=True)
+                if _UNFINISHED.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def _create(self, spec: Spec, layout: Layout) -> None:
         chunk = _divisor(layout.block, max(1, _CHUNK // max(1, spec.bytes)))
@@ -252,6 +254,15 @@ def import_zarr() -> Any:
     if int(zarr.__version__.split(".")[0]) < 3:
         raise MissingExtraError(f'stores need zarr 3, and this is {zarr.__version__}: pip install "hookattn[store]".')
     return zarr
+
+
+def _is_array(names: Sequence[str]) -> bool:
+    """Whether a folder in which there is this is an array of zarr, or what is left of one: it may be killed while it goes."""
+    return "zarr.json" in names or {name for name in names if not name.startswith(".")} <= {"c"}
+
+
+def _last_of(address: str) -> str:
+    return address.rstrip("/").rpartition("/")[2]
 
 
 def _divisor(number: int, most: int) -> int:

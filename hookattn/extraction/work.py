@@ -98,10 +98,8 @@ def take_blocks(
                 if begun.batch.is_last:
                     whole, taken = taken, None
                     yield whole
-    except GeneratorExit:  # nobody asks for more
-        raise
     except BaseException:
-        if taken is not None:
+        if taken is not None:  # so not where nobody asks for more, which is so between two blocks
             yield taken
         raise
 

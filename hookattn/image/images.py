@@ -31,8 +31,7 @@ Images = Union[tuple[int, int, int], Patches, None]
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
     """The images among what a model or its stem is called with: (batch, channels, height, width), or patches of them."""
-    # a model may take all of its input in one dict
-    named = {**kwargs, **args[0]} if args and isinstance(args[0], dict) else kwargs
+    named = _named_in(args, kwargs)
     if named and (patches := _patches_in(args, named)) is not None:
         return patches
     for value in (*args, *named.values()):  # the first that has the shape of images
@@ -44,8 +43,14 @@ def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images:
 
 def frames_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
     """How many frames a clip may have that a model is called with: of 5 axes, channels are the second or the third."""
-    clip = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 5), None)
+    values = (*args, *_named_in(args, kwargs).values())
+    clip = next((v for v in values if isinstance(v, Tensor) and v.dim() == 5), None)
     return () if clip is None else tuple(clip.shape[1:3])
+
+
+def _named_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that have names; a model may take all of its input in one dict."""
+    return {**kwargs, **args[0]} if args and isinstance(args[0], dict) else kwargs
 
 
 def _patches_in(args: tuple[Any, ...], named: Mapping[str, Any]) -> Patches | None:

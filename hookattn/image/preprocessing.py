@@ -78,8 +78,9 @@ def preprocessing_of(model: nn.Module | Mapping[str, Any] | Preprocessing) -> Pr
 
 
 def _from_config(config: Mapping[str, Any]) -> Preprocessing:
-    given = {name: config[name] for name in Preprocessing._fields[:6] if config.get(name)}
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    given = {name: config.get(name) for name in Preprocessing._fields[:6]}
+    plain = {name: v.tolist() if isinstance(v, (np.ndarray, Tensor)) else v for name, v in given.items()}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items() if v}
     found = Preprocessing(**values)
     _check(found)
     if found.input_size[0] not in (1, 3) or {len(found.mean), len(found.std)} != {found.input_size[0]}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -182,8 +182,11 @@ def stem_grid(cut: Cut, image_size: Size) -> Size | None:
 def _rearranged(trunk: nn.Module) -> Size | None:
     """(height, width) in pixels of patches that a layer of einops cuts, "b c (h p1) (w p2) -> ..."; None where none does."""
     for layer in (m for stem in _children(trunk, _STEMS).values() for m in stem.modules()):
-        sides, lengths = _SIDES.findall(getattr(layer, "pattern", "")), getattr(layer, "axes_lengths", {})
-        if len(sides) == 2 and all(side in lengths for side in sides):
+        pattern, lengths = getattr(layer, "pattern", None), getattr(layer, "axes_lengths", None)
+        if not isinstance(pattern, str) or not isinstance(lengths, Mapping):
+            continue
+        sides = _SIDES.findall(pattern)
+        if len(sides) == 2 and lengths.keys() >= {*sides}:
             return int(lengths[sides[0]]), int(lengths[sides[1]])
     return None
 

@@ -35,6 +35,7 @@ class ForwardPass:
     Attributes:
         maps: by name, in the order the modules ran.
         images: the pictures that each part of the model looks at, those of the whole model under None.
+        frames: how many frames a clip may have that the model was called with.
         closed: whether it was a call of the model that has returned.
         backwards: which backward was the last to reach it.
     """
@@ -44,6 +45,7 @@ class ForwardPass:
         self.maps: dict[str, AttentionMap] = {}
         self._names: dict[str, tuple[str, ...]] = {}  # of the maps of each module
         self.images: dict[nn.Module | None, Images] = {}
+        self.frames: tuple[int, ...] = ()
         self.closed = False
         self.backwards = Backwards()
 
@@ -84,7 +86,6 @@ class ForwardPasses(Around):
         images: the pictures that the maps to come are of, by the part of the model that looks at them.
         blocks: what blocks that cut windows were called with, tensors by their sizes.
         cuts: how parts of the model cut the images that went into them last.
-        frames: how many frames a clip may have that the model was called with.
     """
 
     def __init__(
@@ -108,7 +109,6 @@ class ForwardPasses(Around):
         # The call of the model that runs. `_call` may be of a method instead, in which each call of the model is a pass.
         self._announced: ForwardPass | None = None
         self.images: dict[nn.Module | None, Images] = {}
-        self.frames: tuple[int, ...] = ()
 
     @cached_property
     def _methods(self) -> set[CodeType]:
@@ -138,7 +138,7 @@ class ForwardPasses(Around):
         if self._announced is None or not self._call:
             begun = self._announced = self._begin_pass(Running(caller_of_hook(), held=True), "forward")
             self.images.clear()
-            self.frames = frames_in(args, kwargs)
+            begun.frames = frames_in(args, kwargs)
         if (images := images_in(args, kwargs)) is not None:
             self.images[None] = images
         return begun

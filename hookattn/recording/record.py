@@ -122,12 +122,12 @@ class Recording:
         trunk, seen = layer.trunk, forward.images
         images = seen[trunk] if trunk in seen else seen.get(None)
         sizes, cut = measure_arguments(call.args, call.kwargs), self.passes.cuts.get(trunk)
-        frames = self.passes.frames
         if layer.block is None:
-            geometry = Geometry(self.model, layer.name, layer.module, images, sizes, cut=cut, frames=frames)
+            geometry = Geometry(self.model, layer.name, layer.module, images, sizes, cut=cut, frames=forward.frames)
         else:
             around, settings = self.passes.blocks.get(layer.block), read_settings(layer.block)
-            geometry = Geometry(self.model, layer.name, layer.module, images, sizes, layer.block, around, settings, cut, frames)
+            geometry = Geometry(self.model, layer.name, layer.module, images, sizes, layer.block, around, settings, cut)
+            geometry = geometry._replace(frames=forward.frames)
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
     def lost(self, layer: Layer, name: str, error: Exception) -> AttentionMap:

@@ -116,33 +116,42 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, weights: Path, photos: P
 
 
 SIGNALLED = """
-import os, signal, sys
+import os, signal, subprocess, sys, time
 from unittest import mock
 from hookattn.__main__ import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where a shell runs the tests in the background
+
+def end():
+    subprocess.call(f"kill -NUMBER {WHOM or os.getpid()}", shell=True)
+    time.sleep(1)
+
 batches = iter(range(9))
-with mock.patch("hookattn.cli.extract._Told.add", lambda *_: next(batches) == 2 and os.kill(os.getpid(), NUMBER)):
+with mock.patch("hookattn.cli.extract._Told.add", lambda *_: next(batches) == 2 and end()):
     main()
 """
 
 
+@pytest.mark.parametrize("whom", ["", "0"], ids=["process", "all of its group"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_was_taken_before_a_signal_ends_a_run_is_written(
-    tmp_path: Path, weights: Path, photos: Path, number: signal.Signals
+    tmp_path: Path, weights: Path, photos: Path, number: signal.Signals, whom: str
 ) -> None:
+    """Be it sent to the process, or to those, too, that read images, as terminals and many batch systems do."""
     out = tmp_path / "x.zarr"
     asked = ["extract", photos, "-m", "test_vit", "-c", weights, "--workers", "1", "--batch", "1", "-o", out]
-    typed = [sys.executable, "-c", SIGNALLED.replace("NUMBER", str(int(number))), *map(str, asked)]
-    done = subprocess.run(typed, capture_output=True, text=True, timeout=120, check=False)
+    code = SIGNALLED.replace("NUMBER", str(int(number))).replace("WHOM", repr(whom))
+    typed = [sys.executable, "-c", code, *map(str, asked)]
+    done = subprocess.run(typed, capture_output=True, text=True, timeout=120, check=False, start_new_session=True)
     assert done.returncode == 128 + number, done.stderr
     assert done.stderr.endswith(f"hookattn: stopped; the same command goes on with what is in {out}.\n")
     assert extraction.open(out).count().pending == 3
 
 
-def test_who_stops_a_run_twice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [130, 143])
+def test_who_stops_a_run_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("hookattn.cli.app.app", lambda: sys.exit(130))
+    monkeypatch.setattr("hookattn.cli.app.app", lambda: sys.exit(code))
     try:
         with pytest.raises(SystemExit):
             runpy.run_module("hookattn", run_name="__main__")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from support.models import small, tiny
 from torch import Tensor, nn
@@ -96,6 +98,30 @@ def test_a_model_that_is_half_loaded_says_what_is_missing() -> None:
     with AttentionRecorder(model) as rec, pytest.raises(RuntimeError), torch.no_grad():
         model(x)
     with pytest.raises(UnreadableError, match=r"(?i)give the model memory"):
+        rec.maps[0][...]
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "relpos", *SMALL])
+def test_a_projection_without_values_is_not_taken_for_memory_that_nobody_has_written(name: str) -> None:
+    """As PyTorch takes it, whose model runs."""
+    model, x = small(name) if name in SMALL else tiny(name)
+    layer = next(module for module in model.modules() if hasattr(module, "qkv")).qkv
+    layer.weight = nn.Parameter(layer.weight.to("meta"))
+    with AttentionRecorder(model) as rec, suppress(RuntimeError), torch.no_grad():
+        model(x)
+    for read in (lambda: rec.maps[0][...], lambda: rec.maps[0][:, :, 0], lambda: rec.maps[0].k[...]):
+        with pytest.raises(UnreadableError, match=ADVICE):
+            read()
+
+
+@pytest.mark.parametrize("loaded", ["qkv", "q_norm", "k_norm"])
+def test_a_model_of_which_little_is_loaded_is_refused_likewise(loaded: str) -> None:
+    """PyTorch says then that something is "not on the expected device meta!"."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, qk_norm=True).eval().to("meta")
+    model.blocks[0].attn.get_submodule(loaded).to_empty(device="cpu")
+    with AttentionRecorder(model) as rec, pytest.raises(RuntimeError), torch.no_grad():
+        model(torch.randn(1, 3, 32, 32, device="meta"))
+    with pytest.raises(UnreadableError, match=f"(?i){ADVICE}"):
         rec.maps[0][...]
 
 

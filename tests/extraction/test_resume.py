@@ -22,6 +22,7 @@ from hookattn.errors import StoreError
 
 extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 zarr, fsspec = pytest.importorskip("zarr"), pytest.importorskip("fsspec")
+BEGUN = {"hookattn": {"state": "being made"}}
 KILLED = Path(__file__).parents[1] / "support" / "killed.py"
 
 
@@ -116,6 +117,23 @@ def test_whatever_ends_a_run_what_was_taken_before_is_written(tmp_path: Path, er
     assert all((there[name][:6] == whole[name][:6]).all() for name in ("cls", "entropy", "label", "sha256", "grid_rows"))
     assert run(tmp_path / "x.zarr", model).resumed == 6
     assert same(everything(tmp_path / "x.zarr"), whole)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_so_is_what_is_still_on_its_way_from_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    """There a batch is looked at when the next has been begun."""
+    monkeypatch.setattr("hookattn.extraction.work._Begun.has_ended", False)
+    model, calls = small_vit(), iter(range(10))
+
+    def stop(*_: Any) -> None:
+        if next(calls) == 4:  # once to see what the model gives, and three batches before
+            raise error
+
+    handle = model.blocks[1].mlp.register_forward_pre_hook(stop)
+    with pytest.raises((KeyboardInterrupt, HookattnError)):
+        run(tmp_path / "x.zarr", model)
+    handle.remove()
+    assert (everything(tmp_path / "x.zarr")["status"] == 1).tolist() == [True] * 6 + [False] * 4
 
 
 def other_weights(model: Any) -> Any:
@@ -236,9 +254,34 @@ def test_what_somebody_has_put_into_a_store_that_was_half_made_stays(tmp_path: P
     (tmp_path / "x.zarr/maps/.DS_Store").write_text("of an array that goes")
     (tmp_path / "x.zarr/.DS_Store").write_text("kept")
     (tmp_path / "x.zarr/notes").symlink_to(tmp_path / "notes")
+    (tmp_path / "x.zarr/own").mkdir()
+    (tmp_path / "x.zarr/own/model.partial").write_text("kept")
     assert run(tmp_path / "x.zarr").taken == 10
     assert not (tmp_path / "x.zarr/maps").exists()
-    assert [(tmp_path / name).read_text() for name in ("x.zarr/.DS_Store", "x.zarr/notes/a")] == ["kept", "kept"]
+    kept = "x.zarr/.DS_Store", "x.zarr/notes/a", "x.zarr/own/model.partial"
+    assert [(tmp_path / name).read_text() for name in kept] == ["kept"] * 3
+
+
+def test_at_an_address_it_stays_likewise() -> None:
+    where, files = "memory://half/x.zarr", fsspec.filesystem("memory")
+    files.pipe(f"{where}/zarr.json", json.dumps({"zarr_format": 3, "node_type": "group", "attributes": BEGUN}).encode())
+    files.pipe(f"{where}/maps/c/0", b"of an array that goes")
+    files.pipe(f"{where}/own/a/b", b"kept")
+    assert run(where).taken == 10
+    assert not files.exists(f"{where}/maps")
+    assert files.cat(f"{where}/own/a/b") == b"kept"
+    files.rm("/half", recursive=True)
+
+
+def test_only_what_zarr_had_not_finished_is_removed_of_a_store(tmp_path: Path) -> None:
+    model = small_vit()
+    run(tmp_path / "x.zarr", model)
+    mine, unfinished = tmp_path / "x.zarr/mine.partial", tmp_path / f"x.zarr/cls/c/0/0/0/0.{'0f' * 16}.partial"
+    for path in (mine, unfinished):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"begun")
+    run(tmp_path / "x.zarr", model)
+    assert (mine.exists(), unfinished.exists()) == (True, False)
 
 
 @pytest.mark.parametrize("half_made", [False, True])
@@ -334,8 +377,9 @@ def test_a_photo_that_is_read_again_is_not_one_of_other_images(tmp_path: Path) -
 def test_numbers_may_be_of_numpy(tmp_path: Path) -> None:
     model, how = small_vit(), {"block": np.int64(4), "batch_size": np.int64(3)}
     colours = {**model.pretrained_cfg, "mean": (*np.array([0.5, 0.5, 0.5], np.float32),), "input_size": (3, 64, 64)}
-    for resumed in (0, 10):
-        assert run(tmp_path / "x.zarr", model, **how, preprocessing=colours).resumed == resumed
+    arrays = {**colours, "mean": np.array([0.5, 0.5, 0.5]), "std": torch.tensor(colours["std"], dtype=torch.float64)}
+    for resumed, told in ((0, colours), (10, colours), (10, arrays)):
+        assert run(tmp_path / "x.zarr", model, **how, preprocessing=told).resumed == resumed
 
 
 def test_a_store_is_where_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +395,7 @@ def test_an_image_is_found_by_a_path_and_by_nothing_but_names_and_numbers(tmp_pa
     run(tmp_path / "x.zarr")
     found = extraction.open(tmp_path / "x.zarr")
     assert [found.find(each) for each in (Path("photo 003.png"), np.int64(3), -7, "photo 003.png")] == [3] * 4
+    assert found.read("entropy", Path("photo 003.png")).equal(found.read("entropy", 3))
     for other, kind in ((slice(0, 2), "slice"), ([1, 2], "list"), (None, "NoneType"), (1.0, "float")):
         with pytest.raises(
             HookattnError, match=rf"not by a {kind}; for several at once there is xarray\.open_zarr\('.*x\.zarr'\)"

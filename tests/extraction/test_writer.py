@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -59,6 +61,34 @@ def put_all(write: Callable[[int], None], numbers: Iterable[int], error: Excepti
             writer.put(number)
         if error is not None:
             raise error
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_who_stops_the_waiting_loses_nothing_that_was_put(ends: bool) -> None:
+    """Where the second waits for the first, be it stopped again at the end, and where the end waits."""
+    written, begun, may_write = list[int](), threading.Event(), threading.Event()
+
+    def write(number: int) -> None:
+        begun.set()
+        assert may_write.wait(timeout=30)
+        written.append(number)
+
+    def stop() -> None:
+        assert begun.wait(timeout=30)
+        for _ in range(1 if ends else 2):
+            time.sleep(0.2)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.2)
+        may_write.set()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            put_all(write, [1] if ends else [1, 2])
+        assert written == ([1] if ends else [1, 2])
+    finally:
+        stopper.join(timeout=30)
 
 
 def test_an_error_of_the_work_is_the_one_that_is_raised_and_what_was_done_is_written() -> None:

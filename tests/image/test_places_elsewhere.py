@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -226,3 +228,60 @@ def test_frames_are_not_taken_for_as_many_patches(frames: int, known: bool) -> N
         assert over_time.axes[0] == "sequence"
         with pytest.raises(TokenError, match="may be frames of a clip or patches of a frame"):
             over_space.image("mean")
+
+
+class Clips(nn.Module):
+    """Attention over the patches of each frame; of clips, which may come in a dict, and by a method of single images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed, self.attn = nn.Conv2d(3, 8, 16, 16), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, clip: Tensor | dict[str, Tensor]) -> Tensor:
+        return self.see((clip["pixel_values"] if isinstance(clip, dict) else clip).flatten(0, 1))
+
+    def see(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).mT
+        return self.attn(x, x, x)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", [lambda clip: clip, lambda clip: {"pixel_values": clip}])
+def test_frames_are_those_of_the_call_however_they_come(wrap: Callable[[Tensor], Any]) -> None:
+    model, clip = Clips().eval(), torch.randn(1, 4, 3, 32, 32)
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(wrap(clip))
+    with pytest.raises(TokenError, match="may be frames of a clip or patches of a frame"):
+        _ = rec.maps[0].tokens
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(wrap(clip))
+        model.see(clip[0])  # no clip, but four images
+    assert rec.maps[0].tokens.grid_size == (2, 2)
+
+
+class OwnStem(nn.Module):
+    """Cuts patches by itself, with words of its own that a layer of einops has, too."""
+
+    def __init__(self, pattern: Any, axes_lengths: Any) -> None:
+        super().__init__()
+        self.pattern, self.axes_lengths, self.embed = pattern, axes_lengths, nn.Linear(3 * 64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5)
+        return self.embed(patches.flatten(3).flatten(1, 2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("told", [(5, None), (torch.zeros(2), {}), ("(h p) (w q) ->", 8), ("(h p) (w q)", {"p": 4, "q": 4})])
+def test_words_of_a_stem_that_are_no_pattern_are_not_taken_for_one(told: tuple[Any, Any]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_patch_embedding, self.attn = OwnStem(*told), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.to_patch_embedding(x)
+            return self.attn(x, x, x)[0]  # type: ignore[no-any-return]
+
+    model = Model().eval()
+    with AttentionRecorder(model) as rec, torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert rec.maps[0].tokens.grid_size == (4, 4)

@@ -77,10 +77,13 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("library", pruned_models())
 @pytest.mark.filterwarnings("ignore")
-def test_patches_that_were_chosen_are_not_taken_for_a_coarser_grid(library: str) -> None:
+def test_patches_that_were_chosen_are_not_taken_for_a_coarser_grid(library: str, mixes: bool) -> None:
     model, block = pruned_models()[library]
+    if mixes:
+        model.mix = nn.Conv2d(8, 8, 3, padding=1)  # which leaves a grid as it is
     choose_a_quarter(block)
     model.eval()
     maps = record(model, torch.randn(2, 3, 64, 64)).maps

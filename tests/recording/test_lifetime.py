@@ -141,6 +141,32 @@ def test_ten_forwards_hold_no_more_than_one(options: dict[str, Any], call: str) 
     assert len(rec.passes) == 1
 
 
+CALLS: dict[str, Any] = {
+    "bare": lambda attn, x: attn(x, x, x),
+    "by name": lambda attn, x: attn(query=x, key=x, value=x),
+    "by both": lambda attn, x: attn(x, x, value=x, need_weights=False),
+    "with more than tensors": lambda attn, x: attn(x, x, value=x, key_padding_mask=nn.Parameter(torch.zeros(x.shape[:2]))),
+}
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("call", CALLS)
+def test_arguments_are_cut_off_from_the_graph_however_they_come(call: str, detach: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return CALLS[call](self.attn, x * 2)
+
+    model = Model()
+    with AttentionRecorder(model, detach=detach) as rec:
+        model(torch.randn(2, 5, 16, requires_grad=True))
+    kept = rec.maps[0].call
+    assert {each.requires_grad for each in (kept.x, *kept.tensors)} == {not detach}
+
+
 @pytest.mark.parametrize("call", FORWARDS)
 def test_variables_of_the_caller_are_not_kept_alive(call: str) -> None:
     """Looking at the frames that called must not pin what they had in hand."""
