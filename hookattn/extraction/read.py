@@ -140,7 +140,8 @@ class Run:
         source = self.facts["source"]
         if source is None:
             raise HookattnError("images came from no file")
-        images = open_images(source["paths"], image=source["image"], label=source["label"])
+        paths = list(dict.fromkeys(source["paths"]))  # in which one may be twice, as it was listed for earlier versions
+        images = open_images(paths, image=source["image"], label=source["label"])
         if hash_names(images.names) != self.facts["run"]["images"]["names"]:
             told = compare_names(self.names, images.names)
             raise HookattnError(f"there are other images in {listed(source['paths'])} now: {told}")

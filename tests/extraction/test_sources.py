@@ -195,7 +195,7 @@ def test_what_is_given_together_is_named_from_the_folder_around_it(tmp_path: Pat
     (tmp_path / "a/val/more.txt").write_text("../../c.png\n2.png\tx\n")
     two = open_images(["a/train", "a/val"])
     assert (two.names, two.labels) == (["train/cat/1.png", "val/2.png", "val/cat/1.png"], ["cat", "", "cat"])
-    more = open_images(["a/train", "c.png", "a/train/", "a/val/more.txt"])
+    more = open_images(["a/train", "c.png", "a/val/more.txt"])
     assert more.names == ["a/train/cat/1.png", "c.png", "../../c.png", "2.png"]
     assert more.labels == ["cat", "", "", "x"]
     assert read_all(more) == [b"a/train/cat/1.png", b"c.png", b"c.png", b"a/val/2.png"]

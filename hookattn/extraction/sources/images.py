@@ -50,4 +50,5 @@ def check_names(names: Sequence[str], advice: str) -> None:
     if len(set(names)) < len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise HookattnError(f"the name {twice!r} is there twice: {advice}.")
+        more = len(names) - len(set(names)) - 1
+        raise HookattnError(f"the name {twice!r} is there twice{f', and {more:,} more are' if more else ''}: {advice}.")
