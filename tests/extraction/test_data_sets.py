@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from support.drawn import draw, small_vit
@@ -50,6 +51,9 @@ GIVEN: dict[str, Callable[[list[str]], Any]] = {
     "an array of paths": lambda paths: np.array([Path(path) for path in paths], object),
     "a column": lambda paths: pd.Series(paths, index=[7, 8, 9]),
     "an index": pd.Index,
+    "an array of Arrow": pa.array,
+    "a column of Arrow": lambda paths: pa.chunked_array([paths[:1], paths[1:]]),
+    "categories of Arrow": lambda paths: pa.array(paths).dictionary_encode(),
     "a deque": deque,
     "a generator": lambda paths: (path for path in paths),
     "a map": lambda paths: map(Path, paths),
@@ -263,3 +267,14 @@ def test_samples_that_are_no_files_give_no_names(folder: Path) -> None:
     data = TensorDataset(torch.rand(2, 3, 64, 64))
     data.samples = [(image, 0) for image in data.tensors[0]]  # type: ignore[attr-defined]
     assert run(data).names == ["00000000", "00000001"]
+
+
+def test_a_data_set_is_asked_for_its_first_image_once_before_and_once_in_the_run(folder: Path) -> None:
+    asked: list[Any] = []
+
+    def load() -> Any:
+        asked.append("model")
+        return model()
+
+    extraction.extract(load, Own(lambda i: asked.append(i)), "x.zarr", "entropy", batch_size=2)
+    assert asked == [0, "model", 0, 1, 2, 3]
