@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from support.drawn import draw, small_vit
 from support.stores import everything, same
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
@@ -24,6 +27,7 @@ from hookattn.image import Photo
 
 extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 pytest.importorskip("zarr")
+xarray = pytest.importorskip("xarray")
 model = cache(small_vit)
 NAMES = ["cat/a.png", "cat/b.png", "dog/a.png"]
 
@@ -219,6 +223,16 @@ LABELS: dict[str, tuple[Callable[[int], Any], list[str]]] = {
     "none": (lambda _: None, ["", ""]),
     "bytes": (lambda i: f"dög {i}".encode(), ["dög 0", "dög 1"]),
     "numbers of numpy": (lambda i: np.int64(i), ["0", "1"]),
+    "numbers of numpy in a list": (lambda i: [np.int64(i), np.float32(0.5)], ["[0, 0.5]", "[1, 0.5]"]),
+    "tensors in a tuple": (lambda i: (torch.tensor(i), torch.tensor([0, i])), ["[0, [0, 0]]", "[1, [0, 1]]"]),
+    "words": (lambda i: ["dög", i], ['["dög", 0]', '["dög", 1]']),
+    "a dict": (lambda i: {"labels": torch.tensor([i, 2])}, ['{"labels": [0, 2]}', '{"labels": [1, 2]}']),
+    "no text": (lambda i: f"{i}\udcff", ["0\\xff", "1\\xff"]),
+    "a date": (lambda i: date(2024, 5, 1 + i), ["2024-05-01", "2024-05-02"]),
+    "a mask": (lambda i: torch.zeros(40, 40), ["", ""]),
+    "a mask of numpy": (lambda i: np.zeros((40, 40)), ["", ""]),
+    "a mask in a dict": (lambda i: {"mask": torch.zeros(4, 4)}, ["", ""]),
+    "a mask of PIL": (lambda i: Image.new("L", (4, 4)), ["", ""]),
 }
 
 
@@ -226,6 +240,10 @@ LABELS: dict[str, tuple[Callable[[int], Any], list[str]]] = {
 def test_labels_are_stored_whole(folder: Path, kind: str) -> None:
     label, expected = LABELS[kind]
     assert run(Own(label)).labels[:2] == expected
+    with xarray.open_zarr("x.zarr", consolidated=True) as found:
+        assert found.label.values[:2].tolist() == expected
+    if kind.startswith("one-hot"):
+        assert np.array([json.loads(each) for each in expected]).argmax(1).tolist() == [0, 1]
 
 
 class Iterated(Own):
