@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import MissingExtraError, StoreError
-from .answers import answering_damage, answering_reads, answering_writes, tell
+from .answers import answering_damage, answering_reads, answering_writes, find_dead_link, tell
 from .clients import is_address
 from .gone import check_there, find_gone
 from .layout import BROKEN, PENDING, TAKEN, Array, Block, Layout, Pending, Spec, encode
@@ -42,6 +42,8 @@ class Store:
         self.where = os.path.expanduser(os.fspath(where).removeprefix("file://").removeprefix("local://"))
         if not self.where.strip():
             raise StoreError(f"{where!r} names no store: give a folder, such as NAME.zarr, or an address.")
+        if self.folder is not None and (dead := find_dead_link(self.folder)):
+            raise StoreError(f"{dead}. Make that folder, or name another store.")
         self.group: Any = None
 
     @property

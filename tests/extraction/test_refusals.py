@@ -77,6 +77,11 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "out is a folder": ("photos is there, and is no store of Zarr v3", {"out": "photos"}),
     "out is a file": ("photos/a.png is there, and is no store|cannot be opened", {"out": "photos/a.png"}),
     "out is below a file": ("cannot be written", {"out": "photos/a.png/x.zarr"}),
+    "out is a link that leads nowhere": (
+        r"photos/x\.zarr is a link .*: gone .* Make that folder, or",
+        {"out": "photos/x.zarr"},
+    ),
+    "out is below one": (r"photos/x\.zarr is a link that leads nowhere: gone", {"out": "photos/x.zarr/y.zarr"}),
     "out is held": ("another run of this process writes to held.zarr", {"out": "held.zarr"}),
     "out is nowhere": ("nope://x.zarr cannot be written", {"out": "nope://x.zarr"}),
     "columns of photos": ("columns of images and labels are those of tables", {"image_column": "image"}),
@@ -104,6 +109,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "photos" / name).write_bytes(draw(ord(name[0])))
+    (tmp_path / "photos/x.zarr").symlink_to("gone")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
