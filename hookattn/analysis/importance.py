@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..attention.narrowing import ALL
 from ..attention.softmax import Chunk
+from ..conditions.devices import telling_apart
 from ..errors import NoMapError, UnreadableError, explained
 from ..maps.attention_map import AttentionMap
 from ..recording.recorder import AttentionRecorder
@@ -74,7 +75,8 @@ def head_importance(
         ValueError: the loader gives no batch, the loss is not one number for each image or has no gradient, the images are no
             floating ones (kind="gradient"), or `kind` is none of the words above.
         UnreadableError: it is not known which entries of a map belong to which image, or as when a map or a gradient is sliced.
-        ModelError, LayerNotFoundError, NoMapError, NoGradientError: as `AttentionRecorder`, its maps and their gradients.
+        ModelError: as `AttentionRecorder`, or the model lies on another device than a batch.
+        LayerNotFoundError, NoMapError, NoGradientError: as `AttentionRecorder`, its maps and their gradients.
 
     Source: Michel, Levy and Neubig 2019, "Are sixteen heads really better than one?", equation 2 (gradient) and section 3.2
     (one head at a time). `normalize_layers` divides as they do.
@@ -85,7 +87,8 @@ def head_importance(
     for batch in loader:
         with torch.inference_mode(False):
             first, *rest = pytree.tree_map_only(Tensor, _for_autograd, batch if isinstance(batch, (tuple, list)) else (batch,))
-            images += _KINDS[kind](model, first, lambda output, rest=rest: loss(output, *rest), layers, sums)
+            with telling_apart(model, first, rest):
+                images += _KINDS[kind](model, first, lambda output, rest=rest: loss(output, *rest), layers, sums)
     if not images:
         raise ValueError("the loader gave no images: give batches (images, labels), such as a DataLoader, or a list of some.")
     depths = {layer: depth for depth, layer in enumerate(dict.fromkeys(layer for layer, _ in sums))}

@@ -139,11 +139,11 @@ def _mixing(residual: float, layer: Mixed) -> Mixed:
 
 def _multiplied(layers: list[AttentionMap], query: Query | None, mixed: Mixed) -> Tensor:
     """The product over layers, (batch, tokens, tokens), or the row of a query in it, (batch, tokens)."""
-    # later layers from the left: row i of the product is then where token i comes from
+    # later layers from the left: row i of the product is then where token i comes from; layers may lie on several devices
     if query is None:
-        return reduce(lambda before, m: mixed(m) @ before, layers[1:], mixed(layers[0]))
+        return reduce(lambda before, m: mixed(m) @ before.to(m.device), layers[1:], mixed(layers[0]))
     start = start_of(layers[-1], query)[:, None].to(layers[-1].dtype)
-    return reduce(lambda row, m: row @ mixed(m), reversed(layers), start).squeeze(1)
+    return reduce(lambda row, m: row @ mixed(m).to(row.device), reversed(layers), start).squeeze(1)
 
 
 def start_of(m: AttentionMap, query: Query) -> Tensor:

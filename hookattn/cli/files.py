@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import HookattnError
+from ..extraction.answers import find_dead_link
 from .output import printable
 
 MAPS = ".safetensors"
@@ -28,6 +29,7 @@ def check_out(out: Path, kinds: tuple[str, ...], given: Iterable[Path | None] = 
     Raises:
         HookattnError: it cannot be.
     """
+    _check_links(out.parent)
     try:
         if os.path.isdir(out):
             raise HookattnError(f"{out} is a folder; name a file in it: -o {out / 'NAME'}{kinds[0]}.")
@@ -42,7 +44,7 @@ def check_out(out: Path, kinds: tuple[str, ...], given: Iterable[Path | None] = 
             raise HookattnError(f"{out} is what is read; name another file to write.")
         found.with_name(f".{found.name}").exists()  # a name that is too long says so
         check_folder(found.parent)
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
+    except (OSError, ValueError, RuntimeError) as error:  # of a name with a zero in it; of links in a circle, until Python 3.13
         raise HookattnError(f"{out} cannot be written: {_reason(error)}") from error
     return found if out.is_absolute() else _as_typed(out, found)
 
@@ -53,12 +55,18 @@ def check_folder(folder: Path) -> None:
     Raises:
         HookattnError: they cannot.
     """
+    _check_links(folder)
     try:
         there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
         with tempfile.TemporaryFile(dir=there):
             pass
     except (OSError, ValueError) as error:
         raise HookattnError(f"{folder} takes no files: {_reason(error)}") from error
+
+
+def _check_links(folder: Path) -> None:
+    if dead := find_dead_link(folder):
+        raise HookattnError(f"{dead}. Make that folder, or name another.")
 
 
 def write_out(out: Path, write: Callable[[Path], object]) -> None:
@@ -89,5 +97,5 @@ def _as_typed(out: Path, found: Path) -> Path:
     return out.with_name(found.name) if out.parent.resolve() == found.parent else found
 
 
-def _reason(error: OSError | ValueError) -> str:
+def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)

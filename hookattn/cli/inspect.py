@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookattnError
+from ..errors import HookattnError, ModelError
 from ..image.preprocessing import preprocessing_of
 from ..recording.inspection import Entry, Inspection
 from ..recording.inspection import inspect as inspect_call
@@ -38,9 +38,11 @@ def _inspect(name: str, batch: int, size: Sizes) -> tuple[Inspection, dict[str, 
                 model = make_model(name, size)
                 images = torch.zeros(batch, *_shape(model, size), device=device)
                 return inspect_call(model, images), _places(model, images)
-        except HookattnError:
-            raise
-        except (RuntimeError, NotImplementedError, ValueError) as error:  # it looks at values, or has no kernel for meta
+        # it looks at values, has no kernel for meta, or lies elsewhere all the same
+        except (RuntimeError, NotImplementedError, ValueError, ModelError) as error:
+            lies_elsewhere = isinstance(error, ModelError) and isinstance(error.__cause__, RuntimeError)
+            if isinstance(error, HookattnError) and not lies_elsewhere:
+                raise
             failed = error
     raise HookattnError(f"{name} does not run: {failed}")
 

@@ -13,6 +13,7 @@ From top to bottom, an import may only point down:
     transforms   torch.func: tensors that are gone when the transform has returned
     training     train mode: the random streams that dropout draws from
     autocast     mixed precision
+    devices      a model, and what it is called with, that lie apart
     meta         what has shapes and no values
     changes      what tells that a tensor has changed since the forward
     cuda_graphs  nothing is waited for while a CUDA graph is captured

@@ -27,7 +27,7 @@ def check_values(x: Tensor, weight: Tensor) -> None:
     Raises:
         UnreadableError: it would be.
     """
-    # a fault of PyTorch, 2.6 to 2.14: on the CPU its linear layers take memory that nobody has written for such weights
+    # a fault of PyTorch, 2.6 to 2.15: on the CPU its linear layers take memory that nobody has written for such weights
     if weight.is_meta and not x.is_meta:
         raise UnreadableError(f"weights of a projection lie on the meta device and have no values: {LOAD}.")
 

@@ -21,6 +21,7 @@ From top to bottom, an import may only point down:
     sent_errors  errors, as another process is sent them
     writer       a thread that writes
     store        arrays of Zarr v3
+    gone         its files that are not there any more
     answers      errors while it is read or written, in words that say what to do
     layout       its arrays, blocks of images, and values as they are stored
     locks        one run at a time

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..errors import HookattnError, MissingExtraError, StoreError
@@ -60,6 +62,17 @@ def answering_damage(where: str, array: Any) -> Iterator[None]:
             else "It is written when a store is made: remove the store, or name another, and run the same again."
         )
         raise StoreError(f"{where} is damaged: {name!r} cannot be read: {reason_of(error)} {advice}") from error
+
+
+def find_dead_link(path: Path) -> str:
+    """The first link on the way to a path that leads nowhere, in words; "" where there is none."""
+    for each in (*reversed(path.absolute().parents), path.absolute()):
+        if os.path.islink(each):
+            try:
+                each.stat()
+            except OSError as error:
+                return f"{each} is a link that leads nowhere: {os.readlink(each)} ({error.strerror})"
+    return ""
 
 
 def tell(where: str, done: str, error: Exception) -> HookattnError:

@@ -17,6 +17,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..errors import HookattnError, listed
 from .layout import Array
+from .sources.images import write_label
 
 
 class Input(NamedTuple):
@@ -38,8 +39,9 @@ class DataSet:
 
     Args:
         dataset: one that has a length and gives, by number, an image (channels, height, width), a tuple that begins with one
-            (its second part, a number, a word, or a vector, is the label), or a dict with one under "pixel_values", "image" or
-            "images". Parts of data sets, and several as one (`Subset`, `ConcatDataset`), are seen through for names.
+            (its second part, a number, a word, or a vector of these, which is stored as JSON, is the label), or a dict with
+            one under "pixel_values", "image" or "images". Parts of data sets, and several as one (`Subset`, `ConcatDataset`),
+            are seen through for names.
 
     Raises:
         HookattnError: it has no length, or cannot be asked by number.
@@ -68,10 +70,10 @@ class DataSet:
         found = self._dataset[index]
         label, keys = "", ""
         if isinstance(found, (tuple, list)):
-            label = _write_label(found[1]) if len(found) > 1 else ""
+            label = write_label(found[1]) if len(found) > 1 else ""
             found = found[0] if found else None
         elif isinstance(found, Mapping):
-            label = _write_label(found.get("label", found.get("labels")))
+            label = write_label(found.get("label", found.get("labels")))
             keys = f" of a dict with {listed(map(str, found))}"
             found = next((found[key] for key in ("pixel_values", "image", "images") if key in found), None)
         if not isinstance(found, Tensor) or found.dim() != 3 or not found.is_floating_point():
@@ -159,12 +161,3 @@ def _seen_from(roots: Sequence[Any], files: Sequence[str]) -> list[str]:
         return list(files)
     around = os.path.join(os.path.commonpath([os.path.abspath(root) for root in roots]), "")
     return [os.path.abspath(file).removeprefix(around) for file in files]
-
-
-def _write_label(value: Any) -> str:
-    """A label as text: of a vector all of its values."""
-    if isinstance(value, (Tensor, np.ndarray)) and value.squeeze().ndim <= 1:
-        value = value.squeeze().tolist()
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    return "" if value is None else str(value)

@@ -13,12 +13,13 @@ from ..errors import ModelError, StoreError
 from ..image.preprocessing import Crop
 from ..image.tokens import Size
 from ..recording.selection import Layers
+from .data_sets import DataSet, Input
 from .engines import Engine, Job, run_here
 from .inputs import Opened, Source, check_how_shown, describe_source, find_inputs, list_paths, open_source
 from .layout import BROKEN, TAKEN, Pending
 from .locks import hold_store
 from .manifest import check_same_run, list_versions
-from .plan import Reading, check_numbers, describe, find_coordinates, find_reading, plan_run
+from .plan import Reading, check_numbers, describe, find_coordinates, find_readable, find_reading, plan_run
 from .quantities import Quantity, What, find_quantities
 from .ranks import Ranks, meet_ranks
 from .store import Facts, Store, import_zarr
@@ -144,13 +145,15 @@ def extract(
         MissingExtraError: zarr is not installed.
     """
 
-    def look() -> tuple[Source, Opened, Reading, Sequence[Quantity]]:
+    def look() -> tuple[Source, Opened, Reading, Sequence[Quantity], Input | None]:
         import_zarr()
         quantities, (images, reading) = find_quantities(what), find_reading(source, batch_size, workers, strict)
         check_numbers(dtype, block, reading)
         opened = open_source(images := list_paths(images), image_column, label_column)
         check_how_shown(opened, size, crop, preprocessing)
-        return images, opened, reading, quantities
+        # what a data set makes of an image asks no model, and may be no image at all
+        first = find_readable(opened, strict=reading.strict) if isinstance(opened, DataSet) else None
+        return images, opened, reading, quantities, first
 
     def plan() -> Planned:
         loaded = model() if callable(model) and not isinstance(model, nn.Module) else model
@@ -159,12 +162,12 @@ def extract(
         if any(module.training for module in loaded.modules()):
             raise ModelError("the model is in training mode, in which each image changes the figures of others: model.eval().")
         inputs = find_inputs(opened, loaded, size, crop, preprocessing)
-        task = plan_run(loaded, layers, inputs, quantities, dtype, block, reading)
+        task = plan_run(loaded, layers, inputs, quantities, dtype, block, reading, first)
         return Planned(loaded, task, describe(loaded, task, name, describe_source(images, opened, image_column, label_column)))
 
     store = Store(out)
     with meet_ranks() as ranks, ExitStack() as held:
-        images, opened, reading, quantities = ranks.together(look)
+        images, opened, reading, quantities, first = ranks.together(look)
         ranks.from_first(lambda: _hold(store, held))
         return _run(ranks.together(plan), store, engine, report, ranks, retry=retry)
 

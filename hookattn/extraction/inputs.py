@@ -86,9 +86,13 @@ def list_paths(source: Source) -> Source:
     """A list of whatever gives paths one after the other: an array, a column, a generator, a set, sorted; else what it is.
 
     Raises:
-        HookattnError: it is a table or a dict, or there is something else among its paths.
+        HookattnError: it is a table or a dict, an array of several axes, or there is something else among its paths.
     """
-    if isinstance(source, (str, os.PathLike, Images, DataSet, Dataset, Tensor)) or not isinstance(source, Iterable):
+    if isinstance(source, (str, os.PathLike, Images, DataSet, Dataset, Tensor)):
+        return source
+    _check_no_table(source)
+    source = source.to_pylist() if hasattr(source, "to_pylist") else source  # a column of Arrow, whose values are its own
+    if not isinstance(source, Iterable):
         return source
     try:
         found: Iterator[Any] = iter(source)
@@ -97,14 +101,26 @@ def list_paths(source: Source) -> Source:
         if hasattr(source, "__getitem__"):  # a data set, whose first image may be broken
             return source
         raise
-    is_dict = isinstance(source, Mapping) and all(isinstance(each, str) for each in first)
-    if first and (is_dict or hasattr(source, "columns")):  # as tables have them
-        whole = "list(source) or list(source.values()), or one of these" if is_dict else "one of its columns"
-        raise HookattnError(f"a {type(source).__name__} is no list of images: give {whole}, such as source[{first[0]!r}].")
-    if not isinstance(source, (list, tuple)) and not all(isinstance(each, (str, os.PathLike, bytes)) for each in first):
+    is_list = isinstance(source, (list, tuple)) or getattr(source, "ndim", None) == 1
+    if not is_list and not all(isinstance(each, (str, os.PathLike, bytes)) for each in first):
         return source
     paths = [_check_path(place, each) for place, each in enumerate(chain(first, found))]
     return sorted(paths) if isinstance(source, (set, frozenset)) else paths
+
+
+def _check_no_table(source: Any) -> None:
+    """Check that there are not several columns, or axes, to take paths of."""
+    names = list(getattr(source, "column_names", None) or source.columns) if hasattr(source, "columns") else []
+    is_dict = isinstance(source, Mapping) and all(isinstance(each, str) for each in islice(source, 1))
+    names += [*islice(source, 1)] if is_dict else []
+    if names:
+        whole = "list(source) or list(source.values()), or one of these" if is_dict else "one of its columns"
+        raise HookattnError(f"a {type(source).__name__} is no list of images: give {whole}, such as source[{names[0]!r}].")
+    if getattr(source, "ndim", 0) > 1:
+        raise HookattnError(
+            f"an array of shape {tuple(source.shape)} is no list of images: give one of paths with one axis, such as "
+            "source.ravel(), and images in torch.utils.data.TensorDataset(torch.from_numpy(source))."
+        )
 
 
 def _check_path(place: int, path: Any) -> str:

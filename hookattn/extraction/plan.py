@@ -93,13 +93,14 @@ def plan_run(
     dtype: str,
     block: int | None,
     reading: Reading,
+    first: Input | None = None,
 ) -> Task:
-    """Run the model on one image, and lay out what all will give.
+    """Run the model on one image, the first where it is there already, and lay out what all will give.
 
     Raises:
         HookattnError: no image can be read, or something cannot be had of the model.
     """
-    first = _find_readable(inputs, reading.strict)
+    first = first or find_readable(inputs, strict=reading.strict)
     with Taker(model, layers, quantities) as taker:
         shapes = taker.probe(first.tensor[None])
     if isinstance(inputs, Photos) and inputs.varies:
@@ -152,8 +153,12 @@ def find_coordinates(task: Task) -> dict[str, tuple[tuple[str, ...], Array]]:
     return found
 
 
-def _find_readable(inputs: Inputs, strict: bool) -> Input:
-    """The first image that can be read."""
+def find_readable(inputs: Inputs, *, strict: bool) -> Input:
+    """The first image that can be read.
+
+    Raises:
+        HookattnError: there is none among the first of them; or, if strict, the first cannot be.
+    """
     reasons = dict[str, str]()  # and the first image of each
     for index in range(min(_TRIED, len(inputs.names))):
         try:

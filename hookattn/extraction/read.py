@@ -55,6 +55,8 @@ class Run:
     def __init__(self, store: Store, facts: Facts) -> None:
         self._store, self.facts = store, facts
         self.names: list[str] = [str(name) for name in store.read("image")]
+        if "" in self.names:
+            raise StoreError(f"{store.where} is damaged: names of images are gone: remove the store, and run the same again.")
         self.layers: list[str] = list(facts["layers"])
         what = facts["run"]["what"]
         self.specs = {name: Spec(name, tuple(w["dims"]), tuple(w["shape"]), w["dtype"]) for name, w in what.items()}
@@ -111,7 +113,7 @@ class Run:
     def broken(self) -> dict[str, str]:
         """The images that could not be read, by name, with the reason."""
         errors = self._store.read("error")
-        return {self.names[number]: str(errors[number]) for number in np.flatnonzero(self._store.status() == BROKEN)}
+        return {self.names[number]: str(errors[number]) for number in np.flatnonzero(self._store.read("status") == BROKEN)}
 
     def photo(self, image: int | str | os.PathLike[str], photo: Any = None) -> Photo:
         """The photo of an image as the model was shown it, read again from where the run read it.
@@ -140,7 +142,8 @@ class Run:
         source = self.facts["source"]
         if source is None:
             raise HookattnError("images came from no file")
-        images = open_images(source["paths"], image=source["image"], label=source["label"])
+        paths = list(dict.fromkeys(source["paths"]))  # in which one may be twice, as it was listed for earlier versions
+        images = open_images(paths, image=source["image"], label=source["label"])
         if hash_names(images.names) != self.facts["run"]["images"]["names"]:
             told = compare_names(self.names, images.names)
             raise HookattnError(f"there are other images in {listed(source['paths'])} now: {told}")
@@ -183,7 +186,7 @@ class Run:
 
     def _read(self, spec: Spec, number: int) -> Array:
         names = [spec.name, *([f"{spec.name}_max"] if spec.dtype == "uint8" else [])]
-        return decode(spec, {name: self._store.read(name, number) for name in names})
+        return decode(spec, {name: self._store.read_image(name, number) for name in names})
 
 
 def open_run(where: str | os.PathLike[str]) -> Run:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import MissingExtraError, StoreError
-from .answers import answering_damage, answering_reads, answering_writes, tell
+from .answers import answering_damage, answering_reads, answering_writes, find_dead_link, tell
 from .clients import is_address
-from .layout import BROKEN, PENDING, Array, Block, Layout, Pending, Spec, encode
+from .gone import check_there, find_gone
+from .layout import BROKEN, PENDING, TAKEN, Array, Block, Layout, Pending, Spec, encode
 
 Facts = dict[str, Any]
 FORMAT = 1  # counted up when a reader of the one before would misread what is written
@@ -31,7 +32,7 @@ class Store:
 
     An image is there once its `status` is, which is removed first and written last; each file of a block is replaced as a
     whole, in which images that are there already stay as they are. So a run that is killed leaves images that are whole, and
-    others that count for nothing and are taken again.
+    others that count for nothing and are taken again. So are those that were taken and whose file is gone.
 
     Args:
         where: a folder, or an address that fsspec knows (s3://, gs://).
@@ -41,6 +42,8 @@ class Store:
         self.where = os.path.expanduser(os.fspath(where).removeprefix("file://").removeprefix("local://"))
         if not self.where.strip():
             raise StoreError(f"{where!r} names no store: give a folder, such as NAME.zarr, or an address.")
+        if self.folder is not None and (dead := find_dead_link(self.folder)):
+            raise StoreError(f"{dead}. Make that folder, or name another store.")
         self.group: Any = None
 
     @property
@@ -136,8 +139,13 @@ class Store:
         return [_last_of(each) for each in found if _is_array([_last_of(one) for one in files.ls(each, detail=False)])]
 
     def status(self) -> Array:
-        """What became of each image."""
-        return self.read("status")
+        """What became of each image; of a block that has lost a file, those that were taken are not there."""
+        found, block = self.read("status"), self.group["status"].chunks[0]
+        numbers = np.unique(np.flatnonzero(found == TAKEN) // block)
+        for number in find_gone(self.where, self.group, numbers.tolist()):
+            of_block = found[number * block : (number + 1) * block]
+            of_block[of_block == TAKEN] = PENDING
+        return found
 
     def read(self, name: str, rows: Any = ...) -> Array:
         """Values of an array: all of them, or of some images.
@@ -148,9 +156,24 @@ class Store:
         with answering_reads(self.where), answering_damage(self.where, array := self.group[name]):
             return np.asarray(array[rows])
 
+    def read_image(self, name: str, number: int) -> Array:
+        """Values of an array of one image that was taken.
+
+        Raises:
+            StoreError: they are damaged or gone, or cannot be read at an address.
+        """
+        values = self.read(name, number)
+        check_there(self.where, self.group[name], number, values)
+        return values
+
     def find_pending(self, layout: Layout, *, retry: bool = False) -> Pending:
-        """The images that are not there yet; with `retry`, those that could not be read, too."""
-        numbers = np.flatnonzero(np.isin(self.status(), [PENDING, BROKEN] if retry else [PENDING]))
+        """The images that are not there yet, or not any more; with `retry`, those that could not be read, too."""
+        status = self.status()
+        with answering_writes(self.where):
+            for number in np.unique(np.flatnonzero(status != self.read("status")) // layout.block).tolist():
+                rows = slice(*layout.range_of(number))
+                self.group["status"][rows] = status[rows]  # or the rest would be there where only some of them are taken anew
+        numbers = np.flatnonzero(np.isin(status, [PENDING, BROKEN] if retry else [PENDING]))
         begins = np.flatnonzero(np.diff(numbers // layout.block, prepend=-1))
         parts = np.split(numbers, begins[1:]) if len(numbers) else []
         return {int(part[0]) // layout.block: _shorten(part) for part in parts}

@@ -16,6 +16,7 @@ From top to bottom, an import may only point down:
     notebook       a map, and a list of maps, as a notebook shows them
     picture        what a query attends to, laid out on the image
     gradient       dL/dA: what backward brings to a module's output, carried on to its map
+    pickled        which version has pickled a map
     lazy           what is computed when it is sliced, a chunk of rows at a time
     as_array       what torch, numpy and others do with a map as if it were a tensor
     transfer       from a GPU to the CPU

@@ -21,6 +21,7 @@ from .labelled import Labelled
 from .lazy import Delivery, Spec
 from .notebook import describe_in_html
 from .outputs import OfOutputs
+from .pickled import reduce_to
 from .picture import draw_rows, index_of_row
 from .reading import Captured, Deferred, Kept, Loaded, Lost, Origin, Watched, keep_or_lose
 from .sites import Watch
@@ -281,8 +282,8 @@ class AttentionMap(OfOutputs, Labelled):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, copied and saved as what it is, whatever it is computed from: the whole map, and where it lies."""
         origin = self._origin if isinstance(self._origin, (Lost, Loaded)) else keep_or_lose(self)
-        places = None if isinstance(origin, Lost) else settle(self._geometry, origin.spec.shape)
-        return AttentionMap, (self.name, origin, places, self._deliver, *self._rest)
+        places: Any = None if isinstance(origin, Lost) else settle(self._geometry, origin.spec.shape)
+        return reduce_to(AttentionMap, vars(AttentionMap(self.name, origin, places, self._deliver, *self._rest)))
 
     def derived(self, origin: Origin) -> AttentionMap:
         """Something else over the same queries and keys, read like this map."""

@@ -24,6 +24,7 @@ from ..recipes.registry import find_values, qualified_name
 from .established import NameInErrors, TellWhy, as_in_training
 from .forward import Forward, recall
 from .lazy import Delivery, LazyArray, Spec
+from .pickled import reduce_to
 from .reading import Kept, Lost, keep_or_lose, source_of
 
 
@@ -111,7 +112,7 @@ class Vectors(LazyArray):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, copied and saved as what they are, computed now; or why there are none."""
         tokens = partial(raise_reason, keep_reason(self._tokens))
-        return Vectors, (self.name, self._which, keep_or_lose(self), tokens, self._deliver)
+        return reduce_to(Vectors, vars(Vectors(self.name, self._which, keep_or_lose(self), tokens, self._deliver)))
 
     def __repr__(self) -> str:
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..calls.callsite import CallSite
+from ..conditions.devices import telling_apart
 from ..errors import HookattnError
 from ..maps.attention_map import AttentionMap
 from ..recipes.registry import find_recipe
@@ -68,14 +69,15 @@ def inspect(model: nn.Module, *args: Any, **kwargs: Any) -> Inspection:
     Works on the meta device too, where it costs neither memory nor time: `with torch.device("meta"): model = ...`.
 
     Raises:
-        ModelError: the attention of the model forms no maps.
+        ModelError: the attention of the model forms no maps, or it lies on another device than what it is called with.
         NoMapError: the model has no attention.
     """
     formed: list[nn.Module] = []
     with AttentionRecorder(model, called_from=True) as rec, ExitStack() as stack, torch.no_grad():
         # inside the recorder, which knows only what is named like attention or has a recipe: this sees what it misses
         Detection(model, lambda *_: None, lambda module, *_: formed.append(module), lambda _: None).hook(stack)
-        model(*args, **kwargs)
+        with telling_apart(model, args, kwargs):
+            model(*args, **kwargs)
     maps = rec.maps
     modules = dict(model.named_modules())
     told = [inside for name in (*rec.layers, *rec.skipped) if name in modules for inside in modules[name].modules()]

@@ -17,6 +17,7 @@ from ..maps.attention_map import AttentionMap
 from ..maps.labelled import import_xarray
 from ..maps.lazy import Delivery
 from ..maps.notebook import list_in_html
+from ..maps.pickled import reduce_to
 from ..maps.store import Rows, What, Writer, read_maps
 from ..maps.tensor_file import PathLike
 from ..maps.together import read_rows
@@ -50,6 +51,10 @@ class Maps(Mapping[str, AttentionMap]):
         self.called, self._let_go, self.model = called, let_go, model
         self.skipped = {name: reason for name, m in maps.items() if (reason := m.why_unreadable)}
         self._maps = {name: m for name, m in maps.items() if name not in self.skipped}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, copied and saved as the maps that they are."""
+        return reduce_to(Maps, vars(self))
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):

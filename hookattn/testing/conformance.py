@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..conditions.devices import telling_apart
 from ..errors import ModelError, UnfaithfulMapError, UnreadableError
 from ..maps.attention_map import AttentionMap
 from ..maps.established import source_by_recipe
@@ -52,6 +53,7 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
         tolerance: the largest absolute difference between two maps, whose entries lie in 0 to 1.
 
     Raises:
+        ModelError: the module lies on another device than what it is called with.
         UnreadableError: no class has a recipe or a place, or a recipe returned `NotImplemented` for this call.
         UnfaithfulMapError: one of these does not hold; the message says which.
         TokenError: a layout or a partition returned what does not fit its map, or the places cannot be proven by this call.
@@ -65,7 +67,8 @@ def check_recipe(module: nn.Module, *args: Any, tolerance: float = 1e-5, **kwarg
             f'{name} has no recipe; file one with @hookattn.recipe("{name}"). If it is a block that cuts windows for attention '
             "inside it, tell how with @hookattn.partition."
         )
-    with AttentionRecorder(moved, layers=lambda _, m: m in chosen) as rec, torch.no_grad():
+    recorder = AttentionRecorder(moved, layers=lambda _, m: m in chosen)
+    with telling_apart(moved, args, kwargs), recorder as rec, torch.no_grad():
         moved(*args, **kwargs)
     for m in rec.maps.values():
         _check_map(m, tolerance)

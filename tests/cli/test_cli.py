@@ -174,6 +174,14 @@ def test_inspect_lists_what_is_replayed_and_what_is_no_map() -> None:
     assert "not a map: stages.1.1.self_attn, LambdaLayer: its softmax runs over positions alone" in result.output
 
 
+def test_inspect_runs_a_model_on_the_cpu_that_lies_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, make = timm.create_model("test_vit"), timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: here if name == "test_vit" else make(name, **options))
+    result = run("inspect", "test_vit")
+    assert result.exit_code == 0, result.output
+    assert "all maps of test_vit at batch 1" in result.output
+
+
 def test_inspect_says_why_there_is_nothing() -> None:
     result = run("inspect", "resnet18")
     assert result.exit_code == 1

@@ -36,6 +36,17 @@ ODD: list[tuple[tuple[str, ...], str]] = [
     ((*RECORD, "-o", "/proc/none/out.png"), "takes no files"),
     ((*RECORD, "-o", "/dev/null"), "/dev/null is no file that can be written over"),
     ((*RECORD, "-o", "y" * 300 + ".png"), "File name too long"),
+    (
+        (*RECORD, "-o", "nowhere/out.png"),
+        "nowhere is a link that leads nowhere: gone/deep (No such file or directory). Make that",
+    ),
+    ((*RECORD, "-o", "circle/out.png"), "circle is a link that leads nowhere: circle (Too many levels of symbolic links)"),
+    (("record", "photo.png", "empty.png", *RECORD[2:], "-o", "nowhere"), "nowhere is a link that leads nowhere: gone"),
+    ((*ANALYZE, "-o", "nowhere/out.csv"), "nowhere is a link that leads nowhere: gone/deep"),
+    (("explore", *ANALYZE[1:], "-o", "nowhere/out.html"), "nowhere is a link that leads nowhere: gone/deep"),
+    (("extract", *ANALYZE[1:], "-o", "nowhere"), "nowhere is a link that leads nowhere: gone/deep"),
+    (("extract", *ANALYZE[1:], "-o", "nowhere/x.zarr"), "nowhere is a link that leads nowhere: gone/deep"),
+    (("show", "nowhere"), "nowhere is a link that leads nowhere: gone/deep"),
     ((*RECORD, "-o", ""), "photo.png is what is read"),
     ((*RECORD, "--img-size", "0"), "--img-size '0' is no size"),
     ((*RECORD, "--img-size", "-3"), "--img-size '-3' is no size"),
@@ -91,6 +102,8 @@ def folder(tmp_path: Path, photo: Path, weights: Path, monkeypatch: pytest.Monke
     (tmp_path / "weights.safetensors").symlink_to(weights)
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.png").touch()
+    (tmp_path / "nowhere").symlink_to("gone/deep")
+    (tmp_path / "circle").symlink_to("circle")
     write_bomb(tmp_path / "bomb.png")
     Image.new("RGB", (1, 3000)).save(tmp_path / "strip.png")
     monkeypatch.chdir(tmp_path)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from support.drawn import draw, small_vit
 from support.stores import everything, same
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
@@ -23,6 +27,7 @@ from hookattn.image import Photo
 
 extraction = pytest.importorskip("hookattn.extraction", exc_type=ImportError)
 pytest.importorskip("zarr")
+xarray = pytest.importorskip("xarray")
 model = cache(small_vit)
 NAMES = ["cat/a.png", "cat/b.png", "dog/a.png"]
 
@@ -50,6 +55,9 @@ GIVEN: dict[str, Callable[[list[str]], Any]] = {
     "an array of paths": lambda paths: np.array([Path(path) for path in paths], object),
     "a column": lambda paths: pd.Series(paths, index=[7, 8, 9]),
     "an index": pd.Index,
+    "an array of Arrow": pa.array,
+    "a column of Arrow": lambda paths: pa.chunked_array([paths[:1], paths[1:]]),
+    "categories of Arrow": lambda paths: pa.array(paths).dictionary_encode(),
     "a deque": deque,
     "a generator": lambda paths: (path for path in paths),
     "a map": lambda paths: map(Path, paths),
@@ -215,6 +223,16 @@ LABELS: dict[str, tuple[Callable[[int], Any], list[str]]] = {
     "none": (lambda _: None, ["", ""]),
     "bytes": (lambda i: f"dög {i}".encode(), ["dög 0", "dög 1"]),
     "numbers of numpy": (lambda i: np.int64(i), ["0", "1"]),
+    "numbers of numpy in a list": (lambda i: [np.int64(i), np.float32(0.5)], ["[0, 0.5]", "[1, 0.5]"]),
+    "tensors in a tuple": (lambda i: (torch.tensor(i), torch.tensor([0, i])), ["[0, [0, 0]]", "[1, [0, 1]]"]),
+    "words": (lambda i: ["dög", i], ['["dög", 0]', '["dög", 1]']),
+    "a dict": (lambda i: {"labels": torch.tensor([i, 2])}, ['{"labels": [0, 2]}', '{"labels": [1, 2]}']),
+    "no text": (lambda i: f"{i}\udcff", ["0\\xff", "1\\xff"]),
+    "a date": (lambda i: date(2024, 5, 1 + i), ["2024-05-01", "2024-05-02"]),
+    "a mask": (lambda i: torch.zeros(40, 40), ["", ""]),
+    "a mask of numpy": (lambda i: np.zeros((40, 40)), ["", ""]),
+    "a mask in a dict": (lambda i: {"mask": torch.zeros(4, 4)}, ["", ""]),
+    "a mask of PIL": (lambda i: Image.new("L", (4, 4)), ["", ""]),
 }
 
 
@@ -222,6 +240,10 @@ LABELS: dict[str, tuple[Callable[[int], Any], list[str]]] = {
 def test_labels_are_stored_whole(folder: Path, kind: str) -> None:
     label, expected = LABELS[kind]
     assert run(Own(label)).labels[:2] == expected
+    with xarray.open_zarr("x.zarr", consolidated=True) as found:
+        assert found.label.values[:2].tolist() == expected
+    if kind.startswith("one-hot"):
+        assert np.array([json.loads(each) for each in expected]).argmax(1).tolist() == [0, 1]
 
 
 class Iterated(Own):
@@ -263,3 +285,14 @@ def test_samples_that_are_no_files_give_no_names(folder: Path) -> None:
     data = TensorDataset(torch.rand(2, 3, 64, 64))
     data.samples = [(image, 0) for image in data.tensors[0]]  # type: ignore[attr-defined]
     assert run(data).names == ["00000000", "00000001"]
+
+
+def test_a_data_set_is_asked_for_its_first_image_once_before_and_once_in_the_run(folder: Path) -> None:
+    asked: list[Any] = []
+
+    def load() -> Any:
+        asked.append("model")
+        return model()
+
+    extraction.extract(load, Own(lambda i: asked.append(i)), "x.zarr", "entropy", batch_size=2)
+    assert asked == [0, "model", 0, 1, 2, 3]

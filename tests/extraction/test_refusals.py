@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from support.drawn import Drawn, draw, small_vit
@@ -49,6 +50,21 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "what is missing in a column": (r"a float in this one, number 1\.", {"source": np.array(["a.png", np.nan], object)}),
     "a dict": (r"a dict is no list of images: give list\(source\) or .* such as source\['a\.png'\]", {"source": {"a.png": 1}}),
     "a table": (r"a DataFrame is no .*: give one of its columns, such as source\['file'\]\.", {"source": TABLE}),
+    "a table of Arrow": (
+        r"a Table is no list .*: give one of its columns, such as source\['f'\]\.",
+        {"source": pa.table({"f": []})},
+    ),
+    "an array of rows of paths": (
+        r"an array of shape \(1, 2\) .* source\.ravel\(\)",
+        {"source": np.array([["a.png", "b.png"]])},
+    ),
+    "an array of images": (r"TensorDataset\(torch\.from_numpy\(source\)\)", {"source": np.zeros((2, 3, 64, 64))}),
+    "an array of numbers": ("there is a int64 in this one, number 0", {"source": np.arange(3)}),
+    "a path that is missing first": ("there is a NoneType in this one, number 0", {"source": pa.array([None, "a.png"])}),
+    "a tensor of one image": (r"none of .* an image of Tensor is a tensor \(64, 64\)", {"source": torch.zeros(3, 64, 64)}),
+    "images of whole numbers": (r"is a tensor \(3, 64, 64\) of torch\.uint8", {"source": TensorDataset(TENSORS[:][0].byte())}),
+    "no images": ("an image of range is int: a data set gives", {"source": range(3)}),
+    "no images, strictly": (r"^00000000 cannot be read \(an image of range is int", {"source": range(3), "strict": True}),
     "an empty dict": ("no source of images is given", {"source": {}}),
     "no paths at all": ("no source of images is given", {"source": iter(())}),
     "a stream of tensors": ("generator cannot be asked for an image by number", {"source": (each for each in TENSORS)}),
@@ -61,6 +77,11 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "out is a folder": ("photos is there, and is no store of Zarr v3", {"out": "photos"}),
     "out is a file": ("photos/a.png is there, and is no store|cannot be opened", {"out": "photos/a.png"}),
     "out is below a file": ("cannot be written", {"out": "photos/a.png/x.zarr"}),
+    "out is a link that leads nowhere": (
+        r"photos/x\.zarr is a link .*: gone .* Make that folder, or",
+        {"out": "photos/x.zarr"},
+    ),
+    "out is below one": (r"photos/x\.zarr is a link that leads nowhere: gone", {"out": "photos/x.zarr/y.zarr"}),
     "out is held": ("another run of this process writes to held.zarr", {"out": "held.zarr"}),
     "out is nowhere": ("nope://x.zarr cannot be written", {"out": "nope://x.zarr"}),
     "columns of photos": ("columns of images and labels are those of tables", {"image_column": "image"}),
@@ -88,6 +109,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "photos" / name).write_bytes(draw(ord(name[0])))
+    (tmp_path / "photos/x.zarr").symlink_to("gone")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

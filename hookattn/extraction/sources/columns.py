@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...errors import HookattnError, did_you_mean, listed
-from .images import readable
+from .images import readable, write_label
 
 # where files of the hub lie: below that, they are called what they are called in their repository
 _FETCHED = re.compile(r".*/datasets--[^/]+/snapshots/[0-9a-f]{40}/")
@@ -67,4 +67,4 @@ def name_label(value: object, classes: Sequence[str] | None) -> str:
     """A label in words: the class whose number it is, "" where there is none."""
     if value is None or (classes is not None and value == -1):  # as Hugging Face numbers what has no label
         return ""
-    return classes[value] if classes is not None and isinstance(value, int) else str(value)
+    return classes[value] if classes is not None and isinstance(value, int) else write_label(value)

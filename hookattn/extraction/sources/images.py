@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from ...errors import HookattnError
 
@@ -41,6 +46,29 @@ def readable(name: str) -> str:
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def write_label(value: Any) -> str:
+    """A label as text: a word or a number as it is, of several, such as a vector, JSON; "" where it is none of these.
+
+    So `numpy.array([json.loads(label) for label in run.labels])` has the vectors of all images.
+    """
+    value = _plain(value)
+    if isinstance(value, (list, tuple, dict)):
+        try:
+            return readable(json.dumps(value, default=_plain, ensure_ascii=False))
+        except (TypeError, ValueError):  # something in it is no label, such as a mask, or it contains itself
+            return ""
+    told = "" if value is None or hasattr(value, "tolist") else str(value)
+    return "" if " at 0x" in told else readable(told)  # of an object nothing is known but where it lies in memory
+
+
+def _plain(value: Any) -> Any:
+    """A vector as a list, a scalar of PyTorch or NumPy as a number, bytes as text; else what it is."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    has_values = isinstance(value, (Tensor, np.ndarray, np.generic))
+    return value.squeeze().tolist() if has_values and value.squeeze().ndim <= 1 else value
+
+
 def check_names(names: Sequence[str], advice: str) -> None:
     """Check that each name is there once, since a store finds an image by its name.
 
@@ -50,4 +78,5 @@ def check_names(names: Sequence[str], advice: str) -> None:
     if len(set(names)) < len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise HookattnError(f"the name {twice!r} is there twice: {advice}.")
+        more = len(names) - len(set(names)) - 1
+        raise HookattnError(f"the name {twice!r} is there twice{f', and {more:,} more are' if more else ''}: {advice}.")

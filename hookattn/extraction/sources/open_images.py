@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ...errors import HookattnError, listed
 from ..clients import is_address
 from .folders import Named, Photos, name_listed, name_photos, photo_suffixes
-from .images import Images, readable
+from .images import Images, check_names, readable
 from .named import NamedImages, is_named
 from .places import common_folder, find_places, is_folder, join, list_files, relative, suffix_of
 from .shards import Shards
@@ -74,9 +74,10 @@ def open_images(source: Source | Sequence[Source], *, image: str | None = None, 
 
 
 def _open_addresses(typed: Sequence[str], image: str | None, label: str | None) -> Images:
-    addresses = list(dict.fromkeys(chain.from_iterable(find_places(each) for each in typed)))
+    addresses = list(chain.from_iterable(find_places(each) for each in typed))
     if not addresses:
         raise HookattnError("no source of images is given: a folder, files, .tar shards, .parquet tables or datasets:NAME.")
+    check_names(addresses, "give each once, as list(dict.fromkeys(paths)) has them, since images are found by their names")
     return _open_found([_look_at(address) for address in addresses], image, label)
 
 

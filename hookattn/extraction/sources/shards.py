@@ -66,6 +66,8 @@ def _index(address: str, image: str | None, label: str | None) -> list[tuple[Mem
             elif member.ending == (label or "cls"):
                 file.seek(member.start)
                 labels[member.key] = file.read(member.size).decode("utf-8", "backslashreplace").strip()
+    files = [readable(f"{member.key}.{member.ending}") for member in images]
+    check_names(files, f"make {address!r} anew with each file in it once")  # what is added to one leaves what was there
     return [(member, labels.get(member.key, "")) for member in images]
 
 

@@ -48,11 +48,11 @@ def arrange(tape: Tape, maps: Sequence[Candidate], sources: Sources) -> tuple[li
 
 
 def _without_scores(tape: Tape, maps: Sequence[Candidate]) -> list[Candidate]:
-    """Without the products of queries and keys that another map is the softmax of, and those of another map the other way round.
+    """Without the products of queries and keys that another map is the softmax of, and another map the other way round.
 
-    The first feed places of the output where a module returns its map, and where keys come from a cache as they are, channels of
-    them look like tokens. Values times a map look like a map times values where channels are put out as they are, and columns of
-    the map depend on different entries of a mask.
+    The first feed places of the output where a module returns its map, and where keys come from a cache as they are, channels
+    of them look like tokens. Values times a map look like a map times values where channels are put out as they are, and
+    columns of the map depend on different entries of a mask.
     """
     whole = [c for c in maps if torch.allclose(c.m.sum(-1), torch.ones_like(c.m[..., 0]), atol=1e-4)]
     turned = {d.product.step for d in whole}
