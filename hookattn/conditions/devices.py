@@ -45,10 +45,8 @@ def _tell_devices(model: nn.Module, given: Any) -> str:
     others = [device for device in dict.fromkeys(str(each.device) for each in _tensors_in(given)) if device not in own]
     if not own or not others:
         return ""
-    told, first = (
-        f"this {type(model).__name__} lies on {listed(own)}, and what it is called with on {listed(others)}",
-        next(iter(own)),
-    )
+    told = f"this {type(model).__name__} lies on {listed(own)}, and what it is called with on {listed(others)}"
+    first = next(iter(own))
     if missing := name_missing(model):
         return f"{told}: {missing} Where shapes are enough, images.to('meta')."
     if "meta" in others:
