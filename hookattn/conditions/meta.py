@@ -21,14 +21,14 @@ def without_values(name: str) -> UnreadableError:
     return UnreadableError(f"{name!r} was computed on the meta device, where there are shapes and no values: {LOAD}.")
 
 
-def check_values(x: Tensor, weight: Tensor) -> None:
+def check_values(*factors: Tensor) -> None:
     """Check that what has values is not multiplied by what has none.
 
     Raises:
         UnreadableError: it would be.
     """
-    # a fault of PyTorch, 2.6 to 2.15: on the CPU its linear layers take memory that nobody has written for such weights
-    if weight.is_meta and not x.is_meta:
+    # a fault of PyTorch, 2.6 to 2.15: on the CPU its products take memory that nobody has written for such weights
+    if any(t.is_meta for t in factors) and not all(t.is_meta for t in factors):
         raise UnreadableError(f"weights of a projection lie on the meta device and have no values: {LOAD}.")
 
 

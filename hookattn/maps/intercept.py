@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ..calls.restore import is_reading
 from ..conditions.function_modes import SDPA, OwnMode
+from ..conditions.meta import check_values
 
 Run = Callable[..., Any]
 # By name, since one function has many: of the module `torch`, of a tensor, of an operator, of aten.
 _SOFTMAX = {"softmax", "special_softmax", "_softmax", "_safe_softmax"}
 _MULTIPLY = {"matmul", "bmm", "mm", "mv", "dot", "einsum", "baddbmm", "addbmm", "addmm", "tensordot", "inner", "linear"}
 _MULTIPLY |= {"mul", "multiply", "__matmul__", "__rmatmul__", "__mul__", "__rmul__"}
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 _KINDS = {
     **dict.fromkeys(_SOFTMAX, "softmax"),
     **dict.fromkeys(_MULTIPLY, "multiply"),
@@ -87,6 +89,8 @@ class Intercept(OwnMode):
         if func is F.multi_head_attention_forward:
             return self._see_inside(func, args, kwargs)
         run, kind = func, _kind_of(func)
+        if self._reads and (kind == "multiply" or func in _CONVOLUTIONS):  # nothing is raised in the user's own forward
+            check_values(*[t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
         if kind is not None:
             for sites in self.sites:
                 run = _through(getattr(sites, kind), run)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from support.inside import forget_what_was_established
 from support.models import small, tiny
 from torch import Tensor, nn
 
@@ -181,7 +182,17 @@ def test_parameters_that_are_fetched_when_a_module_is_called_are_read(name: str,
         torch.testing.assert_close(m[...], each, atol=1e-6, rtol=1e-5)
 
 
-def test_a_forward_that_takes_what_was_not_fetched_is_refused() -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_a_forward_that_takes_what_was_not_fetched_is_refused(known: bool) -> None:
+    """Be it known or not, of another such module, where its map stands."""
+    forget_what_was_established()
+    model, x = tiny("beit")
+    for block in model.blocks if known else ():
+        block.attn.forward = block.attn.forward  # not by its recipe
+        with AttentionRecorder(block.attn) as rec, torch.no_grad():
+            model(x)
+        assert rec.maps[0].shape
+        del block.attn.forward
     model, x, _ = fetching("beit")  # which takes the weight of its projection without calling it
     with AttentionRecorder(model) as rec, torch.no_grad():
         model(x)  # PyTorch lets it run, on memory that nobody has written
