@@ -82,6 +82,7 @@ def test_who_stops_the_waiting_loses_nothing_that_was_put(ends: bool) -> None:
         may_write.set()
 
     stopper = threading.Thread(target=stop)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
     stopper.start()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -89,6 +90,7 @@ def test_who_stops_the_waiting_loses_nothing_that_was_put(ends: bool) -> None:
         assert written == ([1] if ends else [1, 2])
     finally:
         stopper.join(timeout=30)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_error_of_the_work_is_the_one_that_is_raised_and_what_was_done_is_written() -> None:
