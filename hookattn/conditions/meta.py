@@ -28,7 +28,8 @@ def check_values(*factors: Tensor) -> None:
         UnreadableError: it would be.
     """
     # a fault of PyTorch, 2.6 to 2.15: on the CPU its products take memory that nobody has written for such weights
-    if any(t.is_meta for t in factors) and not all(t.is_meta for t in factors):
+    lie_there = [t.is_meta for t in factors]
+    if True in lie_there and False in lie_there:
         raise UnreadableError(f"weights of a projection lie on the meta device and have no values: {LOAD}.")
 
 
