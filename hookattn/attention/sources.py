@@ -173,14 +173,16 @@ class QK(_Product):
         biases, dtype = self.biases, exact_dtype(q.dtype)
         # `to` costs as much as a view also where there is nothing to do
         scores = self._products(q if q.dtype is dtype else q.to(dtype), k, out)
+        if not biases and self.mask is None:
+            return scores, None
         writable = is_ours_alone(scores, *biases)
         for bias in biases:
             scores = scores.add_(bias.to(dtype)) if writable else scores + bias.to(dtype).expand_as(scores)
         if self.mask is not None:
             outside = ~self.mask.expand_as(scores)
             scores = (scores.masked_fill_ if writable else scores.masked_fill)(outside, float("-inf"))
-        # looked for before the softmax makes NaN of such rows, and only where something can close one
-        return scores, None if not biases and self.mask is None else scores.amax(-1, keepdim=True) == float("-inf")
+        # looked for before the softmax makes NaN of such rows
+        return scores, scores.amax(-1, keepdim=True) == float("-inf")
 
     def _products(self, q: Tensor, k: Tensor, out: Tensor | None) -> Tensor:
         """Scaled, mixed q k^T: (batch, heads, queries, keys), up to a constant in each row, which the softmax takes away."""
