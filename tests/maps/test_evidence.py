@@ -52,6 +52,35 @@ FEW = [
 ]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=["NaN", "inf", "too large"])
+@pytest.mark.parametrize("name", [name for name in STYLES if name not in MUST_BE_REFUSED_FOR_NOW])
+def test_numbers_that_are_none_stand_in_no_ones_way(name: str, value: float) -> None:
+    """Be they in the input, or made of it in the module, of the first call that is seen of a class."""
+    module, args, true = STYLES[name].make(SIZES["odd"])
+    if true is None:
+        return
+    odd = pytree.tree_map_only(
+        Tensor, lambda t: torch.full_like(t, value) if t.is_floating_point() and t.dim() > 2 else t, args
+    )
+    forget_what_was_established()
+    replay(module, *odd)
+    with no_more_evidence():
+        torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fused", "heads_third", "exp_by_sum"])
+def test_weights_that_are_no_numbers_stand_in_no_ones_way(name: str) -> None:
+    module, args, true = STYLES[name].make(SIZES["odd"])
+    forget_what_was_established()
+    weights = {name: t.clone() for name, t in module.state_dict().items()}
+    for p in module.parameters():
+        torch.nn.init.constant_(p, float("nan"))
+    replay(module, *args)
+    module.load_state_dict(weights)
+    with no_more_evidence():
+        torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_one_image_alone(name: str) -> None:
     module, args, true = STYLES[name].make(SIZES["one"])

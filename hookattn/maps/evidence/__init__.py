@@ -11,5 +11,6 @@ bottom, an import may only point down:
     probe      derivatives: what a row feeds, what a column depends on
     product    two activations that are multiplied, as matrices
     tape       a forward as the list of aten operations it is, which can be run again with something else in it
+    values     those that it is taken down with: of the call, moved a little, or others where they are no numbers
     seen       what functions of PyTorch show of it: softmaxes, factors of products, and the operations they are
 """

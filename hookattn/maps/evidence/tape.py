@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...calls.arguments import copy_structure, is_cache, tensors_held_by
+from ...calls.arguments import tensors_held_by
 from ...calls.restore import restoring
 from ...conditions.function_modes import lowest
 from ...errors import UnreadableError
 from ..intercept import Intercept
 from .seen import Functions, Seen, tensors_in
+from .values import HALF, exact, is_odd, moved, own_arguments, varied_or_all
 
 aten = torch.ops.aten
-_HALF = (torch.float16, torch.bfloat16)
+_LARGE = 1e4  # as no input is that does not overflow
 # Autograd lets nobody write into what these return, and stops at a detached tensor, which has an influence all the same.
 _AS_VIEWS: dict[Any, Callable[..., Any]] = {
     aten.unbind.int: lambda x, dim=0: [x.select(dim, i) for i in range(x.shape[dim])],
@@ -27,45 +28,6 @@ _AS_VIEWS: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes.default: lambda x, ns, dim=0: [x.narrow(dim, sum(ns[:i]), n) for i, n in enumerate(ns)],
     aten.detach.default: lambda x: x,
 }
-
-
-def exact(t: Tensor) -> Tensor:
-    """A copy, in float32 if it is of less."""
-    return t.detach().float() if t.dtype in _HALF else t.detach().clone()
-
-
-def own_arguments(args: Any, kwargs: Any, copied: Callable[[Tensor], Tensor]) -> tuple[Any, Any, list[Tensor]]:
-    """The arguments with each tensor copied, once however often it is given, in caches too; and the copies.
-
-    Raises:
-        UnreadableError: one of them is no plain tensor, or is changed by a forward and cannot be copied.
-    """
-    copies: dict[int, Tensor] = {}
-
-    def own(t: Tensor) -> Tensor:
-        if t.is_nested or t.is_quantized or t.layout is not torch.strided:
-            raise UnreadableError(f"it was called with a nested, quantised or sparse tensor ({t.layout})")
-        if id(t) not in copies:
-            copies[id(t)] = copied(t)
-        return copies[id(t)]
-
-    def ours(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return own(value)
-        other = copy_structure(value, own) if is_cache(value) else value
-        if other is value and callable(getattr(value, "update", None)):
-            raise UnreadableError(f"it was called with a {type(value).__name__}, which its forward changes")
-        return other
-
-    args, kwargs = pytree.tree_map(ours, (args, kwargs), is_leaf=is_cache)
-    return args, kwargs, list(copies.values())
-
-
-def _varied_or_all(tensors: list[Tensor]) -> set[int]:
-    """Ids of tensors of more than a few values, or of all if there are none: a mask of zeros may be asked where it is zero."""
-    floats = [t for t in tensors if t.is_floating_point() and not t.is_nested and t.layout is torch.strided]
-    varied = [t for t in floats if torch.unique(t.detach().flatten()[:4096]).numel() > 3]
-    return set(map(id, varied or floats))
 
 
 @dataclass(frozen=True)
@@ -102,14 +64,23 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A forward taken down at a generic point, every aten operation of it: parameters and arguments are moved a little.
 
     So nothing that derivatives show is a coincidence of values, such as weights that begin at zero or windows that are alike.
-    It runs in float32 or better, with fused attention taken apart and without dropout. What the forward did not compute itself
+    Numbers are drawn in place of NaN and infinity, which have no derivatives, and if `drawn` in place of all arguments. It runs
+    in float32 or better, with fused attention taken apart and without dropout. What the forward did not compute itself
     (parameters, buffers) is copied before it is used: nothing of it is written into.
 
     Raises:
         UnreadableError: the forward cannot be run so.
     """
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_called: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        as_called: bool = False,
+        drawn: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
         self.tensors: list[Tensor] = []
@@ -122,8 +93,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.mutates = False
         self.seen = Seen(self.steps, as_called=as_called)
         self.random = torch.Generator().manual_seed(0)
-        moved = _varied_or_all(tensors_in((args, kwargs)))
-        args, kwargs, given = own_arguments(args, kwargs, lambda t: self._moved(t) if id(t) in moved else exact(t))
+        varied = varied_or_all(tensors_in((args, kwargs)))
+        most = _LARGE if drawn else torch.inf
+
+        def copied(t: Tensor) -> Tensor:
+            return moved(t, self.random, 4.0, most, drawn=drawn) if id(t) in varied or is_odd(t, most).any() else exact(t)
+
+        args, kwargs, given = own_arguments(args, kwargs, copied)
         given = [self.keep(t, t) for t in given]
         self.untouched = {self._slot(t): t.clone() for t in given}
         self.inputs = [self._slot(t) for t in given if t.is_floating_point()]
@@ -133,6 +109,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def of(self, slot: Slot) -> Tensor:
         """A tensor, as it was last."""
         return self.tensors[slot.number]
+
+    def has_nan(self) -> bool:
+        """Whether there is NaN among all that it computed."""
+        return any(t.is_floating_point() and bool(t.isnan().any()) for t in self.tensors)
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What the forward returns on these arguments, which it may write into; the module is left as it was."""
@@ -187,7 +167,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _ours(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.own[id(value)] if id(value) in self.own else self._foreign(value)
-        return torch.float32 if value in _HALF else value
+        return torch.float32 if value in HALF else value
 
     def keep(self, seen: Tensor, own: Tensor) -> Tensor:
         """Use a tensor of our own for one that is met in the forward, which is kept alive so that its id stays its own."""
@@ -198,17 +178,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _foreign(self, t: Tensor) -> Tensor:
         """What is used in place of a tensor that the forward did not compute."""
         if isinstance(t, nn.Parameter):
-            return self.keep(t, self._moved(t))
+            return self.keep(t, moved(t, self.random, 0.2))
         own = self.keep(t, exact(t))
         self.untouched[self._slot(own)] = own.clone()
         return own
-
-    def _moved(self, t: Tensor) -> Tensor:
-        t = exact(t)
-        if not t.is_floating_point():
-            return t
-        less, more = (torch.rand(t.shape, generator=self.random, device="cpu").to(t) for _ in range(2))
-        return t * (1 - 0.01 * less) + 0.01 * (more - 0.5)  # infinite or large parts of a mask stay such
 
     def _slot(self, t: Tensor) -> Slot:
         if id(t) not in self.slots:
