@@ -21,6 +21,7 @@ from .arrangement import Arrangement, Part
 from .carried import SEVERAL_VALUES, Carried, find_carried
 from .established import arrange
 from .evidence.establish import form_of
+from .evidence.values import LARGE, draw_arguments
 from .products import Met, PutOutcomes, WatchProducts
 from .replay import run_under
 
@@ -39,12 +40,26 @@ class Forward:
     """
 
     def __init__(self, call: Call, carried: Carried | None = None) -> None:
-        self.call = call
-        by_hand = [] if carried is None else [part for part in carried.map.parts if part.operand is not None]
-        self.output, self.watch = run_under(call, WatchProducts(by_hand))
-        self.carried = remember(call, self._find) if carried is None else carried
+        self._run(call, carried)
+        self.carried = remember(call, lambda: self.with_numbers()._find()) if carried is None else carried
         if carried is None and any(part.operand is not None for part in self.carried.map.parts):
-            self.output, self.watch = run_under(call, WatchProducts(self.carried.map.parts))
+            self._run(call, self.carried)
+
+    def _run(self, call: Call, carried: Carried | None) -> None:
+        by_hand = [] if carried is None else [part for part in carried.map.parts if part.operand is not None]
+        self.call = call
+        self.output, self.watch = run_under(call, WatchProducts(by_hand))
+
+    def with_numbers(self) -> Forward:
+        """This, to find out what depends on no values; the same with other arguments if what came out is no number or large."""
+        if all(t.is_meta or bool((t.abs() < LARGE).all()) for t in floats_in(self.output)):
+            return self
+        other, carried = Forward.__new__(Forward), vars(self).get("carried")
+        args, kwargs = draw_arguments(self.call.args, self.call.kwargs)
+        other._run(self.call._replace(args=args, kwargs=kwargs), carried)
+        if carried is not None:
+            other.carried = carried
+        return other
 
     @property
     def met(self) -> list[Met]:

@@ -147,7 +147,7 @@ def ending_of(forward: Forward) -> Ending:
         raise UnreadableError("it attends to channels, each of which feeds all places of its output; see m.effective and m.v.")
     found = forward.carried.found
     if "ending" not in found:
-        found["ending"] = _find_ending(forward)
+        found["ending"] = _find_ending(forward.with_numbers())
     ending: Ending = found["ending"]
     return ending
 
@@ -283,7 +283,7 @@ def _parts(forward: Forward, ending: Ending, outcomes: Tensor) -> list[Tensor]:
         )
     found = forward.carried.found
     if "places" not in found:
-        found["places"] = _places(forward, ending.leaf)
+        found["places"] = _places(forward.with_numbers(), ending.leaf)
     return [_at(part, found["places"], outcomes) for part in parts]
 
 

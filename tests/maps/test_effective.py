@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import timm
 import torch
-from support.inside import own_registers
+from support.inside import forget_what_was_established, own_registers
 from support.models import ANY_DTYPE, TINY, B, C, N, plain, randomise, tiny_double
 from support.modes import Functions, operations_of
 from timm.layers.diff_attention import DiffAttention
@@ -19,6 +21,7 @@ from timm.models.volo import OutlookAttention
 from torch import Tensor, nn
 
 from hookattn import QK, AttentionRecorder, RecorderError, UnreadableError, recipe
+from hookattn.analysis import contributions
 
 
 def recorded(model: nn.Module, *args: Any, **options: Any) -> Any:
@@ -285,3 +288,31 @@ def test_windows_of_swin_have_theirs() -> None:
         torch.testing.assert_close(m.effective[...], attention)
         torch.testing.assert_close(m.v[...], values)
         torch.testing.assert_close(m.effective[...] @ m.v[...], outcome)
+
+
+READINGS: dict[str, Callable[[Any], Tensor]] = {
+    "effective": lambda m: m.effective[...],
+    "output": lambda m: m.output(),
+    "values": lambda m: m.v[...],
+    "contributions": lambda m: contributions(m)[...],
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=["NaN", "inf", "too large"])
+@pytest.mark.parametrize("name", ["vit_scale_norm", "eva_split", "parallel", "differential", "differential_parallel"])
+def test_what_becomes_of_a_map_is_not_told_by_numbers_that_are_none(name: str, value: float) -> None:
+    """Of the first images that are seen of a class, such as those of a run that has diverged."""
+
+    def readings(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        m, found = recorded(model, images)[0], {}
+        for name, read in READINGS.items():
+            with suppress(UnreadableError):  # contributions of what does more than project
+                found[name] = read(m)
+        return found
+
+    model, x = tiny_double(name)
+    expected = readings(model, x)
+    other = copy.deepcopy(model)
+    forget_what_was_established()
+    readings(other, torch.full_like(x, value))
+    torch.testing.assert_close(readings(other, x), expected, rtol=0, atol=1e-9)

@@ -68,6 +68,17 @@ def test_numbers_that_are_none_stand_in_no_ones_way(name: str, value: float) -> 
         torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["fused", "windows", "a_gate_on_what_comes_out", "it_returns_its_map", "exp_by_sum"])
+def test_large_numbers_in_double_precision_hide_nothing(name: str) -> None:
+    """Which overflow nothing, and make one-hot rows, by which nothing has a slope."""
+    module, args, true = STYLES[name].make(SIZES["odd"])
+    module, args = module.double(), pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
+    forget_what_was_established()
+    replay(module, *pytree.tree_map_only(Tensor, lambda t: t * 1e12, args))
+    with no_more_evidence():
+        torch.testing.assert_close(replay(module, *args), true, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["fused", "heads_third", "exp_by_sum"])
 def test_weights_that_are_no_numbers_stand_in_no_ones_way(name: str) -> None:
     module, args, true = STYLES[name].make(SIZES["odd"])

@@ -45,7 +45,7 @@ from hookattn.figures import page_data
 from hookattn.image import preprocessing
 from hookattn.image.preprocessing import preprocessing_of as preprocessing_of
 from hookattn.image.sizes import size_after
-from hookattn.maps import comparison, established, lazy, specs, transfer
+from hookattn.maps import comparison, established, forward, lazy, specs, transfer
 from hookattn.maps.comparison import compare_runs
 from hookattn.maps.established import as_in_training
 from hookattn.maps.evidence.establish import establish_axes
@@ -147,8 +147,9 @@ def edits_in_checkpoints() -> int:
 
 
 def forget_what_was_established() -> None:
-    """Let the next module that no recipe describes be looked at anew."""
+    """Let the next module be looked at anew: where its map stands if no recipe tells, and what becomes of it."""
     established._KNOWN.clear()
+    forward._OF_CLASSES.clear()
 
 
 @contextmanager

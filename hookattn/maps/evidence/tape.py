@@ -17,10 +17,9 @@ from ...conditions.function_modes import lowest
 from ...errors import UnreadableError
 from ..intercept import Intercept
 from .seen import Functions, Seen, tensors_in
-from .values import HALF, exact, is_odd, moved, own_arguments, varied_or_all
+from .values import HALF, copying, exact, moved, own_arguments
 
 aten = torch.ops.aten
-_LARGE = 1e4  # as no input is that does not overflow
 # Autograd lets nobody write into what these return, and stops at a detached tensor, which has an influence all the same.
 _AS_VIEWS: dict[Any, Callable[..., Any]] = {
     aten.unbind.int: lambda x, dim=0: [x.select(dim, i) for i in range(x.shape[dim])],
@@ -64,9 +63,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A forward taken down at a generic point, every aten operation of it: parameters and arguments are moved a little.
 
     So nothing that derivatives show is a coincidence of values, such as weights that begin at zero or windows that are alike.
-    Numbers are drawn in place of NaN and infinity, which have no derivatives, and if `drawn` in place of all arguments. It runs
-    in float32 or better, with fused attention taken apart and without dropout. What the forward did not compute itself
-    (parameters, buffers) is copied before it is used: nothing of it is written into.
+    Numbers are drawn in place of NaN, infinity and what is large, whose derivatives tell nothing, and if `drawn` in place of
+    all arguments. It runs in float32 or better, with fused attention taken apart and without dropout. What the forward did not
+    compute itself (parameters, buffers) is copied before it is used: nothing of it is written into.
 
     Raises:
         UnreadableError: the forward cannot be run so.
@@ -93,12 +92,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.mutates = False
         self.seen = Seen(self.steps, as_called=as_called)
         self.random = torch.Generator().manual_seed(0)
-        varied = varied_or_all(tensors_in((args, kwargs)))
-        most = _LARGE if drawn else torch.inf
-
-        def copied(t: Tensor) -> Tensor:
-            return moved(t, self.random, 4.0, most, drawn=drawn) if id(t) in varied or is_odd(t, most).any() else exact(t)
-
+        copied = copying(args, kwargs, self.random, drawn=drawn)
         args, kwargs, given = own_arguments(args, kwargs, copied)
         given = [self.keep(t, t) for t in given]
         self.untouched = {self._slot(t): t.clone() for t in given}

@@ -11,8 +11,10 @@ from torch.utils import _pytree as pytree
 
 from ...calls.arguments import copy_structure, is_cache
 from ...errors import UnreadableError
+from .seen import tensors_in
 
 HALF = (torch.float16, torch.bfloat16)
+LARGE = 1e4  # as no input is that does not overflow, or hide what is added to it
 
 
 def exact(t: Tensor) -> Tensor:
@@ -20,22 +22,35 @@ def exact(t: Tensor) -> Tensor:
     return t.detach().float() if t.dtype in HALF else t.detach().clone()
 
 
-def moved(t: Tensor, random: torch.Generator, spread: float, most: float = torch.inf, *, drawn: bool = False) -> Tensor:
-    """A copy, moved a little; where it is odd, or if `drawn` wherever it is finite, numbers of this spread."""
+def moved(t: Tensor, random: torch.Generator, spread: float, *, drawn: bool = False) -> Tensor:
+    """A copy, moved a little; if it is odd or `drawn`, numbers of this spread in place of its own."""
     t = exact(t)
     if not t.is_floating_point():
         return t
     less, more = (torch.rand(t.shape, generator=random, device="cpu").to(t) for _ in range(2))
-    near = t * (1 - 0.01 * less) + 0.01 * (more - 0.5)  # infinite or large parts of a mask, which are below zero, stay such
-    return torch.where(is_odd(t, most) | (t.isfinite() if drawn else False), spread * (less - more), near)
+    if drawn or is_odd(t):
+        return torch.where(t == -torch.inf, t, spread * (less - more))
+    return t * (1 - 0.01 * less) + 0.01 * (more - 0.5)  # infinite or large parts of a mask stay such
 
 
-def is_odd(t: Tensor, most: float) -> Tensor:
-    """Where a tensor is NaN, or as large as that."""
-    return ~(t < most) if t.is_floating_point() else torch.zeros((), dtype=torch.bool)
+def copying(args: Any, kwargs: Any, random: torch.Generator, *, drawn: bool = False) -> Callable[[Tensor], Tensor]:
+    """How arguments are copied: moved a little, but for masks and the like; if `drawn`, numbers are drawn in their place."""
+    varied = _varied_or_all(tensors_in((args, kwargs)))
+    return lambda t: moved(t, random, 4.0, drawn=drawn) if id(t) in varied or is_odd(t) else exact(t)
 
 
-def varied_or_all(tensors: list[Tensor]) -> set[int]:
+def draw_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments with numbers drawn in their place, for what depends on no values; masks and the like stay as they are."""
+    copied = copying(args, kwargs, torch.Generator().manual_seed(3), drawn=True)
+    return own_arguments(args, kwargs, lambda t: copied(t).to(t.dtype))[:2]
+
+
+def is_odd(t: Tensor) -> bool:
+    """Whether there is NaN, infinity or something large in a tensor; not below zero, where masks have it."""
+    return t.is_floating_point() and not t.is_meta and not bool((t < LARGE).all())
+
+
+def _varied_or_all(tensors: list[Tensor]) -> set[int]:
     """Ids of tensors of more than a few values, or of all if there are none: a mask of zeros may be asked where it is zero."""
     floats = [t for t in tensors if t.is_floating_point() and not t.is_nested and t.layout is torch.strided]
     varied = [t for t in floats if torch.unique(t.detach().flatten()[:4096]).numel() > 3]
