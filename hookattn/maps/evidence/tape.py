@@ -106,7 +106,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def has_nan(self) -> bool:
         """Whether there is NaN among all that it computed."""
-        return any(t.is_floating_point() and bool(t.isnan().any()) for t in self.tensors)
+        return any(t.is_floating_point() and not t.is_meta and bool(t.isnan().any()) for t in self.tensors)
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What the forward returns on these arguments, which it may write into; the module is left as it was."""
