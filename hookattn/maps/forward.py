@@ -21,7 +21,7 @@ from .arrangement import Arrangement, Part
 from .carried import SEVERAL_VALUES, Carried, find_carried
 from .established import arrange
 from .evidence.establish import form_of
-from .evidence.values import LARGE, draw_arguments
+from .evidence.values import LARGE, draw_arguments, is_odd
 from .products import Met, PutOutcomes, WatchProducts
 from .replay import run_under
 
@@ -51,8 +51,9 @@ class Forward:
         self.output, self.watch = run_under(call, WatchProducts(by_hand))
 
     def with_numbers(self) -> Forward:
-        """This, to find out what depends on no values; the same with other arguments if what came out is no number or large."""
-        if all(t.is_meta or bool((t.abs() < LARGE).all()) for t in floats_in(self.output)):
+        """This, to find out what depends on no values; the same with other arguments where some are odd, or what came out."""
+        large = any(not t.is_meta and not bool((t.abs() < LARGE).all()) for t in floats_in(self.output))
+        if not large and not any(map(is_odd, self.call.tensors)):
             return self
         other, carried = Forward.__new__(Forward), vars(self).get("carried")
         args, kwargs = draw_arguments(self.call.args, self.call.kwargs)

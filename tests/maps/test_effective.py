@@ -298,7 +298,7 @@ READINGS: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=["NaN", "inf", "too large"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e5], ids=["NaN", "inf", "too large", "too low"])
 @pytest.mark.parametrize("name", ["vit_scale_norm", "eva_split", "parallel", "differential", "differential_parallel"])
 def test_what_becomes_of_a_map_is_not_told_by_numbers_that_are_none(name: str, value: float) -> None:
     """Of the first images that are seen of a class, such as those of a run that has diverged."""

@@ -52,7 +52,7 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=["NaN", "inf", "too large"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e5], ids=["NaN", "inf", "too large", "too low"])
 @pytest.mark.parametrize("name", [name for name in STYLES if name not in MUST_BE_REFUSED_FOR_NOW])
 def test_numbers_that_are_none_stand_in_no_ones_way(name: str, value: float) -> None:
     """Be they in the input, or made of it in the module, of the first call that is seen of a class."""
