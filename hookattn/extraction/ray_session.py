@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -65,13 +66,24 @@ def connected(address: str | None) -> Iterator[None]:
         return
     with _quiet():
         try:
-            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            with _leaving_sigterm():
+                ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise HookattnError(f"there is no Ray at {address!r} ({error}): `ray start --head` begins a cluster.") from error
         try:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _leaving_sigterm() -> Iterator[None]:
+    """Have SIGTERM answered as before: Ray, when it begins, has it end this process with a traceback of C++."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if mine and before is not None:  # None: not put on by Python
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,37 @@ def test_an_error_in_an_actor_comes_back_as_what_it_was(tmp_path: Path, cluster:
     assert type(raised.value) is LookupError
     assert "on_nodes.py" in str(raised.value.__cause__)  # where it was raised there
     assert run(tmp_path / "x.zarr", Noise(8), what=what).resumed == 0
+
+
+STOPPED = """
+import os, signal
+from support.plain import Noise, Plain
+from hookattn import extraction
+
+class Ended(BaseException):
+    pass
+
+def end(*_):
+    raise Ended
+
+signal.signal(signal.SIGTERM, end)
+try:
+    how = dict(batch_size=3, block=4, dtype="float32", engine=extraction.RayEngine("ADDRESS"))
+    extraction.extract(Plain(), Noise(12), "OUT", "cls,entropy", **how, report=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+except Ended:
+    print("ended as it was told to")
+"""
+
+
+def test_sigterm_is_left_to_who_answers_it(tmp_path: Path, cluster: Any) -> None:
+    """Ray answers it with a traceback of C++ and an abort, as soon as it is connected."""
+    code = STOPPED.replace("ADDRESS", cluster.address).replace("OUT", str(tmp_path / "x.zarr"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "ended as it was told to\n"), done.stderr
+    assert "SIGTERM received" not in done.stderr
+    run(tmp_path / "x.zarr", Noise(12))
+    run(tmp_path / "y.zarr", Noise(12))
+    assert same(everything(tmp_path / "x.zarr"), everything(tmp_path / "y.zarr"))
 
 
 def test_a_node_whose_gpu_pytorch_does_not_see_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
