@@ -126,8 +126,8 @@ class Recording:
             geometry = Geometry(self.model, layer.name, layer.module, images, sizes, cut=cut, frames=forward.frames)
         else:
             around, settings = self.passes.blocks.get(layer.block), read_settings(layer.block)
-            geometry = Geometry(self.model, layer.name, layer.module, images, sizes, layer.block, around, settings, cut)
-            geometry = geometry._replace(frames=forward.frames)
+            of_block = layer.block, around, settings
+            geometry = Geometry(self.model, layer.name, layer.module, images, sizes, *of_block, cut, forward.frames)
         return AttentionMap(name, Captured(call), geometry, self.wanted.deliver, site, gradient)
 
     def lost(self, layer: Layer, name: str, error: Exception) -> AttentionMap:
