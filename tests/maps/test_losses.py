@@ -87,7 +87,7 @@ def test_what_weighs_two_maps_learns_of_a_loss_by_their_sum(dual_lambda: bool) -
     """On the fused kernel the sum is never formed: its gradient is that of the sum of the maps that the unfused path forms."""
     attention = layers.DiffAttention(8, 2, qkv_bias=True, dual_lambda=dual_lambda)
     randomise(attention).double().eval()
-    x, formed = torch.randn(2, 4, 8, dtype=torch.float64), []
+    x, formed = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True), []
     with AttentionRecorder(attention, detach=False) as rec:
         attention(x)
     attention.fused_attn = False

@@ -49,7 +49,7 @@ def is_odd(t: Tensor) -> bool:
     """Whether there is NaN, infinity or something large in a tensor; below zero, where masks have it, whether all is large."""
     if not t.is_floating_point() or t.is_meta or not t.numel():
         return False
-    return not -LARGE < float(t.amax()) < LARGE
+    return not -LARGE < float(t.detach().amax()) < LARGE
 
 
 def _varied_or_all(tensors: list[Tensor]) -> set[int]:
