@@ -479,16 +479,19 @@ def a_padding_mask(s):
     return module, (x, mask.bool()), torch.cat(true)
 
 
+class Added(Own):
+    """Adds a mask to its scores."""
+
+    def forward(self, x, mask):
+        q, k, v = first(*self.split(x))
+        return self.out(merged((scores_of(q, k) + mask).softmax(-1) @ v))
+
+
 @style
 def a_mask_of_blocks_before_nothing_else(s):
     """Each column of the map depends on other entries of the mask than most, and each channel is put out as it is."""
 
-    class Masked(Own):
-        def forward(self, x, mask):
-            q, k, v = first(*self.split(x))
-            return self.out(merged((scores_of(q, k) + mask).softmax(-1) @ v))
-
-    module, x = Masked(s, len, project=False), torch.randn(s.batch, s.tokens, s.heads * s.dim)
+    module, x = Added(s, len, project=False), torch.randn(s.batch, s.tokens, s.heads * s.dim)
     q, k, _ = module.split(x)
     block = torch.arange(s.tokens) * 3 // s.tokens
     same = block[:, None] == block
@@ -497,12 +500,7 @@ def a_mask_of_blocks_before_nothing_else(s):
 
 @style
 def a_float_mask_that_is_zero(s):
-    class Masked(Own):
-        def forward(self, x, mask):
-            q, k, v = first(*self.split(x))
-            return self.out(merged((scores_of(q, k) + mask).softmax(-1) @ v))
-
-    module, x = Masked(s, len), torch.randn(s.batch, s.tokens, s.heads * s.dim)
+    module, x = Added(s, len), torch.randn(s.batch, s.tokens, s.heads * s.dim)
     q, k, _ = module.split(x)
     mask = torch.zeros(s.tokens, s.tokens).masked_fill(torch.ones(s.tokens, s.tokens).triu(1) > 0, float("-inf"))
     return module, (x, mask), rows(q, k, only_earlier)
