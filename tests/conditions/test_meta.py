@@ -196,7 +196,27 @@ def test_a_forward_that_takes_what_was_not_fetched_is_refused(known: bool) -> No
     model, x, _ = fetching("beit")  # which takes the weight of its projection without calling it
     with AttentionRecorder(model) as rec, torch.no_grad():
         model(x)  # PyTorch lets it run, on memory that nobody has written
-    with pytest.raises(UnreadableError, match=ADVICE):
+    with pytest.raises(UnreadableError, match=f"weights of a projection lie on the meta device .* {ADVICE}"):
+        rec.maps[0][...]
+
+
+class TakenAttention(nn.Module):
+    """Takes the weight of a convolution without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Conv2d(8, 24, 1, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = nn.functional.conv2d(x, self.qkv.weight).flatten(2).mT.unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_so_is_one_that_convolves_by_what_has_no_values() -> None:
+    attention = TakenAttention()
+    with AttentionRecorder(attention) as rec, torch.no_grad():
+        attention(torch.randn(2, 8, 3, 3))
+    with pytest.raises(UnreadableError, match=f"weights of a projection lie on the meta device .* {ADVICE}"):
         rec.maps[0][...]
 
 

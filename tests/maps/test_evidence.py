@@ -79,6 +79,15 @@ def test_large_numbers_in_double_precision_hide_nothing(name: str) -> None:
         torch.testing.assert_close(replay(module, *args), true, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["exp_by_sum", "exp_in_place"])
+def test_what_overflows_in_the_module_alone_stands_in_no_ones_way(name: str) -> None:
+    module, args, true = STYLES[name].make(SIZES["odd"])
+    forget_what_was_established()
+    replay(module, *(t * 1e3 for t in args))
+    with no_more_evidence():
+        torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["fused", "heads_third", "exp_by_sum"])
 def test_weights_that_are_no_numbers_stand_in_no_ones_way(name: str) -> None:
     module, args, true = STYLES[name].make(SIZES["odd"])

@@ -62,8 +62,6 @@ def _establish(
         module, args, kwargs = _with_values(module, args, kwargs)
     with _plainly(module, args, kwargs), ExitStack() as stack:
         tape = Tape(module, args, kwargs, as_called=as_called)
-        if tape.has_nan():  # of what overflows
-            tape = Tape(module, args, kwargs, as_called=as_called, drawn=True)
         if tape.mutates:
             stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
         maps, index = arrange(tape, *find_maps(tape))

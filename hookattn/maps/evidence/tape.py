@@ -63,23 +63,15 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A forward taken down at a generic point, every aten operation of it: parameters and arguments are moved a little.
 
     So nothing that derivatives show is a coincidence of values, such as weights that begin at zero or windows that are alike.
-    Numbers are drawn in place of NaN, infinity and what is large, whose derivatives tell nothing, and if `drawn` in place of
-    all arguments. It runs in float32 or better, with fused attention taken apart and without dropout. What the forward did not
-    compute itself (parameters, buffers) is copied before it is used: nothing of it is written into.
+    Numbers are drawn in place of NaN, infinity and what is large, whose derivatives tell nothing. It runs in float32 or better,
+    with fused attention taken apart and without dropout. What the forward did not compute itself (parameters, buffers) is
+    copied before it is used: nothing of it is written into.
 
     Raises:
         UnreadableError: the forward cannot be run so.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        as_called: bool = False,
-        drawn: bool = False,
-    ) -> None:
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_called: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
         self.tensors: list[Tensor] = []
@@ -92,7 +84,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.mutates = False
         self.seen = Seen(self.steps, as_called=as_called)
         self.random = torch.Generator().manual_seed(0)
-        copied = copying(args, kwargs, self.random, drawn=drawn)
+        copied = copying(args, kwargs, self.random)
         args, kwargs, given = own_arguments(args, kwargs, copied)
         given = [self.keep(t, t) for t in given]
         self.untouched = {self._slot(t): t.clone() for t in given}
@@ -103,10 +95,6 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def of(self, slot: Slot) -> Tensor:
         """A tensor, as it was last."""
         return self.tensors[slot.number]
-
-    def has_nan(self) -> bool:
-        """Whether there is NaN among all that it computed."""
-        return any(t.is_floating_point() and not t.is_meta and bool(t.isnan().any()) for t in self.tensors)
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What the forward returns on these arguments, which it may write into; the module is left as it was."""
