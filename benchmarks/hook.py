@@ -47,7 +47,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "caches and moving buffers": ("calls.layer:Layer.mutable_now",),
     "stamps of x and of parameters": ("calls.layer:stamps",),
     "some values of x": ("calls.layer:values_of_arguments",),
-    "some values of parameters": ("conditions.changes:Samples.take",),
+    "some values of parameters": ("conditions.samples:Samples.take",),
     "hooks of others": ("calls.hooks:Around.is_followed",),
     "the map and its geometry": ("recording.record:Recording.map_of",),
 }

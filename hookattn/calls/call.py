@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import Token
 from operator import itemgetter
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..conditions.autocast import Autocast, autocast_now
-from ..conditions.changes import NOT_LOOKED_AT, Pair, Values, are_equal, comparing_later, stamps
+from ..conditions.changes import stamps
 from ..conditions.function_modes import modes_in_force, modes_resumed
+from ..conditions.samples import NOT_LOOKED_AT, Doubts, Values
 from ..conditions.sharding import gathers, is_freed, is_spread
 from ..conditions.training import RandomStreams, random_streams
 from ..conditions.transforms import is_left_behind
@@ -148,20 +149,15 @@ class Call(NamedTuple):
         if self.layer.has_changed(self.held):
             self._raise_stale("a layer, a forward or a number inside the module was replaced after the forward")
 
-    def check_soon(self) -> list[Pair]:
-        """As `check_fresh`, but nobody waits for a device: what is not known yet is for `check_doubts`, after the reading."""
+    def check_soon(self) -> Doubts | None:
+        """As `check_fresh`, but nobody waits for a device: what is not known yet is given back."""
         _, given, (_, seen), *_ = self.stamps
         if seen is None and Values not in map(type, given):  # no values that lie on a device
             self.check_fresh()
-            return []
-        with comparing_later() as doubts:
+            return None
+        with Doubts() as doubts:
             self.check_fresh()
-        return doubts or []
-
-    def check_doubts(self, doubts: Sequence[Pair]) -> None:
-        """Raise as `check_fresh` if one of these has come true."""
-        if doubts and not are_equal(doubts):
-            self.check_fresh()
+        return doubts
 
     def _is_plainly_fresh(self) -> bool:
         """Whether nothing has changed and all is at hand; False where that takes a closer look."""
@@ -221,7 +217,7 @@ class _Resumed:
 
     # A class, since this is around each reading and a generator costs several times as much.
 
-    def __init__(self, call: Call, doubts: Sequence[Pair] = ()) -> None:
+    def __init__(self, call: Call, doubts: Doubts | None = None) -> None:
         self._call, self._doubts = call, doubts
         self._set: ExitStack | None = None
         self._before: Token[bool] | None = None
@@ -243,8 +239,8 @@ class _Resumed:
         finally:
             assert self._before is not None
             reading.reset(self._before)
-        if self._doubts and error[0] is None:
-            self._call.check_doubts(self._doubts)
+        if self._doubts is not None and error[0] is None and self._doubts.have_come_true():
+            self._call.check_fresh()
 
 
 def capture(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: bool, sampled: bool = True) -> Call:

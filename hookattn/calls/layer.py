@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase  # undocumented, torch 2.6 to 2.15: what batch and instance norms derive from
 
-from ..conditions.changes import SAMPLES, Samples, Stamps, Steps, counted_steps, stamps, values_of_arguments
+from ..conditions.changes import SAMPLES, Stamps, Steps, counted_steps, stamps, values_of_arguments
 from ..conditions.modules import walk
+from ..conditions.samples import Samples
 from .arguments import tensors_in
 from .hooks import is_ours
 from .restore import INTERNAL, copied

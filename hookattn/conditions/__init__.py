@@ -16,6 +16,7 @@ From top to bottom, an import may only point down:
     devices      a model, and what it is called with, that lie apart
     meta         what has shapes and no values
     changes      what tells that a tensor has changed since the forward
+    samples      some values of parameters, which are part of that
     cuda_graphs  nothing is waited for while a CUDA graph is captured
     modules      the modules of a model by name
     setting      a context variable that has another value for a while

@@ -1,31 +1,21 @@
-"""What tells that a tensor has changed: its version, where it lies, the steps of optimizers on it, some of its values."""
+"""What tells that a tensor has changed: its version, where it lies, the steps of optimizers on it, values of arguments."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .cuda_graphs import is_capturing
-from .setting import Setting
+from .samples import Values, bytes_at
 
 SAMPLES = 4096
-_FEW = 16
-_AT_HAND = ("cpu",)  # where values are read without waiting for anything
 _number_at = ctypes.c_uint64.from_address
-# By their width. Integers: compared bit by bit a NaN equals itself. On a device those of other widths are not sampled.
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-_WORDS: dict[int, Literal["Q", "I", "H", "B"]] = {8: "Q", 4: "I", 2: "H", 1: "B"}
-_memory = ctypes.pythonapi.PyMemoryView_FromMemory
-_memory.argtypes, _memory.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
-_READ_ONLY = 0x100  # PyBUF_READ
 # Undocumented, torch 2.6 to 2.15: `_version`, the counter by which autograd finds saved tensors that were written to. All
 # views of a tensor share it; a write through `.data`, by a fused optimizer or by a CUDA graph does not count.
 _VERSION = attrgetter("_version")
@@ -136,8 +126,8 @@ def _many_values(tensor: Tensor) -> bytes | Values | None:
     some = values.as_strided((-(-count // step),), (step,)) if tensor.is_contiguous() else values.reshape(-1)[::step]
     some = some.clone()
     if some.is_cpu and (start := _address(some)):
-        return bytes(_memory(start, some.nbytes, _READ_ONLY))
-    return Values(some.view(torch.uint8))  # as bytes, too, by which a NaN is itself
+        return bytes(bytes_at(start, some.nbytes))
+    return Values([some.view(torch.uint8)])  # as bytes, too, by which a NaN is itself
 
 
 def _is_of_others(tensor: Tensor) -> bool:
@@ -157,119 +147,3 @@ def _address(tensor: Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:  # a tensor without storage: batched, functional or sparse
         return 0
-
-
-class Values:
-    """Values of tensors, as integers, to be compared later with others; equal when all are.
-
-    Nobody waits for a device when they are taken, only when they are compared, or later in `comparing_later`; not even then
-    while a CUDA graph is captured, where they are values that nothing has computed yet.
-    """
-
-    def __init__(self, *values: Tensor) -> None:
-        self.values = values
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Values):
-            return False
-        pairs = zip(self.values, other.values)
-        if is_capturing():
-            return True
-        if (doubts := _doubts.get()) is None:
-            return are_equal(pairs)
-        doubts += pairs
-        return True
-
-    __hash__ = object.__hash__  # which Python takes from a class that defines `__eq__`
-
-
-NOT_LOOKED_AT = Values()
-Pair = tuple[Tensor, Tensor]
-"""Values of before, and of now."""
-_doubts: ContextVar[list[Pair] | None] = ContextVar("doubts", default=None)
-
-
-def comparing_later() -> Setting[list[Pair] | None]:
-    """A block in which values count as equal, and nobody waits for a device: whether they are is told by `are_equal`."""
-    return Setting(_doubts, [])
-
-
-def are_equal(pairs: Iterable[Pair]) -> bool:
-    """Whether values are what they were; waits once for all that are of a kind."""
-    by_kind: dict[Any, list[Pair]] = {}
-    for pair in pairs:
-        by_kind.setdefault((pair[0].device, pair[0].dtype), []).append(pair)
-    with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.15; modes of the user's see nothing of it
-        return all(torch.equal(*(each[0] if len(each) == 1 else map(torch.cat, zip(*each)))) for each in by_kind.values())
-
-
-class Samples:
-    """About 16 values of each parameter, which tell of writes that count no version: by `.data`, or a CUDA graph.
-
-    On the CPU they are read from memory, without an operator, and kept as bytes; on other devices one kernel for all values
-    of a width puts them side by side, and nobody waits for it.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        # no subclasses: quantised or distributed ones need not hold in their memory what they show
-        self._of = [p for p in parameters if type(p) is nn.Parameter]
-        self._addresses: list[int] | None = None  # nothing is looked up before it is asked for
-
-    def take(self, addresses: list[int], by_kernel: bool = True) -> tuple[bytes, Values | None]:
-        """Read the values as they are now; called at every recorded call, and again when its map is read.
-
-        Args:
-            addresses: of all tensors that the module reads, these parameters among them, as they are now.
-            by_kernel: those on other devices, too; else `NOT_LOOKED_AT` stands for them.
-        """
-        if addresses != self._addresses:  # some have got other memory
-            self._look_up()
-            self._addresses = addresses
-        few = b"".join(map(memoryview.tobytes, self._at_hand))
-        if not self._elsewhere:
-            return few, None
-        return few, Values(*map(torch.cat, self._elsewhere)) if by_kernel else NOT_LOOKED_AT
-
-    def _look_up(self) -> None:
-        """Find where the values to be read lie."""
-        self._at_hand: list[memoryview] = []
-        self._elsewhere: list[list[Tensor]] = []
-        elsewhere: dict[Any, list[Tensor]] = {}
-        with torch._C.DisableTorchFunction():  # undocumented, torch 2.6 to 2.15; modes of the user's see nothing of it
-            for p in self._of:
-                if not p.is_meta and p.layout is torch.strided and (p.is_contiguous() or _in_memory_order(p).is_contiguous()):
-                    if p.device.type in _AT_HAND:
-                        self._at_hand += _few_words(p)
-                    elif p.element_size() in _BITS:
-                        elsewhere.setdefault((p.element_size(), p.device), []).append(_few_bits(p))
-        self._elsewhere = list(elsewhere.values())
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """A view whose last axis is the one along which values lie side by side: contiguous if the tensor is dense."""
-    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True))
-
-
-def _step_through(count: int) -> int:
-    """From one value to the next of those that are looked at."""
-    # odd: widths are even, so an even step would meet a few columns of a matrix alone, and miss a write to others
-    return max(1, count // _FEW - 1 | 1)
-
-
-def _few_words(parameter: Tensor) -> list[memoryview]:
-    """Some values of a dense parameter, as words of their width, spread over its memory; none where it has none.
-
-    Nothing holds that memory: it is there as long as the parameter still has the address, and not to be read otherwise.
-    """
-    # not by NumPy, nor by a view of PyTorch's: memory that was shown to it cannot be freed or resized, as FSDP does
-    width, size = parameter.element_size(), parameter.nbytes
-    if not size or width not in _WORDS or parameter.untyped_storage().nbytes() < size:
-        return []
-    words: memoryview = _memory(parameter.data_ptr(), size, _READ_ONLY)
-    return [words.cast(_WORDS[width])[:: _step_through(parameter.numel())]]
-
-
-def _few_bits(parameter: Tensor) -> Tensor:
-    """A view of some values of a parameter as integers, spread over all of it."""
-    step = _step_through(count := parameter.numel())  # through its memory, in which it is dense
-    return parameter.detach().as_strided((-(-count // step),), (step,)).view(_BITS[parameter.element_size()])

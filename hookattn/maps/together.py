@@ -9,7 +9,7 @@ from torch import Tensor
 from ..attention.projected import Projected
 from ..attention.sources import QK, Source
 from ..calls.call import Call
-from ..conditions.changes import are_equal
+from ..conditions.samples import Doubts
 from ..image.tokens import Query
 from .attention_map import AttentionMap
 from .established import TellWhy
@@ -23,9 +23,11 @@ def read_rows(maps: Mapping[str, AttentionMap], query: Query) -> dict[str, Tenso
     calls = {name: m._origin.call for name, m in maps.items() if isinstance(m._origin, Captured)}
     # One thing after the other for all maps, here and below. Weights are large: what is looked at between the products of one
     # map and those of the next would have to be fetched from memory each time.
-    doubts = [doubt for call in calls.values() for doubt in call.check_soon()]
+    with Doubts() as doubts:
+        for call in calls.values():
+            call.check_fresh()
     found = _read_in_its_modes(next(iter(calls.values())), calls, asked) if calls else {}
-    if doubts and not are_equal(doubts):  # waited for once, and not for each map
+    if doubts.have_come_true():  # waited for once, and not for each map
         for call in calls.values():
             call.check_fresh()
     return {n: m._deliver(m._check(found[n])) if n in found else m[asked[n]] for n, m in maps.items()}

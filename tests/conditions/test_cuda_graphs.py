@@ -85,10 +85,10 @@ def nobody_waits() -> Iterator[None]:
 def test_while_a_graph_is_captured_nothing_is_waited_for_and_no_random_stream_is_asked_for() -> None:
     device = torch.device("cuda")
     with mock.patch.multiple(torch.cuda, is_initialized=lambda: True, is_current_stream_capturing=lambda: True):
-        assert Values(torch.zeros(2)) == Values(torch.ones(2))  # neither of which has been computed by then
+        assert Values([torch.zeros(2)]) == Values([torch.ones(2)])  # neither of which has been computed by then
         with pytest.raises(UnreadableError, match=r"model.eval\(\) before the capture"):
             random_streams(device)
-    assert Values(torch.zeros(2)) != Values(torch.ones(2))
+    assert Values([torch.zeros(2)]) != Values([torch.ones(2)])
     assert not is_capturing()
 
 

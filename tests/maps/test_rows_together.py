@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.inside import is_reading
+from support.inside import is_reading, sample_by_kernel
 from support.models import TINY, randomise, tiny
 from support.reading import NAMES, record
 from torch import Tensor, nn
@@ -121,7 +121,10 @@ def test_no_mode_is_left_behind() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("what", ["weight", "x", "number", "layer"])
-def test_a_layer_that_has_changed_since_is_told(name: str, what: str) -> None:
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_a_layer_that_has_changed_since_is_told(name: str, what: str, by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_kernel:
+        sample_by_kernel(monkeypatch)
     model, x = tiny("vit")
     rec = record(model, x)
     rec.rows()  # which looks up what it does not look up again

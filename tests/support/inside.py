@@ -23,11 +23,11 @@ from hookattn.calls.call import capture
 from hookattn.calls.layer import look_up
 from hookattn.calls.restore import is_reading, restoring
 from hookattn.cli.models import load_model
-from hookattn.conditions import changes
-from hookattn.conditions.changes import Values as Values
+from hookattn.conditions import changes, samples
 from hookattn.conditions.cuda_graphs import is_capturing as is_capturing
 from hookattn.conditions.function_modes import OwnMode, lowest
 from hookattn.conditions.modules import walk as walk
+from hookattn.conditions.samples import Values as Values
 from hookattn.conditions.setting import Setting as Setting
 from hookattn.conditions.training import random_streams as random_streams
 from hookattn.extraction import ray_engine, taking
@@ -223,7 +223,7 @@ def read_in_chunks(patch: pytest.MonkeyPatch, elements: int) -> None:
 
 def sample_by_kernel(patch: pytest.MonkeyPatch) -> None:
     """Look at values of parameters on the CPU as they are looked at on other devices."""
-    patch.setattr(changes, "_AT_HAND", ())
+    patch.setattr(samples, "_AT_HAND", ())
 
 
 def forget_steps(patch: pytest.MonkeyPatch) -> None:
