@@ -9,11 +9,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..conditions.compiled import is_traced
+from ..conditions.compiled import COMPILED, is_traced
 from ..conditions.dispatch_modes import unseen_by_modes
+from ..conditions.graphs import Arguments, give_back, put_operator, ticket_for
 from ..errors import RecorderError
 from .copies import NotCopied
 from .restore import reading
@@ -25,16 +26,19 @@ Kwargs = dict[str, Any]
 class Hook(NotCopied):
     """A hook that recorders put on modules: calls `run`, but not while the module is compiled, exported or traced."""
 
-    __slots__ = ("__weakref__", "run", "takes")
+    __slots__ = ("__weakref__", "run", "takes", "ticket")
 
     def __init__(self, run: Callable[..., Any], takes: int = 3) -> None:
         self.run, self.takes = run, takes
+        self.ticket: Tensor | None = None  # by which compiled graphs call it, if they do
 
     def __call__(self, *given: Any) -> Any:
         # Undocumented, torch 2.6 to 2.15: which hooks take keyword arguments stands in a dict beside that of the hooks, and the
         # two are filled and emptied one after the other. Called in between, while another thread or a hook puts ours on or
         # takes it off, it is given fewer arguments.
         if is_traced() or len(given) != self.takes:
+            if self.ticket is not None and COMPILED.calls_hooks:
+                put_operator(self.ticket, given[1], given[2])
             return None
         if not torch._C._len_torch_dispatch_stack():  # nearly always
             return self.run(*given)
@@ -72,6 +76,12 @@ def is_ours(hook: Any) -> bool:
     return isinstance(hook, Hook)
 
 
+def is_hooked_by_others(module: nn.Module) -> bool:
+    """Whether somebody has put hooks on a module that run with its forward."""
+    # Undocumented, torch 2.6 to 2.15: dicts of hooks by their keys.
+    return any(not is_ours(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values())
+
+
 class Around:
     """A pair of hooks on one module, one before and one after its forward, with a state that the first hands to the second.
 
@@ -82,6 +92,8 @@ class Around:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._handles: list[RemovableHandle] = []
+        self._first: Hook | None = None
+        self._last: Hook | None = None
         self._begins = -1
         self._ends: int | None = None
         # by thread, calls that run, the innermost last, each with its arguments by identity
@@ -112,12 +124,29 @@ class Around:
             outermost: whether they come before and after all that are on already, and not between them and the module.
             ends: False leaves the second hook off until `begin` has returned something for the first time.
         """
-        handle = put_on(self.module.register_forward_pre_hook, Hook(self._begin), prepend=outermost, with_kwargs=True)
+        self._first = Hook(self._begin)
+        handle = put_on(self.module.register_forward_pre_hook, self._first, prepend=outermost, with_kwargs=True)
         # Undocumented, torch 2.6 to 2.15: the handle's `id` is the hook's key in `_forward_pre_hooks`, see `is_followed`.
         self._begins, self._ends = handle.id, None
         self._handles.append(handle)
         if ends:
             self._hook_end(prepend=not outermost)
+
+    def join_graphs(self) -> None:
+        """Let compiled graphs call the hooks, until they come off."""
+        assert self._first is not None
+        self._first.ticket = ticket_for(self.begin_in_graph)
+        if self._last is not None:
+            self._last.ticket = ticket_for(lambda _: self._end(self.module, (), {}, ...))
+
+    def begin_in_graph(self, arguments: Arguments) -> None:
+        """Called before the forward where a compiled graph calls the hook, which writes into the tensors later on."""
+        try:
+            args, kwargs = arguments()
+        except Exception as error:
+            self.has_failed(error)
+        else:
+            self._begin(self.module, args, kwargs)
 
     def come_closest(self) -> None:
         """Come between the module and all hooks that others have put on since; without a moment at which ours are off."""
@@ -134,7 +163,10 @@ class Around:
         """Take the hooks off, and drop what calls that were interrupted have left."""
         while self._handles:
             self._handles.pop().remove()
-        self._ends = None
+        for hook in (self._first, self._last):
+            if hook is not None and hook.ticket is not None:
+                give_back(hook.ticket)
+        self._first = self._last = self._ends = None
         self._running.clear()
 
     def is_followed(self) -> bool:
@@ -161,8 +193,8 @@ class Around:
     def _hook_end(self, *, prepend: bool) -> None:
         # Undocumented, torch 2.6 to 2.15: "always" is where an `Exception` ends the forward. Where a KeyboardInterrupt does, no
         # hook is called, and the next `_begin` has to clear up.
-        end = Hook(self._end, takes=4)
-        handle = put_on(self.module.register_forward_hook, end, prepend=prepend, with_kwargs=True, always_call=True)
+        self._last = Hook(self._end, takes=4)
+        handle = put_on(self.module.register_forward_hook, self._last, prepend=prepend, with_kwargs=True, always_call=True)
         self._handles.append(handle)
         self._ends = handle.id
 

@@ -5,7 +5,8 @@ From top to bottom, an import may only point down:
     frames       which call of a model is on the stack, also when it was interrupted
     checkpoints  activation checkpoints run a module again in backward
     threads      a recorder sees the thread and the asyncio task that opened it
-    compiled     compiled code runs eagerly meanwhile; exports and traces are left alone
+    compiled     compiled code runs eagerly meanwhile, or on graphs that call hooks; exports and traces are left alone
+    graphs       compiled graphs that call hooks
     wrappers     DDP and FSDP are looked through; DataParallel, scripted and exported models refused
     sharding     FSDP and tensor parallelism: parameters that are not to be had
     function_modes  modes of the user's, in force again when a call is read

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +20,10 @@ INSIDE = (
 )
 
 
-class _Eager:
+class _Compiled:
     """Makes compiled code run eagerly while a recorder is open: compiled before the hooks were put on, it would run past them.
+
+    Or lets it run on graphs that call the hooks, while there is but one recorder.
 
     The stance that was there before comes back when the last recorder leaves, in whatever order they do.
     """
@@ -29,25 +33,51 @@ class _Eager:
 
     def __init__(self) -> None:
         self.lock, self.open, self.stance = threading.Lock(), 0, ExitStack()
+        self.calls_hooks = self._was_usual = False
 
     def __enter__(self) -> None:
         with self.lock:
             # Set anew by each recorder: the user may have set another since. It imports torch._dynamo, which takes seconds
             # once and is not to be avoided: a model may be compiled for the first time inside the block.
             try:
+                self._was_usual = self.open == 0 and _is_usual()
                 self.stance.enter_context(torch.compiler.set_stance("force_eager"))
             except RuntimeError as inside:  # documented to raise inside compiled code, though not what
                 raise RecorderError(INSIDE) from inside
             self.open += 1
+            self.calls_hooks = False
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.open -= 1
             if self.open == 0:
+                self.calls_hooks = False
                 self.stance.close()
 
+    def is_usual(self) -> bool:
+        """Whether the user lets compiled code do as usual, as far as it is known; and not, say, fail where it is compiled."""
+        return self.open > 1 or self._was_usual
 
-EAGER = _Eager()
+    def may_call_hooks(self) -> bool:
+        """Whether there is no other recorder, which graphs know nothing of."""
+        return self.open == 1 and self._was_usual
+
+    def call_hooks(self, backend: Callable[..., Any]) -> None:
+        """Let compiled code run on graphs of this backend, which call hooks, until the next recorder is opened."""
+        with self.lock:
+            if self.may_call_hooks():
+                self.stance.enter_context(torch.compiler.set_stance("default", force_backend=backend))
+                self.calls_hooks = True
+
+
+def _is_usual() -> bool:
+    """Whether compiled code does as usual; the stance of a user, such as to fail where something is compiled, is kept to."""
+    # Undocumented, torch 2.6 to 2.15: the stance that is in force.
+    stance = torch._dynamo.eval_frame._stance
+    return stance.stance == "default" and stance.backend is None
+
+
+COMPILED = _Compiled()
 
 
 def is_traced() -> bool:

@@ -10,6 +10,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 
 class Running:
@@ -58,6 +59,7 @@ class Running:
 
 
 _OURS = __package__.partition(".")[0]  # hookattn
+_CALLERS = vars(nn_module)
 
 
 class _Mark:
@@ -70,10 +72,12 @@ class _Mark:
 def caller_of_hook() -> FrameType:
     """The frame of PyTorch's that called the hook we are in, which is there until the module has run."""
     # Undocumented, torch 2.6 to 2.15: hooks and the forward are called from one frame (`inner` in `Module._call_impl`).
-    frame = sys._getframe(1)
+    frame = found = sys._getframe(1)
     while str(frame.f_globals.get("__name__")).startswith(_OURS) and frame.f_back is not None:
-        frame = frame.f_back
-    return frame
+        found = frame = frame.f_back
+    while found.f_globals is not _CALLERS and found.f_back is not None:  # a compiled graph called it, from within such a frame
+        found = found.f_back
+    return found if found.f_globals is _CALLERS else frame
 
 
 def code_of_methods(model: nn.Module) -> set[CodeType]:

@@ -5,6 +5,7 @@ From top to bottom, an import may only point down:
     inspection   what of a model can be read, how, and who calls it
     recorder     AttentionRecorder
     detect       which modules form maps, where names do not tell
+    stay_compiled  which compiled models stay so, on graphs that call the hooks
     record       the hooks that keep what each attention module was called with
     keep_maps    maps made while a module runs, of the queries and keys it makes itself
     buffers      memory of maps that nobody holds any more
@@ -12,6 +13,7 @@ From top to bottom, an import may only point down:
     stems        hooks that note images, how they are cut, and what blocks of windows are given
     edits        other maps in place of a module's own
     lent_maps    maps that are lent to a function, as long as their call is at hand, and when
+    wanted       what a recorder was told to keep
     reduce       what a function makes of maps while the model runs, in place of them
     hear         what is made of a call as soon as its module's own layers have made what it needs
     passes       what counts as one forward, and its maps

@@ -14,6 +14,7 @@ from ..calls.call import Call, capture, recaptured
 from ..calls.hooks import Args, Around, Kwargs
 from ..calls.layer import look_up
 from ..conditions.checkpoints import checkpoint_around, fingerprint, in_backward
+from ..conditions.compiled import COMPILED
 from ..conditions.modules import walk
 from ..conditions.threads import Here
 from ..errors import LayerNotFoundError
@@ -44,7 +45,7 @@ class Edits:
             LayerNotFoundError, UnreadableError: an edit is meant for a layer that is not there, or that forms no map.
         """
         modules = {name or type(self._model).__name__: module for name, module in self._model.named_modules()}
-        with ExitStack() as stack:
+        with ExitStack() as stack, COMPILED:  # which runs eagerly: graphs put out what they always do
             for layer, edit in edits.items():
                 for name in self._named(layer, recorded):
                     module = modules[name]

@@ -14,14 +14,16 @@ from ..calls.call import Call, capture, recaptured
 from ..calls.callsite import CallSite, Origins, call_site
 from ..calls.hooks import Args, Around, Kwargs
 from ..calls.layer import Layer
+from ..calls.restore import reading
 from ..conditions.checkpoints import in_backward
+from ..conditions.graphs import Arguments
+from ..errors import UnreadableError
 from ..image.geometry import Geometry, measure_arguments
 from ..image.snapshot import read_settings
 from ..image.trunk import stems_of
 from ..maps.attention_map import AttentionMap
 from ..maps.established import deferring, reason_of
 from ..maps.gradient import Gradient
-from ..maps.lazy import Delivery
 from ..maps.reading import Captured, Lost
 from ..maps.sites import Watch
 from ..recipes.registry import find_recipe
@@ -31,27 +33,8 @@ from .hear import Awaited
 from .keep_maps import AwaitedMap, KeepMaps
 from .lent_maps import await_reduction, is_described, read_after_call
 from .passes import ForwardPass, ForwardPasses
-from .reduce import Reduction
 from .stems import Block, Stem
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a recorder was told to keep of each call: maps, where they are made while the model runs, what a function makes of
-    them, and its arguments of these names."""
-
-    maps: bool
-    reduction: Reduction | None
-    detach: bool
-    gradients: bool
-    verify: bool
-    deliver: Delivery
-
-    def finish(self, m: AttentionMap) -> AttentionMap:
-        """What is kept of a map at the end of the block."""
-        if self.reduction is not None:
-            return self.reduction(m)
-        return m.computed() if self.maps and m.is_pending else m
+from .wanted import Wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +50,7 @@ class Recording:
     origins: Origins | None
     keep_maps: KeepMaps | None
 
-    def hook(self, layers: list[Layer], stack: ExitStack) -> None:
+    def hook(self, layers: list[Layer], stack: ExitStack) -> list[Around]:
         """Put hooks on layers, on what images go into first and on blocks that cut windows; they come off with the stack."""
         arounds: list[Around] = [_RecordedLayer(layer, self) for layer in layers]
         trunks = [layer.trunk for layer in layers if layer.trunk is not None]
@@ -82,6 +65,7 @@ class Recording:
                 and (self.wanted.gradients or self.wanted.verify or self.keep_maps is not None)
             )
             edit_before_others(around.module)  # of another recorder: what we follow is to be what the model goes on with
+        return arounds
 
     def record_ended(self, call: Call, site: CallSite | None, output: Any) -> None:
         """Record a call that has ended, of a layer that was detected in it and had no hooks yet."""
@@ -195,6 +179,24 @@ class _RecordedLayer(Around):
         except Exception as error:  # arguments of a kind that nobody thought of: told when the map is read
             forward.maps[name] = self._recording.lost(self._layer, name, error)
             return None
+
+    def begin_in_graph(self, arguments: Arguments) -> None:
+        """Record a call in a compiled graph: of copies, since the graph writes into the memory of what it has used."""
+        recording = self._recording
+        if reading.get() or (forward := recording.passes.current(self._layer.name)) is None:
+            return
+        name = forward.next_name(self._layer.name)
+        try:
+            if self.is_followed():
+                raise UnreadableError(
+                    "a hook that was put on inside the block changes what it is called with; put it on before"
+                )
+            args, kwargs = arguments()
+            if self._sampled:  # else the map is made at once
+                args, kwargs = pytree.tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, (args, kwargs))
+            self._record(name, forward, args, kwargs)
+        except Exception as error:
+            forward.maps[name] = recording.lost(self._layer, name, error)
 
     def has_failed(self, error: Exception, state: _Begun | None = None) -> None:
         """Say why there is no map when it is read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Literal
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..calls.call import Call, capture
 from ..calls.callsite import CallSite, Origins
 from ..calls.copies import copied_without_hooks
-from ..calls.hooks import Args, Hook, Kwargs, put_on
+from ..calls.hooks import Args, Kwargs
 from ..calls.layer import Layer, look_up
-from ..conditions.compiled import EAGER, INSIDE
+from ..conditions.compiled import COMPILED, INSIDE
 from ..conditions.modules import walk
 from ..conditions.threads import Here
 from ..conditions.wrappers import recordable
@@ -35,10 +35,13 @@ from .edits import Edit, Edits
 from .keep_maps import KeepMaps
 from .maps import Maps, name_model
 from .passes import ForwardPass, ForwardPasses, why_empty
-from .record import Recording, Wanted
+from .record import Recording
 from .reduce import Keep, Reducing, reduction_of
 from .saving import Saving
 from .selection import Layers, choose, find_replaced, find_unnamed
+from .stay_compiled import find_inductor, join_graphs
+from .stems import note_outputs
+from .wanted import Wanted
 
 Forwards = Literal["last", "all"]
 
@@ -105,7 +108,7 @@ class AttentionRecorder(Saving, Reducing):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype!r} holds no probabilities: dtype=torch.float32, torch.float16, or None.")
         named = recordable(model)
-        self.model = named[""]
+        self.model, self._all_modules = named[""], [model, *named.values()]
         found = choose(named, layers)
         self._skipped = found.skipped
         self._modules = dict(found.readable)
@@ -121,7 +124,7 @@ class AttentionRecorder(Saving, Reducing):
             raise RecorderError("this recorder is open already; make another one, or leave the block first.")
         # If one of these raises, the stack takes off what is on; only a recorder that has come to the end of them is open.
         with ExitStack() as stack:
-            stack.enter_context(EAGER)
+            stack.enter_context(COMPILED)
             stack.enter_context(copied_without_hooks(self.model))
             ended = partial(_record_replaced_layers, self.model, self._modules, self._wanted.deliver)
             self._passes = ForwardPasses(self.model, self._modules, keep_all=self._keep_all, here=Here(), ended=ended)
@@ -240,20 +243,21 @@ class AttentionRecorder(Saving, Reducing):
         """Put all hooks on the model, to come off with the stack."""
         # Order matters. The hooks of the model go on last and outermost: a pass begins before a stem sees its image, and ends
         # after the last layer, also where the model is one and the same module as the layer.
+        inductor = find_inductor(self._all_modules, self._modules, self._wanted, self._called_from)
         keep_maps = None
-        if self._wanted.maps and self._wanted.detach:
+        if self._wanted.maps and self._wanted.detach and inductor is None:
             keep_maps = KeepMaps(self.model, stack.enter_context(ExitStack()))  # to which it adds while modules run
         origins = Origins(self.model) if self._called_from else None
         recording = Recording(self.model, self._wanted, self._passes, origins, keep_maps)
-        if self._modules:
-            recording.hook(self._look_up(), stack)
-        else:
+        hooked = recording.hook(self._look_up(), stack) if self._modules else []
+        if not self._modules:
             self._detect(recording, stack)
         stack.callback(self._passes.close, self._wanted.finish)
         self._passes.hook(outermost=True)
+        if inductor is not None:
+            join_graphs(self.model, [*hooked, self._passes], inductor)
         if origins is not None:
-            for module in self.model.modules():
-                stack.enter_context(put_on(module.register_forward_hook, Hook(partial(_note, origins, self._passes))))
+            note_outputs(self.model, origins, self._passes, stack)
 
     def _look_up(self) -> list[Layer]:
         trunks, blocks = find_trunks(self.model, self._modules), find_blocks(self.model, self._modules)
@@ -283,13 +287,6 @@ class AttentionRecorder(Saving, Reducing):
                 recording.hook(self._look_up(), self._hooks)
 
         Detection(self.model, enter, leave, end).hook(stack)
-
-
-def _note(origins: Origins, passes: ForwardPasses, module: nn.Module, args: Args, output: Any) -> None:
-    """Forward hook on every module, for `called_from`: note which one put out what."""
-    if passes.is_here():
-        with suppress(Exception):  # what a module is given may be anything; who made it is then not known
-            origins.note(module, args, output)
 
 
 def _record_replaced_layers(model: nn.Module, modules: dict[str, nn.Module], deliver: Delivery, ended: ForwardPass) -> None:

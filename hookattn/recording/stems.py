@@ -1,10 +1,15 @@
-"""Hooks that note what lies around attention: the images that go in, how they are cut, and what blocks of windows are given."""
+"""Hooks that note what lies around attention: images, how they are cut, what blocks are given, which module put out what."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
 from torch import nn
 
-from ..calls.hooks import Args, Around, Kwargs
+from ..calls.callsite import Origins
+from ..calls.hooks import Args, Around, Hook, Kwargs, put_on
 from ..image.geometry import measure_arguments
 from ..image.images import images_in
 from ..image.trunk import cut_of
@@ -37,3 +42,15 @@ class Block(Around):
         """Note the sizes of what the block is called with."""
         if self._passes.is_recorded_here():
             self._passes.blocks[self.module] = measure_arguments(args, kwargs)
+
+
+def note_outputs(model: nn.Module, origins: Origins, passes: ForwardPasses, stack: ExitStack) -> None:
+    """Put a hook on every module, for `called_from`, that notes which one put out what; they come off with the stack."""
+    for module in model.modules():
+        stack.enter_context(put_on(module.register_forward_hook, Hook(partial(_note, origins, passes))))
+
+
+def _note(origins: Origins, passes: ForwardPasses, module: nn.Module, args: Args, output: Any) -> None:
+    if passes.is_here():
+        with suppress(Exception):  # what a module is given may be anything; who made it is then not known
+            origins.note(module, args, output)

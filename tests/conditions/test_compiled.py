@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from support.compiling import Counts, agree, nothing_set, softmaxes
+from support.compiling import (
+    WAYS,
+    Counts,
+    agree,
+    attention_replaced,
+    blocks_replaced,
+    function_around,
+    model_compile,
+    nothing_set,
+    softmaxes,
+    the_compiled_model,
+)
 from support.models import tiny
 from support.oracle import unfused
 from support.reading import read, same
@@ -22,70 +33,6 @@ from hookattn import AttentionRecorder, UnreadableError
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_yet")
 OPENED = ["before it is compiled", "after it was compiled"]
-
-
-def the_model(model: Any, **options: Any) -> tuple[Any, Any]:
-    return model, torch.compile(model, **options)
-
-
-def the_compiled_model(model: Any, **options: Any) -> tuple[Any, Any]:
-    compiled = torch.compile(model, **options)
-    return compiled, compiled
-
-
-def model_compile(model: Any, **options: Any) -> tuple[Any, Any]:
-    model.compile(**options)
-    return model, model
-
-
-def block_compile(model: Any, **options: Any) -> tuple[Any, Any]:
-    for block in model.blocks:
-        block.compile(**options)
-    return model, model
-
-
-def one_block_compile(model: Any, **options: Any) -> tuple[Any, Any]:
-    model.blocks[1].compile(**options)
-    return model, model
-
-
-def blocks_replaced(model: Any, **options: Any) -> tuple[Any, Any]:
-    model.blocks = nn.Sequential(*[torch.compile(block, **options) for block in model.blocks])
-    return model, model
-
-
-def attention_compile(model: Any, **options: Any) -> tuple[Any, Any]:
-    for block in model.blocks:
-        block.attn.compile(**options)
-    return model, model
-
-
-def attention_replaced(model: Any, **options: Any) -> tuple[Any, Any]:
-    for block in model.blocks:
-        block.attn = torch.compile(block.attn, **options)
-    return model, model
-
-
-def function_around(model: Any, **options: Any) -> tuple[Any, Any]:
-    return model, torch.compile(lambda images: model(images).softmax(-1), **options)
-
-
-def method_of_the_model(model: Any, **options: Any) -> tuple[Any, Any]:
-    return model, torch.compile(model.forward_features, **options)
-
-
-WAYS = [
-    the_model,
-    the_compiled_model,
-    model_compile,
-    block_compile,
-    one_block_compile,
-    blocks_replaced,
-    attention_compile,
-    attention_replaced,
-    function_around,
-    method_of_the_model,
-]
 
 
 def check(way: Any, opened: str, name: str = "vit", **options: Any) -> None:

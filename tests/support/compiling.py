@@ -59,3 +59,70 @@ def agree(rec: AttentionRecorder, expected: list[Tensor], tolerance: float = 1e-
     assert [name.replace("._orig_mod", "") for name in rec.maps] == NAMES
     for m, softmax in zip(rec.maps.values(), expected, strict=True):
         torch.testing.assert_close(m[...], softmax, rtol=0, atol=tolerance)
+
+
+# Ways to compile a model: what is recorded then, and what is called
+
+
+def the_model(model: Any, **options: Any) -> tuple[Any, Any]:
+    return model, torch.compile(model, **options)
+
+
+def the_compiled_model(model: Any, **options: Any) -> tuple[Any, Any]:
+    compiled = torch.compile(model, **options)
+    return compiled, compiled
+
+
+def model_compile(model: Any, **options: Any) -> tuple[Any, Any]:
+    model.compile(**options)
+    return model, model
+
+
+def block_compile(model: Any, **options: Any) -> tuple[Any, Any]:
+    for block in model.blocks:
+        block.compile(**options)
+    return model, model
+
+
+def one_block_compile(model: Any, **options: Any) -> tuple[Any, Any]:
+    model.blocks[1].compile(**options)
+    return model, model
+
+
+def blocks_replaced(model: Any, **options: Any) -> tuple[Any, Any]:
+    model.blocks = nn.Sequential(*[torch.compile(block, **options) for block in model.blocks])
+    return model, model
+
+
+def attention_compile(model: Any, **options: Any) -> tuple[Any, Any]:
+    for block in model.blocks:
+        block.attn.compile(**options)
+    return model, model
+
+
+def attention_replaced(model: Any, **options: Any) -> tuple[Any, Any]:
+    for block in model.blocks:
+        block.attn = torch.compile(block.attn, **options)
+    return model, model
+
+
+def function_around(model: Any, **options: Any) -> tuple[Any, Any]:
+    return model, torch.compile(lambda images: model(images).softmax(-1), **options)
+
+
+def method_of_the_model(model: Any, **options: Any) -> tuple[Any, Any]:
+    return model, torch.compile(model.forward_features, **options)
+
+
+WAYS = [
+    the_model,
+    the_compiled_model,
+    model_compile,
+    block_compile,
+    one_block_compile,
+    blocks_replaced,
+    attention_compile,
+    attention_replaced,
+    function_around,
+    method_of_the_model,
+]

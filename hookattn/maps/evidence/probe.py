@@ -155,7 +155,7 @@ def reach(tape: Tape, output: int, axis: int) -> str:
     at = torch.tensor(sorted({0, 1, y.shape[axis] // 2, y.shape[axis] - 1}), device=y.device)
     index = torch.arange(y.shape[axis], device=y.device).view([-1 if a == axis else 1 for a in range(y.dim())])
     parts = weights_like(y) * (index == at.view(-1, *[1] * y.dim()))
-    each = [(g != 0).flatten(1) for g in pull(y, list(inputs.values()), parts)]
+    each = [(g != 0).reshape(len(at), -1) for g in pull(y, list(inputs.values()), parts)]
     # an argument that all share, such as angles of positions, tells nothing of what each has for itself
     own = [mask for mask in each if (mask != mask[0]).any()]
     if not own:

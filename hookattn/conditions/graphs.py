@@ -1,0 +1,160 @@
+"""Compiled models that stay compiled: an operator in their graphs calls a hook with what its module is given."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnreadableError
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class GraphsWithHooks:
+    """A backend of torch.compile: Inductor, with the options that a model was compiled with.
+
+    PyTorch keeps graphs by their backend, so one of these is used for graphs that have the operators in them: the model's own
+    graphs stay what they are, and both are found again. CUDA graphs, which replay kernels and no Python, are left out.
+
+    Args:
+        inductor: the backend of the model's own graphs.
+    """
+
+    def __init__(self, inductor: Any) -> None:
+        self._inductor = copy.copy(inductor)
+        self._inductor.config = {**inductor.config, "triton.cudagraphs": False}
+
+    def __call__(self, graph: Any, inputs: Any, **options: Any) -> Any:
+        """Compile a graph."""
+        return self._inductor(graph, inputs, **options)
+
+
+def compiled_with(modules: Iterable[nn.Module]) -> Any:
+    """The backend that these modules were compiled with, Inductor; None where none is compiled, or not all with the same."""
+    # Undocumented, torch 2.6 to 2.15: what torch.compile makes of a module has `dynamo_ctx`, and Module.compile sets the other.
+    compiled = [m for m in modules if "dynamo_ctx" in m.__dict__ or "_compiled_call_impl" in m.__dict__]
+    found = [_backend_of(m) for m in compiled if m.__dict__.get("_compiled_call_impl", m) is not None]
+    # Undocumented: the backend's class. That of torch 2.6 hides behind other names, and its graphs do not outlive a hook.
+    if not found or not all(isinstance(each, torch._TorchCompileInductorWrapper) for each in found):
+        return None
+    return found[0] if all(each == found[0] for each in found) else None
+
+
+def _backend_of(module: nn.Module) -> Any:
+    context = module.__dict__.get("dynamo_ctx")
+    if context is None:
+        backend = inspect.getclosurevars(module.__dict__["_compiled_call_impl"]).nonlocals.get("callback")
+    else:
+        backend = getattr(context, "callback", None)
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return backend
+
+
+_backends: WeakKeyDictionary[nn.Module, list[tuple[Any, GraphsWithHooks]]] = WeakKeyDictionary()
+
+
+def backend_for(model: nn.Module, inductor: Any, hooked: Iterable[Any]) -> GraphsWithHooks:
+    """The one backend for graphs of a model that call these hooks, and no others; whatever tells hooks apart."""
+    of_model = _backends.setdefault(model, [])
+    wanted = inductor, frozenset(hooked)
+    for inductor_and_hooked, backend in of_model:
+        if inductor_and_hooked == wanted:
+            return backend
+    of_model.append((wanted, GraphsWithHooks(inductor)))
+    return of_model[-1][1]
+
+
+# The operator
+
+Arguments = Callable[[], tuple[Args, Kwargs]]
+"""Makes the arguments of a module; it may raise where there are some that an operator cannot have."""
+_hooks: dict[int, Callable[[Arguments], object]] = {}
+_count = count()
+_library: list[torch.library.Library] = []  # is filled with the first that is needed
+
+
+def ticket_for(hook: Callable[[Arguments], object]) -> Tensor:
+    """What an operator is given to call a hook: a number, in a tensor, so that modules of a kind share a graph."""
+    if not _library:
+        # It says that it writes into the ticket, for otherwise graphs would do without it: nothing comes out of it.
+        library: Any = torch.library.Library("hookattn", "FRAGMENT")  # type: ignore[no-untyped-call]
+        library.define("call_hook(Tensor(a!) ticket, Tensor[] given, str arguments, str autocast) -> ()")
+        library.impl("call_hook", _call_hook, "CompositeExplicitAutograd")
+        torch.library.register_fake("hookattn::call_hook", lambda *_: None, lib=library)
+        _library.append(library)
+    number = next(_count)
+    _hooks[number] = hook
+    return torch.tensor(number, device="cpu")
+
+
+def give_back(ticket: Tensor) -> None:
+    """Let operators with this ticket do nothing."""
+    _hooks.pop(int(ticket), None)
+
+
+def put_operator(ticket: Tensor, args: Args, kwargs: Kwargs) -> None:
+    """Put the operator for a hook into the graph that is being compiled; runs nowhere else."""
+    given: list[Tensor] = []
+    arguments, autocast = _described((args, kwargs), given), ""
+    # Graphs have in them what autocast does, and run with it off.
+    if given and torch.is_autocast_enabled(device := given[0].device.type):
+        autocast = f"{device} {torch.get_autocast_dtype(device)}"
+    torch.ops.hookattn.call_hook(ticket, given, arguments, autocast)
+
+
+_UNKNOWN = "\0"  # as no text has it that Python writes
+
+
+def _described(value: Any, given: list[Tensor]) -> str:
+    """What arguments are, as Python would have it written, with `...` for tensors, which are put into the list."""
+    if isinstance(value, Tensor):
+        given.append(value)
+        return "..."
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if type(value) in (tuple, torch.Size):
+        return "(" + "".join([_described(each, given) + "," for each in value]) + ")"
+    if type(value) is list:
+        return "[" + "".join([_described(each, given) + "," for each in value]) + "]"
+    if type(value) is dict:
+        return "{" + "".join([repr(key) + ":" + _described(value[key], given) + "," for key in value]) + "}"
+    return f"{_UNKNOWN}{type(value).__name__}{_UNKNOWN}"
+
+
+def _call_hook(ticket: Tensor, given: list[Tensor], arguments: str, autocast: str) -> None:
+    if (hook := _hooks.get(int(ticket))) is None:
+        return
+    device, _, dtype = autocast.partition(" torch.")
+    with torch.autocast(device, getattr(torch, dtype)) if autocast else nullcontext():
+        hook(lambda: _filled(_parsed(arguments), iter(given)))
+
+
+@cache
+def _parsed(arguments: str) -> Any:
+    if _UNKNOWN in arguments:
+        raise UnreadableError(
+            f"it was called with a {arguments.split(_UNKNOWN)[1]}, which a compiled graph does not hand on: record it eagerly, "
+            'under torch.compiler.set_stance("force_eager") around the block of the recorder.'
+        )
+    return ast.literal_eval(arguments)
+
+
+def _filled(value: Any, given: Iterator[Tensor]) -> Any:
+    """Arguments with a tensor in each place that is kept for one."""
+    if value is ...:
+        return next(given)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_filled(each, given) for each in value])
+    return {key: _filled(each, given) for key, each in value.items()} if isinstance(value, dict) else value
