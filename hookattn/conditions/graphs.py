@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from functools import cache
+import math
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -78,19 +77,22 @@ def backend_for(model: nn.Module, inductor: Any, hooked: Iterable[Any]) -> Graph
 
 # The operator
 
-Arguments = Callable[[], tuple[Args, Kwargs]]
-"""Makes the arguments of a module; it may raise where there are some that an operator cannot have."""
+Arguments = Callable[..., tuple[Args, Kwargs]]
+"""Makes the arguments of a module, with `copied=True` of copies; UnreadableError where an operator was not given all."""
 _hooks: dict[int, Callable[[Arguments], object]] = {}
 _count = count()
 _library: list[torch.library.Library] = []  # is filled with the first that is needed
+# What operators say they write into: graphs would do without them otherwise, and in any order, since nothing comes out of them.
+_order = torch.empty(0)
 
 
 def ticket_for(hook: Callable[[Arguments], object]) -> Tensor:
     """What an operator is given to call a hook: a number, in a tensor, so that modules of a kind share a graph."""
+    global _order
     if not _library:
-        # It says that it writes into the ticket, for otherwise graphs would do without it: nothing comes out of it.
+        _order = torch.zeros(1, device="cpu")
         library: Any = torch.library.Library("hookattn", "FRAGMENT")  # type: ignore[no-untyped-call]
-        library.define("call_hook(Tensor(a!) ticket, Tensor[] given, str arguments, str autocast) -> ()")
+        library.define("call_hook(Tensor(a!) order, Tensor ticket, Tensor[] given, str arguments, str autocast) -> ()")
         library.impl("call_hook", _call_hook, "CompositeExplicitAutograd")
         torch.library.register_fake("hookattn::call_hook", lambda *_: None, lib=library)
         _library.append(library)
@@ -111,17 +113,17 @@ def put_operator(ticket: Tensor, args: Args, kwargs: Kwargs) -> None:
     # Graphs have in them what autocast does, and run with it off.
     if given and torch.is_autocast_enabled(device := given[0].device.type):
         autocast = f"{device} {torch.get_autocast_dtype(device)}"
-    torch.ops.hookattn.call_hook(ticket, given, arguments, autocast)
+    torch.ops.hookattn.call_hook(_order, ticket, given, arguments, autocast)
 
 
 _UNKNOWN = "\0"  # as no text has it that Python writes
 
 
 def _described(value: Any, given: list[Tensor]) -> str:
-    """What arguments are, as Python would have it written, with `...` for tensors, which are put into the list."""
+    """What arguments are, as Python would have it written, with `tensor()` for each of those that are put into the list."""
     if isinstance(value, Tensor):
         given.append(value)
-        return "..."
+        return "tensor()"
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     if type(value) in (tuple, torch.Size):
@@ -133,28 +135,29 @@ def _described(value: Any, given: list[Tensor]) -> str:
     return f"{_UNKNOWN}{type(value).__name__}{_UNKNOWN}"
 
 
-def _call_hook(ticket: Tensor, given: list[Tensor], arguments: str, autocast: str) -> None:
+def _call_hook(order: Tensor, ticket: Tensor, given: list[Tensor], arguments: str, autocast: str) -> None:
     if (hook := _hooks.get(int(ticket))) is None:
         return
-    device, _, dtype = autocast.partition(" torch.")
-    with torch.autocast(device, getattr(torch, dtype)) if autocast else nullcontext():
-        hook(lambda: _filled(_parsed(arguments), iter(given)))
+    if not autocast:
+        hook(partial(_made, arguments, given))
+        return
+    device, _dot, dtype = autocast.partition(" torch.")
+    with torch.autocast(device, getattr(torch, dtype)):
+        hook(partial(_made, arguments, given))
+
+
+def _made(arguments: str, given: list[Tensor], copied: bool = False) -> tuple[Args, Kwargs]:
+    found: tuple[Args, Kwargs] = _maker(arguments)(iter(map(Tensor.clone, given) if copied else given).__next__)
+    return found
 
 
 @cache
-def _parsed(arguments: str) -> Any:
+def _maker(arguments: str) -> Callable[[Callable[[], Tensor]], Any]:
+    """What makes arguments, as they are described, of a function that gives one tensor after the other."""
     if _UNKNOWN in arguments:
         raise UnreadableError(
             f"it was called with a {arguments.split(_UNKNOWN)[1]}, which a compiled graph does not hand on: record it eagerly, "
             'under torch.compiler.set_stance("force_eager") around the block of the recorder.'
         )
-    return ast.literal_eval(arguments)
-
-
-def _filled(value: Any, given: Iterator[Tensor]) -> Any:
-    """Arguments with a tensor in each place that is kept for one."""
-    if value is ...:
-        return next(given)
-    if isinstance(value, (tuple, list)):
-        return type(value)([_filled(each, given) for each in value])
-    return {key: _filled(each, given) for key, each in value.items()} if isinstance(value, dict) else value
+    made: Callable[[Callable[[], Tensor]], Any] = eval(f"lambda tensor: {arguments}", {"inf": math.inf, "nan": math.nan})
+    return made

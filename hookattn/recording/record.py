@@ -191,10 +191,7 @@ class _RecordedLayer(Around):
                 raise UnreadableError(
                     "a hook that was put on inside the block changes what it is called with; put it on before"
                 )
-            args, kwargs = arguments()
-            if self._sampled:  # else the map is made at once
-                args, kwargs = pytree.tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, (args, kwargs))
-            self._record(name, forward, args, kwargs)
+            self._record(name, forward, *arguments(copied=self._sampled))  # else the map is made at once
         except Exception as error:
             forward.maps[name] = recording.lost(self._layer, name, error)
 

@@ -174,6 +174,26 @@ def test_a_layer_that_was_replaced_is_recorded_as_it_is_now() -> None:
     torch.testing.assert_close(read(rec), read(recorded(model, x)), rtol=0, atol=1e-6)
 
 
+def test_graphs_call_hooks_in_the_order_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes out of the operators, so nothing but what they write into keeps a compiler from another order."""
+    compiled_graphs: list[torch.fx.GraphModule] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        compiled_graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(inductor, "compile_fx", note)
+    model, x = tiny("vit")
+    compiled = torch.compile(model)
+    with AttentionRecorder(compiled), torch.no_grad():
+        compiled(x)
+    whole = max(compiled_graphs, key=lambda graph: len(graph.graph.nodes))
+    calls = [node for node in whole.graph.nodes if node.target is torch.ops.hookattn.call_hook]
+    assert len(calls) == 3  # the stem, and two layers
+    assert len({node.args[0] for node in calls}) == 1
+    assert len({node.args[1] for node in calls}) == 3
+
+
 # Modes
 
 
