@@ -169,9 +169,6 @@ def arrange_by_evidence(call: Call, sites: Following) -> Arrangement:
 
 def _establish(call: Call, sites: Following) -> Arrangement | str:
     try:
-        found, way = establish_axes(call.layer.module, call.args, call.kwargs, as_called=sites.as_called)
+        return establish_axes(call.layer.module, call.args, call.kwargs, sites.way, as_called=sites.as_called)
     except UnreadableError as reason:
         return str(reason)
-    # what came after its forward, such as hooks on the module itself, is no part of it; on the meta device there are no indices
-    same = way == sites.way[: len(way)] or (call.tensors and call.tensors[0].is_meta and len(way) == len(sites.way))
-    return found if same else "its forward takes another way when its numbers are moved a little"

@@ -21,7 +21,7 @@ from .arrangement import Arrangement, Part
 from .carried import SEVERAL_VALUES, Carried, find_carried
 from .established import arrange
 from .evidence.establish import form_of
-from .evidence.values import LARGE, draw_arguments, is_odd
+from .evidence.values import LARGE, draw_arguments, has_large
 from .products import Met, PutOutcomes, WatchProducts
 from .replay import run_under
 
@@ -53,7 +53,7 @@ class Forward:
     def with_numbers(self) -> Forward:
         """This, to find out what depends on no values; the same with other arguments where some are odd, or what came out."""
         large = any(not t.is_meta and not bool((t.abs() < LARGE).all()) for t in floats_in(self.output))
-        if not large and not any(map(is_odd, self.call.tensors)):
+        if not large and not any(map(has_large, self.call.tensors)):
             return self
         other, carried = Forward.__new__(Forward), vars(self).get("carried")
         args, kwargs = draw_arguments(self.call.args, self.call.kwargs)

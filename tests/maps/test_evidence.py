@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.inside import forget_what_was_established, no_more_evidence, rearranged, replay
-from support.styles import SIZES, STYLES, Sizes
-from torch import Tensor
+from support.styles import SIZES, STYLES, Sizes, rows
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hookattn.errors import UnreadableError
@@ -52,16 +54,32 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e5], ids=["NaN", "inf", "too large", "too low"])
-@pytest.mark.parametrize("name", [name for name in STYLES if name not in MUST_BE_REFUSED_FOR_NOW])
-def test_numbers_that_are_none_stand_in_no_ones_way(name: str, value: float) -> None:
-    """Be they in the input, or made of it in the module, of the first call that is seen of a class."""
+READ = [name for name in STYLES if name not in MUST_BE_REFUSED_FOR_NOW]
+ODD: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN": lambda t: torch.full_like(t, torch.nan),
+    "inf": lambda t: torch.full_like(t, torch.inf),
+    "-inf": lambda t: torch.full_like(t, -torch.inf),
+    "1e30": lambda t: torch.full_like(t, 1e30),
+    "-1e5": lambda t: torch.full_like(t, -1e5),
+    "5e3": lambda t: torch.full_like(t, 5e3),
+    "500": lambda t: torch.full_like(t, 500),
+    "zero": torch.zeros_like,
+    "tiny": lambda t: torch.randn_like(t) * 1e-30,
+    "one-hot rows": lambda t: torch.randn_like(t) * 3e3,
+    "one large token": lambda t: torch.zeros_like(t).index_fill(-2, torch.tensor(t.shape[-2] // 2), 5e3),
+    "tokens alike": lambda t: torch.randn_like(t[..., :1, :]).expand_as(t),
+    "channels alike": lambda t: torch.randn_like(t[..., :1]).expand_as(t),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", READ)
+def test_what_a_class_was_first_called_with_does_not_matter(name: str, kind: str) -> None:
+    """Be it no numbers, numbers that become none in the module, or such that softmaxes have rows of one entry."""
     module, args, true = STYLES[name].make(SIZES["odd"])
     if true is None:
         return
-    odd = pytree.tree_map_only(
-        Tensor, lambda t: torch.full_like(t, value) if t.is_floating_point() and t.dim() > 2 else t, args
-    )
+    odd = pytree.tree_map_only(Tensor, lambda t: ODD[kind](t) if t.is_floating_point() and t.dim() > 2 else t, args)
     forget_what_was_established()
     replay(module, *odd)
     with no_more_evidence():
@@ -88,17 +106,115 @@ def test_what_overflows_in_the_module_alone_stands_in_no_ones_way(name: str) -> 
         torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fused", "heads_third", "exp_by_sum"])
-def test_weights_that_are_no_numbers_stand_in_no_ones_way(name: str) -> None:
+ODD_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN": ODD["NaN"],
+    "inf": ODD["inf"],
+    "zero": ODD["zero"],
+    "all the same": lambda t: torch.full_like(t, 5),
+    "large": lambda t: t * 100,
+    "large biases": lambda t: t * 1e3 if t.dim() == 1 else t,
+}
+
+
+@pytest.mark.parametrize("kind", ODD_WEIGHTS)
+@pytest.mark.parametrize("name", READ)
+def test_what_weights_a_class_has_first_does_not_matter(name: str, kind: str) -> None:
     module, args, true = STYLES[name].make(SIZES["odd"])
+    if true is None:
+        return
     forget_what_was_established()
     weights = {name: t.clone() for name, t in module.state_dict().items()}
-    for p in module.parameters():
-        torch.nn.init.constant_(p, float("nan"))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(ODD_WEIGHTS[kind](p))
     replay(module, *args)
     module.load_state_dict(weights)
     with no_more_evidence():
         torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-5, rtol=1e-4)
+
+
+class Own(nn.Module):
+    """Attention to what `prepare` makes of tokens, with a weight, a buffer and what else was given."""
+
+    def __init__(self, prepare: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.prepare = nn.Linear(15, 45), prepare
+        self.weight = nn.Parameter(torch.ones(15))
+        self.register_buffer("scale", torch.rand(15) + 0.5)
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in self.split(x, *more))
+        return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2) * self.prepare(self, x, *more).softmax(-1)
+
+    def split(self, x: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (t.unflatten(-1, (3, 5)) for t in self.qkv(self.prepare(self, x, *more)).chunk(3, -1))
+        return q, k, v
+
+    def check(self, x: Tensor, *more: Tensor) -> None:
+        q, k, _ = self.split(x, *more)
+        torch.testing.assert_close(replay(self, x, *more).double(), rows(q, k, scale=1), atol=1e-5, rtol=1e-4)
+
+
+def add_places(module: Own, x: Tensor, places: Tensor) -> Tensor:
+    return x + F.embedding(places.long(), torch.eye(32, 15))
+
+
+def scale_by_a_root(module: Own, x: Tensor) -> Tensor:
+    return x * module.weight.sqrt()
+
+
+def ask_for_signs(module: Own, x: Tensor) -> Tensor:
+    return x if bool((module.weight > 0).all()) else x.flip(1)
+
+
+def take_what_is_open(module: Own, x: Tensor, mask: Tensor) -> Tensor:
+    return x[:, mask == 0]
+
+
+NEEDED: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "places": (add_places, [torch.arange(7.0) + 20]),
+    "a root": (scale_by_a_root, []),
+    "signs": (ask_for_signs, []),
+    "an open mask": (take_what_is_open, [torch.zeros(7)]),
+    "a mask": (take_what_is_open, [torch.tensor([0, 0, 0, -torch.inf, 0, 0, 0])]),
+}
+
+
+@pytest.mark.parametrize("kind", NEEDED)
+def test_a_forward_that_needs_some_of_its_values_has_them(kind: str) -> None:
+    """Or near ones: with others it would fail, make NaN, or go another way."""
+    prepare, more = NEEDED[kind]
+    forget_what_was_established()
+    Own(prepare).check(torch.randn(2, 7, 15), *more)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_buffers_that_are_no_numbers_do_not_matter(value: float) -> None:
+    module, x = Own(lambda module, x: x * module.scale), torch.randn(2, 7, 15)
+    scale = module.scale.clone()
+    module.scale.fill_(value)
+    forget_what_was_established()
+    replay(module, x)
+    module.scale.copy_(scale)
+    with no_more_evidence():
+        module.check(x)
+
+
+@pytest.mark.parametrize("value", [0, 5e3, -5e3, torch.nan])
+def test_an_odd_argument_beside_others_does_not_matter(value: float) -> None:
+    module, x, more = Own(lambda module, x, more: x + more), torch.randn(2, 7, 15), torch.randn(2, 7, 15)
+    forget_what_was_established()
+    replay(module, torch.full_like(x, value), more)
+    with no_more_evidence():
+        module.check(x, more)
+
+
+@pytest.mark.parametrize("name", ["heads_of_one_channel", "a_softmax_gate_beside_the_map", "outputs_of_half_the_channels_each"])
+def test_wide_modules_are_told_as_narrow_ones(name: str) -> None:
+    module, args, true = STYLES[name].make(Sizes(2, 8, 7, 64))
+    forget_what_was_established()
+    torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", FEW)

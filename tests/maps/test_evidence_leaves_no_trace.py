@@ -256,7 +256,7 @@ def test_arguments_that_cannot_be_copied_are_refused() -> None:
         odd = [torch.nested.nested_tensor([x[0], x[1, 1:]]), x.to_sparse(), Cache()]
     for value in odd:
         with pytest.raises(UnreadableError, match="it was called with a"):
-            establish_axes(module, (value,), {})
+            establish_axes(module, (value,), {}, [])
 
 
 def test_a_refusal_says_what_was_found_and_what_to_type() -> None:

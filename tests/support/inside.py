@@ -168,8 +168,8 @@ def rearranged(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let what is established be wrong: another table of rows."""
 
     def wrongly(*args: Any, **kwargs: Any) -> Any:
-        arrangement, way = establish_axes(*args, **kwargs)
-        return replace(arrangement, index=change(arrangement.index)), way
+        arrangement = establish_axes(*args, **kwargs)
+        return replace(arrangement, index=change(arrangement.index))
 
     forget_what_was_established()
     with mock.patch.object(established, "establish_axes", wrongly):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from .seen import tensors_in
 from .table import arrange
 from .tape import Tape, storage_of
 from .unmix import softmax_before_mixing
+from .values import ORDINARY, OWN
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -35,18 +36,18 @@ def _form(value: Any) -> Any:
 
 
 def establish_axes(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_called: bool = False
-) -> tuple[Arrangement, list[Any]]:
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], way: list[Any], *, as_called: bool = False
+) -> Arrangement:
     """Find, by derivatives of its own forward, where a module's map stands and which of its axes is what.
 
-    Returns:
-        The arrangement, and the way that the forward took, see `Following`.
+    Args:
+        way: that the forward took when it was called, see `Following`.
 
     Raises:
         UnreadableError: it forms no map over pairs of tokens, or evidence does not tell; what was found is told.
     """
     try:
-        return _establish(module, args, kwargs, as_called)
+        return _establish(module, args, kwargs, way, as_called)
     except (RuntimeError, NotImplementedError) as error:  # such as an operation that has no derivative
         if isinstance(error, (UnreadableError, torch.OutOfMemoryError)):
             raise
@@ -56,12 +57,18 @@ def establish_axes(
 
 
 def _establish(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], as_called: bool
-) -> tuple[Arrangement, list[Any]]:
-    if any(t.is_meta for t in tensors_in((args, kwargs))):  # parameters alone may be fetched when the module is called
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], way: list[Any], as_called: bool
+) -> Arrangement:
+    on_meta = any(t.is_meta for t in tensors_in((args, kwargs)))  # parameters alone may be fetched when the module is called
+    if on_meta:
         module, args, kwargs = _with_values(module, args, kwargs)
+
+    def is_same(other: list[Any]) -> bool:
+        # what came after its forward, such as hooks on the module itself, is no part of it; on meta there are no indices
+        return other == way[: len(other)] or (on_meta and len(other) == len(way))
+
     with _plainly(module, args, kwargs), ExitStack() as stack:
-        tape = Tape(module, args, kwargs, as_called=as_called)
+        tape = _take_down(module, args, kwargs, is_same, as_called)
         if tape.mutates:
             stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
         maps, index = arrange(tape, *find_maps(tape))
@@ -69,7 +76,24 @@ def _establish(
         drawn = any(storage_of(tape.of(product.map_in(tape.steps))) in tape.drawn for product in products)
         if drawn and not any(m.training for m in module.modules()):  # in train mode random streams are set back
             raise UnreadableError("its map is made of random numbers")
-        return locate(tape, products, index, softmax_before_mixing(tape, products, index)), tape.seen.way
+        return locate(tape, products, index, softmax_before_mixing(tape, products, index))
+
+
+def _take_down(module: nn.Module, args: Any, kwargs: Any, is_same: Callable[[list[Any]], bool], as_called: bool) -> Tape:
+    """A forward with ordinary numbers, or with its own where with those it fails, takes another way or puts out no numbers."""
+    taken, reason = list[Tape](), "its forward takes another way when its numbers are moved a little"
+    for numbers in (ORDINARY, OWN):
+        try:
+            tape = Tape(module, args, kwargs, numbers, as_called=as_called)
+        except UnreadableError as error:
+            reason = str(error)
+            continue
+        taken += [tape] if is_same(tape.seen.way) else []
+        if taken and taken[-1].is_finite:
+            return taken[-1]
+    if not taken:
+        raise UnreadableError(reason)
+    return taken[0]
 
 
 def _with_values(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, Any, Any]:

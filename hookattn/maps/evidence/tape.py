@@ -17,7 +17,7 @@ from ...conditions.function_modes import lowest
 from ...errors import UnreadableError
 from ..intercept import Intercept
 from .seen import Functions, Seen, tensors_in
-from .values import HALF, copying, exact, moved, own_arguments
+from .values import HALF, Numbers, copying, exact, is_bounded, own_arguments
 
 aten = torch.ops.aten
 # Autograd lets nobody write into what these return, and stops at a detached tensor, which has an influence all the same.
@@ -60,18 +60,20 @@ class Run:
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A forward taken down at a generic point, every aten operation of it: parameters and arguments are moved a little.
+    """A forward taken down at a generic point, every aten operation of it: parameters and arguments are other numbers.
 
-    So nothing that derivatives show is a coincidence of values, such as weights that begin at zero or windows that are alike.
-    Numbers are drawn in place of NaN, infinity and what is large, whose derivatives tell nothing. It runs in float32 or better,
-    with fused attention taken apart and without dropout. What the forward did not compute itself (parameters, buffers) is
-    copied before it is used: nothing of it is written into.
+    So nothing that derivatives show is a coincidence of values, such as weights that begin at zero or windows that are alike,
+    and nothing is hidden by them, such as by a gate that is closed. It runs in float32 or better, with fused attention taken
+    apart and without dropout. What the forward did not compute itself (parameters, buffers) is copied before it is used:
+    nothing of it is written into.
 
     Raises:
         UnreadableError: the forward cannot be run so.
     """
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_called: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: Numbers, *, as_called: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
         self.tensors: list[Tensor] = []
@@ -83,14 +85,19 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.drawn: set[int] = set()  # and of what depends on random numbers
         self.mutates = False
         self.seen = Seen(self.steps, as_called=as_called)
-        self.random = torch.Generator().manual_seed(0)
-        copied = copying(args, kwargs, self.random)
+        self.numbers, self.random = numbers, torch.Generator().manual_seed(0)
+        copied = copying(args, kwargs, self.random, numbers)
         args, kwargs, given = own_arguments(args, kwargs, copied)
         given = [self.keep(t, t) for t in given]
         self.untouched = {self._slot(t): t.clone() for t in given}
         self.inputs = [self._slot(t) for t in given if t.is_floating_point()]
         self.live = {storage_of(t) for t in given if t.is_floating_point() and t.numel()}
         self.outputs = [self._slot(t) for t in self._run(module, args, kwargs)]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether numbers came out."""
+        return all(bool(self.of(slot).isfinite().all()) for slot in self.outputs)
 
     def of(self, slot: Slot) -> Tensor:
         """A tensor, as it was last."""
@@ -159,8 +166,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _foreign(self, t: Tensor) -> Tensor:
         """What is used in place of a tensor that the forward did not compute."""
-        if isinstance(t, nn.Parameter):
-            return self.keep(t, moved(t, self.random, 0.2))
+        if isinstance(t, nn.Parameter) or not is_bounded(t):
+            return self.keep(t, self.numbers.parameter(t, self.random))
         own = self.keep(t, exact(t))
         self.untouched[self._slot(own)] = own.clone()
         return own

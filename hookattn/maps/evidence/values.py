@@ -1,9 +1,10 @@
-"""The values that a forward is taken down with: those of a call, moved a little, or others where they are no numbers."""
+"""The values that a forward is taken down with: those of a call, moved a little, or others where they would hide something."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ...errors import UnreadableError
 from .seen import tensors_in
 
 HALF = (torch.float16, torch.bfloat16)
-LARGE = 1e4  # as no input is that does not overflow, or hide what is added to it
+LARGE = 10  # makes one-hot rows of a softmax, and closes gates
 
 
 def exact(t: Tensor) -> Tensor:
@@ -22,41 +23,78 @@ def exact(t: Tensor) -> Tensor:
     return t.detach().float() if t.dtype in HALF else t.detach().clone()
 
 
-def moved(t: Tensor, random: torch.Generator, spread: float, *, drawn: bool = False) -> Tensor:
-    """A copy, moved a little; if it is odd or `drawn`, numbers of this spread in place of its own."""
+def moved(t: Tensor, random: torch.Generator) -> Tensor:
+    """A copy, moved a little."""
     t = exact(t)
     if not t.is_floating_point():
         return t
     less, more = (torch.rand(t.shape, generator=random, device="cpu").to(t) for _ in range(2))
-    if drawn or is_odd(t):
-        return torch.where(t == -torch.inf, t, spread * (less - more))
-    return t * (1 - 0.01 * less) + 0.01 * (more - 0.5)  # infinite or large parts of a mask stay such
+    return t * (1 - 0.01 * less) + 0.01 * (more - 0.5)
 
 
-def copying(args: Any, kwargs: Any, random: torch.Generator, *, drawn: bool = False) -> Callable[[Tensor], Tensor]:
-    """How arguments are copied: moved a little, but for masks and the like; if `drawn`, numbers are drawn in their place."""
-    varied = _varied_or_all(tensors_in((args, kwargs)))
-    return lambda t: moved(t, random, 4.0, drawn=drawn) if id(t) in varied or is_odd(t) else exact(t)
+def drawn(t: Tensor, random: torch.Generator, size: float = 2.0) -> Tensor:
+    """Numbers of at most this size in its place, none of them near zero."""
+    t = exact(t)
+    if not t.is_floating_point():
+        return t
+    less, sign = (torch.rand(t.shape, generator=random, device="cpu").to(t) for _ in range(2))
+    return size * (1 - 0.5 * less) * torch.where(sign < 0.5, -1, 1)
+
+
+def _moved_or_drawn(t: Tensor, random: torch.Generator) -> Tensor:
+    return drawn(t, random) if has_large(t) else moved(t, random)
+
+
+def _drawn_weights(t: Tensor, random: torch.Generator) -> Tensor:
+    """Numbers that make what comes out about as large as what goes in, however many are summed up."""
+    return drawn(t, random, 0.2 if t.dim() < 2 else max(1, math.prod(t.shape[1:])) ** -0.5)
+
+
+class Numbers(NamedTuple):
+    """What is put in the place of tensors, by what they are."""
+
+    argument: Callable[[Tensor, torch.Generator], Tensor]
+    parameter: Callable[[Tensor, torch.Generator], Tensor]
+
+
+ORDINARY = Numbers(_moved_or_drawn, _drawn_weights)
+OWN = Numbers(moved, moved)
+
+
+def copying(args: Any, kwargs: Any, random: torch.Generator, numbers: Numbers = ORDINARY) -> Callable[[Tensor], Tensor]:
+    """How arguments are copied: with other numbers, but for masks and the like."""
+    changed = _masks_aside(tensors_in((args, kwargs)))
+    return lambda t: numbers.argument(t, random) if id(t) in changed else exact(t)
 
 
 def draw_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Arguments with numbers drawn in their place, for what depends on no values; masks and the like stay as they are."""
-    copied = copying(args, kwargs, torch.Generator().manual_seed(3), drawn=True)
+    copied = copying(args, kwargs, torch.Generator().manual_seed(3), ORDINARY._replace(argument=drawn))
     return own_arguments(args, kwargs, lambda t: copied(t).to(t.dtype))[:2]
 
 
-def is_odd(t: Tensor) -> bool:
-    """Whether there is NaN, infinity or something large in a tensor; below zero, where masks have it, whether all is large."""
+def has_large(t: Tensor) -> bool:
+    """Whether there is NaN, infinity or something large in a tensor."""
     if not t.is_floating_point() or t.is_meta or not t.numel():
         return False
-    return not -LARGE < float(t.detach().amax()) < LARGE
+    return not bool((t.detach().abs() < LARGE).all())
 
 
-def _varied_or_all(tensors: list[Tensor]) -> set[int]:
-    """Ids of tensors of more than a few values, or of all if there are none: a mask of zeros may be asked where it is zero."""
+def is_bounded(t: Tensor) -> bool:
+    """Whether there is neither NaN in a tensor nor infinity, but for that below zero, which masks have beside other numbers."""
+    return not t.is_floating_point() or t.is_meta or not t.numel() or bool(t.detach().amax().isfinite())
+
+
+def _masks_aside(tensors: list[Tensor]) -> set[int]:
+    """Ids of tensors that are no masks, or of all if there are none: a mask of zeros may be asked where it is zero."""
     floats = [t for t in tensors if t.is_floating_point() and not t.is_nested and t.layout is torch.strided]
-    varied = [t for t in floats if torch.unique(t.detach().flatten()[:4096]).numel() > 3]
-    return set(map(id, varied or floats))
+    return {id(t) for t in floats if not _may_be_mask(t)} or set(map(id, floats))
+
+
+def _may_be_mask(t: Tensor) -> bool:
+    """Whether a tensor has but a few values, the largest of which is 0 or 1."""
+    values = torch.unique(t.detach().flatten()[:4096])
+    return values.numel() <= 3 and float(values[-1:].sum()) in (0, 1)
 
 
 def own_arguments(args: Any, kwargs: Any, copied: Callable[[Tensor], Tensor]) -> tuple[Any, Any, list[Tensor]]:
