@@ -164,10 +164,6 @@ def scale_by_a_root(module: Own, x: Tensor) -> Tensor:
     return x * module.weight.sqrt()
 
 
-def ask_for_signs(module: Own, x: Tensor) -> Tensor:
-    return x if bool((module.weight > 0).all()) else x.flip(1)
-
-
 def take_what_is_open(module: Own, x: Tensor, mask: Tensor) -> Tensor:
     return x[:, mask == 0]
 
@@ -175,7 +171,7 @@ def take_what_is_open(module: Own, x: Tensor, mask: Tensor) -> Tensor:
 NEEDED: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "places": (add_places, [torch.arange(7.0) + 20]),
     "a root": (scale_by_a_root, []),
-    "signs": (ask_for_signs, []),
+    "a divisor": (lambda module, x: x / module.weight, []),
     "an open mask": (take_what_is_open, [torch.zeros(7)]),
     "a mask": (take_what_is_open, [torch.tensor([0, 0, 0, -torch.inf, 0, 0, 0])]),
 }
@@ -183,10 +179,21 @@ NEEDED: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
 
 @pytest.mark.parametrize("kind", NEEDED)
 def test_a_forward_that_needs_some_of_its_values_has_them(kind: str) -> None:
-    """Or near ones: with others it would fail, make NaN, or go another way."""
+    """Or near ones: with others it would fail, or make NaN."""
     prepare, more = NEEDED[kind]
     forget_what_was_established()
     Own(prepare).check(torch.randn(2, 7, 15), *more)
+
+
+class Asking(Own):
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if bool((self.weight > 0).all()) else out.flip(0)
+
+
+def test_a_forward_that_would_go_another_way_with_other_numbers_keeps_its_own() -> None:
+    forget_what_was_established()
+    Asking(lambda module, x: x).check(torch.randn(2, 7, 15))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -201,20 +208,22 @@ def test_buffers_that_are_no_numbers_do_not_matter(value: float) -> None:
         module.check(x)
 
 
-@pytest.mark.parametrize("value", [0, 5e3, -5e3, torch.nan])
-def test_an_odd_argument_beside_others_does_not_matter(value: float) -> None:
-    module, x, more = Own(lambda module, x, more: x + more), torch.randn(2, 7, 15), torch.randn(2, 7, 15)
+@pytest.mark.parametrize("kind", [*ODD, "below zero"])
+def test_an_odd_argument_beside_others_does_not_matter(kind: str) -> None:
+    module, x, more = Own(lambda module, x, more: x * more), torch.randn(2, 7, 15), torch.randn(2, 7, 15)
     forget_what_was_established()
-    replay(module, torch.full_like(x, value), more)
+    replay(module, ODD.get(kind, lambda t: t.sub(t.amax()) * 3e3)(x), more)
     with no_more_evidence():
         module.check(x, more)
 
 
-@pytest.mark.parametrize("name", ["heads_of_one_channel", "a_softmax_gate_beside_the_map", "outputs_of_half_the_channels_each"])
-def test_wide_modules_are_told_as_narrow_ones(name: str) -> None:
-    module, args, true = STYLES[name].make(Sizes(2, 8, 7, 64))
+@pytest.mark.parametrize("name", ["a_softmax_gate_beside_the_map", "outputs_of_half_the_channels_each"])
+def test_a_wide_module_is_told_as_a_narrow_one(name: str) -> None:
+    """Though much is summed up in it."""
+    module, args, true = STYLES[name].make(Sizes(2, 8, 7, 256))
     forget_what_was_established()
-    torch.testing.assert_close(replay(module, *args).double(), true, atol=1e-4, rtol=1e-3)
+    got, told = replay(module, *args).double(), true.isfinite()  # the naive softmax overflows here and there
+    torch.testing.assert_close(got[told], true[told], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", FEW)
