@@ -21,10 +21,11 @@ from .arrangement import Arrangement, Part
 from .carried import SEVERAL_VALUES, Carried, find_carried
 from .established import arrange
 from .evidence.establish import form_of
-from .evidence.values import LARGE, draw_arguments, has_large
+from .evidence.values import draw_arguments
 from .products import Met, PutOutcomes, WatchProducts
 from .replay import run_under
 
+_HIDING = 1e4  # what is about as large hides what is added to it
 _MOST = 64  # kinds of calls that are remembered of a module, or of a class
 _OF_MODULES: WeakKeyDictionary[nn.Module, tuple[Structure, dict[Any, Carried]]] = WeakKeyDictionary()
 _OF_CLASSES: WeakKeyDictionary[type, dict[Any, Carried]] = WeakKeyDictionary()
@@ -41,7 +42,7 @@ class Forward:
 
     def __init__(self, call: Call, carried: Carried | None = None) -> None:
         self._run(call, carried)
-        self.carried = remember(call, lambda: self.with_numbers()._find()) if carried is None else carried
+        self.carried = self._remembered() if carried is None else carried
         if carried is None and any(part.operand is not None for part in self.carried.map.parts):
             self._run(call, self.carried)
 
@@ -50,17 +51,34 @@ class Forward:
         self.call = call
         self.output, self.watch = run_under(call, WatchProducts(by_hand))
 
-    def with_numbers(self) -> Forward:
-        """This, to find out what depends on no values; the same with other arguments where some are odd, or what came out."""
-        large = any(not t.is_meta and not bool((t.abs() < LARGE).all()) for t in floats_in(self.output))
-        if not large and not any(map(has_large, self.call.tensors)):
-            return self
-        other, carried = Forward.__new__(Forward), vars(self).get("carried")
+    def find_once(self, name: str, find: Callable[[Forward], Any]) -> Any:
+        """What else is found of such calls, by a forward with other numbers; not remembered where no numbers come out."""
+        known = self.carried.found
+        if name in known:
+            return known[name]
+        other = self._with_numbers(self.carried)
+        found = find(other)
+        if other._has_numbers():
+            known[name] = found
+        return found
+
+    def _with_numbers(self, carried: Carried | None = None) -> Forward:
+        """The same with arguments that hide nothing; this where with those it fails, goes another way or makes no numbers."""
+        other = Forward.__new__(Forward)
         args, kwargs = draw_arguments(self.call.args, self.call.kwargs)
-        other._run(self.call._replace(args=args, kwargs=kwargs), carried)
+        try:
+            other._run(self.call._replace(args=args, kwargs=kwargs), carried)
+        except Exception:  # such as of places that are looked up
+            return self
+        if other.watch.way != self.watch.way or (self._has_numbers() and not other._has_numbers()):
+            return self
         if carried is not None:
             other.carried = carried
         return other
+
+    def _has_numbers(self) -> bool:
+        """Whether what comes out is neither NaN nor so large that it hides what is added to it."""
+        return all(t.is_meta or bool((t.detach().abs() < _HIDING).all()) for t in floats_in(self.output))
 
     @property
     def met(self) -> list[Met]:
@@ -144,16 +162,32 @@ class Forward:
             ahead = [(torch.rand(t.shape, generator=random, device="cpu") + 0.5).to(t) for t in outputs]
             return torch.autograd.grad(outputs, outcomes, ahead, create_graph=in_graph)[0] if outputs else None
 
-    def _find(self) -> Carried:
+    def _remembered(self) -> Carried:
+        """How such calls carry their map on: found once for a module, or a class, and arguments of the same form."""
+        module, form = self.call.layer.module, _key_of(self.call)
+        if (found := recall(self.call)) is not None:
+            return found
         arrangement = arrange(self.call, self.watch)
-        known = _OF_CLASSES.setdefault(type(self.call.layer.module), {})
-        key = (_key_of(self.call), tuple(self.watch.way), arrangement.shape)
-        if key not in known:
-            while len(known) >= _MOST:
-                known.pop(next(iter(known)), None)
-            found = self.carried = find_carried(self.call, self.watch, arrangement)
-            known[key] = replace(found, members=self._members())
-        return known[key]
+        key = (form, tuple(self.watch.way), arrangement.shape)
+        of_class = _OF_CLASSES.setdefault(type(module), {})
+        if (found := of_class.get(key)) is None:
+            other = self._with_numbers()
+            found = other.carried = find_carried(other.call, other.watch, arrangement)
+            found = replace(found, members=other._members())
+            if not other._has_numbers():
+                return found
+            _keep(of_class, key, found)
+        structure, known = _OF_MODULES.get(module, (None, {}))
+        if structure != self.call.layer.structure:  # it has become another module
+            _, known = _OF_MODULES[module] = self.call.layer.structure, {}
+        _keep(known, form, found)
+        return found
+
+
+def _keep(known: dict[Any, Carried], key: Any, found: Carried) -> None:
+    while len(known) >= _MOST:
+        known.pop(next(iter(known)), None)
+    known[key] = found
 
 
 def _return(rows: Tensor) -> Tensor:
@@ -171,20 +205,8 @@ def _are_in_proportion(a: Tensor, b: Tensor) -> bool:
     return bool((torch.cosine_similarity(a, b, dim=-1).abs() > 1 - rounding).all())
 
 
-def remember(call: Call, find: Callable[[], Carried]) -> Carried:
-    """How such calls carry their map on: found once for a module and arguments of the same form."""
-    structure, known = _OF_MODULES.get(call.layer.module, (None, {}))
-    if structure != call.layer.structure:  # it has become another module
-        _, known = _OF_MODULES[call.layer.module] = call.layer.structure, {}
-    if (key := _key_of(call)) not in known:
-        while len(known) >= _MOST:
-            known.pop(next(iter(known)), None)
-        known[key] = find()
-    return known[key]
-
-
 def recall(call: Call) -> Carried | None:
-    """The same if it has been found before."""
+    """How such calls carry their map on, if it has been found of this module."""
     structure, known = _OF_MODULES.get(call.layer.module, (None, {}))
     return known.get(_key_of(call)) if structure == call.layer.structure else None
 

@@ -145,10 +145,7 @@ def ending_of(forward: Forward) -> Ending:
     """
     if attends_to_channels(forward.call.layer.module):
         raise UnreadableError("it attends to channels, each of which feeds all places of its output; see m.effective and m.v.")
-    found = forward.carried.found
-    if "ending" not in found:
-        found["ending"] = _find_ending(forward.with_numbers())
-    ending: Ending = found["ending"]
+    ending: Ending = forward.find_once("ending", _find_ending)
     return ending
 
 
@@ -281,10 +278,8 @@ def _parts(forward: Forward, ending: Ending, outcomes: Tensor) -> list[Tensor]:
             f"what {name} does once heads have brought their values (a norm that it writes itself, an MLP) does "
             f"not take them one by one: their parts miss its output by {missing:.2g}."
         )
-    found = forward.carried.found
-    if "places" not in found:
-        found["places"] = _places(forward.with_numbers(), ending.leaf)
-    return [_at(part, found["places"], outcomes) for part in parts]
+    places = forward.find_once("places", lambda other: _places(other, ending.leaf))
+    return [_at(part, places, outcomes) for part in parts]
 
 
 def _at(y: Tensor, places: Tensor | None, outcomes: Tensor) -> Tensor:

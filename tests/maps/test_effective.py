@@ -298,21 +298,41 @@ READINGS: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e5], ids=["NaN", "inf", "too large", "too low"])
-@pytest.mark.parametrize("name", ["vit_scale_norm", "eva_split", "parallel", "differential", "differential_parallel"])
-def test_what_becomes_of_a_map_is_not_told_by_numbers_that_are_none(name: str, value: float) -> None:
-    """Of the first images that are seen of a class, such as those of a run that has diverged."""
+NAMES = ["vit_scale_norm", "eva_split", "parallel", "differential", "differential_parallel"]
 
-    def readings(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        m, found = recorded(model, images)[0], {}
-        for name, read in READINGS.items():
-            with suppress(UnreadableError):  # contributions of what does more than project
-                found[name] = read(m)
-        return found
 
+def readings(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    m, found = recorded(model, images)[0], {}
+    for name, read in READINGS.items():
+        with suppress(UnreadableError):  # contributions of what does more than project
+            found[name] = read(m)
+    return found
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30, -1e5, 5e3, 0])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_becomes_of_a_map_does_not_depend_on_the_images_that_are_seen_first(name: str, value: float) -> None:
+    """Such as those of a run that has diverged, or of none."""
     model, x = tiny_double(name)
     expected = readings(model, x)
     other = copy.deepcopy(model)
     forget_what_was_established()
     readings(other, torch.full_like(x, value))
+    torch.testing.assert_close(readings(other, x), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seen", [[], ["effective"]], ids=["nothing seen before", "one reading before"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_weights_that_are_no_numbers_show_is_not_remembered(name: str, value: float, seen: list[str]) -> None:
+    model, x = tiny_double(name)
+    expected = readings(model, x)
+    other = copy.deepcopy(model)
+    forget_what_was_established()
+    for reading in seen:
+        READINGS[reading](recorded(other, x)[0])
+    for p in other.parameters():
+        nn.init.constant_(p, value)
+    readings(other, x)
+    other.load_state_dict(model.state_dict())
     torch.testing.assert_close(readings(other, x), expected, rtol=0, atol=1e-9)
