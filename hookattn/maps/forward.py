@@ -70,7 +70,7 @@ class Forward:
             other._run(self.call._replace(args=args, kwargs=kwargs), carried)
         except Exception:  # such as of places that are looked up
             return self
-        if other.watch.way != self.watch.way or (self._has_numbers() and not other._has_numbers()):
+        if other.watch.way != self.watch.way or not other._has_numbers():
             return self
         if carried is not None:
             other.carried = carried

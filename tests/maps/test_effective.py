@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from support.inside import forget_what_was_established, own_registers
 from support.models import ANY_DTYPE, TINY, B, C, N, plain, randomise, tiny_double
 from support.modes import Functions, operations_of
@@ -336,3 +337,36 @@ def test_what_weights_that_are_no_numbers_show_is_not_remembered(name: str, valu
     readings(other, x)
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(readings(other, x), expected, rtol=0, atol=1e-9)
+
+
+class Ending(OwnAttention):
+    """What comes out is ended by `end(out, x, ...)`."""
+
+    def __init__(self, end: Callable[..., Tensor]) -> None:
+        super().__init__(lambda a: a * 2)
+        self.end = end
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        return self.end(super().forward(x), x, *more)
+
+
+ENDS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "a gate over tokens": (lambda out, x: out * x.softmax(1), []),
+    "a root": (lambda out, x: out * (x / 1e3).sqrt(), []),
+    "places": (lambda out, x, places: out * (1 + F.embedding(places.long(), torch.eye(32, 12))), [torch.arange(5.0) + 20]),
+    "a question": (lambda out, x: 2 * (out if bool((x > 0).all()) else out.flip(1)), []),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_what_a_head_adds_stands_where_it_does_in_the_call(kind: str) -> None:
+    """Though a gate was closed when the class was first seen, and though other numbers fail, or go another way."""
+    end, more = ENDS[kind]
+    torch.manual_seed(0)
+    model, x = randomise(Ending(end)).double(), torch.rand(2, 5, 12).double() + 0.5
+    forget_what_was_established()
+    recorded(model, x.index_fill(1, torch.tensor(2), 800), *more)[0].output()
+    m = recorded(copy.deepcopy(model), x, *more)[0]
+    with torch.no_grad():
+        nothing = end(model.out.bias.expand(2, 5, 12), x, *more)
+        torch.testing.assert_close(m.output().sum(1) + nothing, model(x, *more), rtol=0, atol=1e-9)
