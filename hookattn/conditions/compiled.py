@@ -1,4 +1,4 @@
-"""Compiled, exported and traced code: what was compiled before has no hooks in it, so it runs eagerly meanwhile."""
+"""Compiled, exported and traced code: what was compiled has no hooks in it, so it runs eagerly meanwhile or on other graphs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.fx import _symbolic_trace
 from ..errors import RecorderError
 
 INSIDE = (
-    "a recorder cannot be used inside compiled code, which does not see its hooks: open it around the compiled function, which "
-    "then runs eagerly, or move the block into a function of its own under @torch.compiler.disable."
+    "a recorder cannot be used inside compiled code, which does not see its hooks: open it around the compiled function, "
+    "or move the block into a function of its own under @torch.compiler.disable."
 )
 
 
