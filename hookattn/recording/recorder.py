@@ -61,8 +61,8 @@ class AttentionRecorder(Saving, Reducing):
 
     Args:
         model: any `nn.Module`. timm's attention classes are known, others are found by the name of their class. Where none is
-            named like attention, the first forward is watched for the modules that form maps. One that was compiled runs on graphs
-            that call the hooks, compiled once, or eagerly where that cannot be, of which it is warned.
+            named like attention, the first forward is watched for the modules that form maps. One that was compiled runs on
+            graphs that call the hooks, compiled once, or eagerly where that cannot be, of which it is warned.
         layers: which attention modules: names, globs ("blocks.*.attn", "blocks.3.*"), positions (-1 is the last), a list of
             these, or a predicate of (name, module). None for all. A name is that very module, known as attention or not.
         keep: "inputs" keeps what a module was called with (a reference, no copy) and computes maps when asked; "maps" computes

@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.usefixtures("nothing_compiled_yet"),
     pytest.mark.skipif(Version(torch.__version__).release < (2, 11), reason="graphs of this torch do not outlive a hook"),
 ]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SEEN = [way for way in WAYS if way not in (the_model, function_around, method_of_the_model)]
 """Those of which the recorder is given what is compiled."""
 
@@ -75,9 +76,11 @@ def check(way: Any, model: Any, x: Tensor, **options: Any) -> AttentionRecorder:
 # With kernels of Inductor's, which write into the memory of what they have used
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("options", [{}, {"keep": "maps"}], ids=str)
-def test_a_compiled_model_stays_compiled_while_it_is_recorded(options: dict[str, Any]) -> None:
-    check(the_compiled_model, *tiny("vit"), **options)
+def test_a_compiled_model_stays_compiled_while_it_is_recorded(options: dict[str, Any], device: str) -> None:
+    model, x = tiny("vit")
+    check(the_compiled_model, model.to(device), x.to(device), **options)
 
 
 def test_modules_of_a_kind_share_a_graph() -> None:
