@@ -83,22 +83,24 @@ _hooks: dict[int, Callable[[Arguments], object]] = {}
 _count = count()
 _library: list[torch.library.Library] = []  # is filled with the first that is needed
 # What operators say they write into: graphs would do without them otherwise, and in any order, since nothing comes out of them.
-_order = torch.empty(0)
+_order = torch.empty(0, device="cpu")
 
 
 def ticket_for(hook: Callable[[Arguments], object]) -> Tensor:
     """What an operator is given to call a hook: a number, in a tensor, so that modules of a kind share a graph."""
     global _order
+    with torch.inference_mode(False):  # for graphs that run outside of it, too, where its tensors are not to be written into
+        ticket = torch.tensor(number := next(_count), device="cpu")
+        order = torch.zeros(1, device="cpu")
     if not _library:
-        _order = torch.zeros(1, device="cpu")
+        _order = order
         library: Any = torch.library.Library("hookattn", "FRAGMENT")  # type: ignore[no-untyped-call]
         library.define("call_hook(Tensor(a!) order, Tensor ticket, Tensor[] given, str arguments, str autocast) -> ()")
         library.impl("call_hook", _call_hook, "CompositeExplicitAutograd")
         torch.library.register_fake("hookattn::call_hook", lambda *_: None, lib=library)
         _library.append(library)
-    number = next(_count)
     _hooks[number] = hook
-    return torch.tensor(number, device="cpu")
+    return ticket
 
 
 def give_back(ticket: Tensor) -> None:

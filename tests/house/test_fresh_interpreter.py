@@ -46,6 +46,15 @@ with hookattn.AttentionRecorder(model) as rec:
 said["graphs"], said["maps"] = len(graphs), list(rec.maps)
 said["exact"] = [bool((m[...] - e).abs().max() < 1e-6) for m, e in zip(rec.maps.values(), expected)]
 
+import torch._inductor.compile_fx as inductor
+from torch._dynamo.backends.debugging import aot_eager
+inductor.compile_fx = lambda graph, inputs, **_: aot_eager(graph, inputs)
+compiled, said["compiled"] = torch.compile(model), []
+for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+    with mode(), hookattn.AttentionRecorder(compiled) as rec:
+        compiled(x)
+    said["compiled"].append([bool((m[...] - e).abs().max() < 1e-6) for m, e in zip(rec.maps.values(), expected)])
+
 for missing, module in (("matplotlib", "hookattn.figures.plot"), ("typer", "hookattn.cli.app")):
     sys.modules[missing] = None
     try:
@@ -80,6 +89,10 @@ def test_importing_hookattn_imports_no_optional_package(said: dict[str, Any]) ->
 
 def test_a_model_compiled_for_the_first_time_in_the_process_inside_the_block_is_recorded(said: dict[str, Any]) -> None:
     assert (said["graphs"], said["maps"], said["exact"]) == (0, ["0.attn", "1.attn"], [True, True])
+
+
+def test_a_compiled_model_is_recorded_in_inference_mode_first_and_outside_of_it_then(said: dict[str, Any]) -> None:
+    assert said["compiled"] == [[True, True]] * 3
 
 
 @pytest.mark.parametrize(("module", "extra"), [("hookattn.figures.plot", "plot"), ("hookattn.cli.app", "cli")])

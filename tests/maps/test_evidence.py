@@ -171,6 +171,8 @@ def take_what_is_open(module: Own, x: Tensor, mask: Tensor) -> Tensor:
 NEEDED: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "places": (add_places, [torch.arange(7.0) + 20]),
     "a root": (scale_by_a_root, []),
+    "a number": (lambda module, x, factor: x * factor, [torch.tensor(1.5)]),
+    "a number for each image": (lambda module, x, factor: x * factor, [torch.tensor([1.5, 0.5]).view(2, 1, 1)]),
     "a divisor": (lambda module, x: x / module.weight, []),
     "an open mask": (take_what_is_open, [torch.zeros(7)]),
     "a mask": (take_what_is_open, [torch.tensor([0, 0, 0, -torch.inf, 0, 0, 0])]),
@@ -183,6 +185,18 @@ def test_a_forward_that_needs_some_of_its_values_has_them(kind: str) -> None:
     prepare, more = NEEDED[kind]
     forget_what_was_established()
     Own(prepare).check(torch.randn(2, 7, 15), *more)
+
+
+class OfChannels(Own):
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        return ((self.prepare(self, x, *more).mT @ x).softmax(-1) @ x.mT).mT
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(1.5), torch.tensor([1.5, 0.5]).view(2, 1, 1)], ids=["all", "each image"])
+def test_a_number_that_all_share_makes_no_tokens_of_channels(factor: Tensor) -> None:
+    forget_what_was_established()
+    with pytest.raises(UnreadableError):
+        replay(OfChannels(lambda module, x, factor: x * factor), torch.randn(2, 7, 15), factor)
 
 
 class Asking(Own):

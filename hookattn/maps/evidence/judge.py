@@ -122,7 +122,8 @@ def _are_tokens(sources: Sources, w: Tensor) -> bool:
     if all(first is not None for first in carried):
         return any(len(first) for first in carried if first is not None)
     some = sorted({*spread(len(w), 5), *(int((i + 0.5) * len(w) / 5) for i in range(5))})
-    masks = [m.flatten(1).float() for m in sources.of(w[some])]
+    masks = [m.reshape(len(m), -1).float() for m in sources.of(w[some])]
+    masks = [m for m in masks if m.any(0).sum() > 1]  # a number that all share, such as a temperature, tells none apart
     if not masks:
         return False
     depends = torch.stack([m.any(1) for m in masks]).any(0)  # padding depends on nothing
@@ -139,7 +140,7 @@ def _overlap(masks: Tensor) -> Tensor:
 def _rows_are_heads(sources: Sources, c: Candidate, everything: Sequence[Product]) -> bool:
     """Whether rows of M that feed the same place come from the same place of the arguments: heads of one query."""
     for _, queries in queries_of(sources, c) if everything else ():
-        ends = [m.flatten(1) for m in sources.of(queries[0, [0, -1]])]
+        ends = [m.reshape(len(m), -1) for m in sources.of(queries[0, [0, -1]])]
         return any(m.any() for m in ends) and all(torch.equal(m[0], m[1]) for m in ends)
     return False
 
