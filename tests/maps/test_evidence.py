@@ -189,7 +189,9 @@ def test_a_forward_that_needs_some_of_its_values_has_them(kind: str) -> None:
 
 class OfChannels(Own):
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
-        return ((self.prepare(self, x, *more).mT @ x).softmax(-1) @ x.mT).mT
+        q, k, v = self.qkv(self.prepare(self, x, *more)).chunk(3, -1)
+        out: Tensor = ((q.mT @ k).softmax(-1) @ v.mT).mT
+        return out
 
 
 @pytest.mark.parametrize("factor", [torch.tensor(1.5), torch.tensor([1.5, 0.5]).view(2, 1, 1)], ids=["all", "each image"])
