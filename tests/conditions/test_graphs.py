@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -241,6 +243,23 @@ def test_gradients_of_the_model_are_those_of_its_own_graphs() -> None:
     torch.testing.assert_close(read(rec), read(recorded(model, x)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("quickly")
+def test_graphs_hold_no_recorder_and_no_model() -> None:
+    model, x = tiny("vit")
+    compiled = torch.compile(model)
+    with torch.no_grad(), AttentionRecorder(compiled) as rec:
+        compiled(x)
+    held = [weakref.ref(rec), weakref.ref(rec.maps[0])]
+    del rec
+    gc.collect()
+    assert [each() for each in held] == [None, None]
+    of_model = weakref.ref(model)
+    torch._dynamo.reset()
+    del model, compiled
+    gc.collect()
+    assert of_model() is None
+
+
 # Where that cannot be
 
 
@@ -279,10 +298,11 @@ def test_where_that_cannot_be_it_runs_eagerly_and_says_why(why: str) -> None:
 
 
 @pytest.mark.usefixtures("quickly")
-def test_what_is_compiled_otherwise_or_not_only_so_runs_eagerly() -> None:
+@pytest.mark.parametrize("other", [{"backend": Counts()}, {"mode": "max-autotune-no-cudagraphs"}], ids=["backend", "mode"])
+def test_what_is_compiled_otherwise_or_not_only_so_runs_eagerly(other: dict[str, Any]) -> None:
     model: Any
     model, x = tiny("vit")
-    model.blocks[0].compile(backend=Counts())
+    model.blocks[0].compile(**other)
     model.blocks[1].compile()
     with AttentionRecorder(model) as rec, torch.no_grad():
         model(x)
