@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..conditions.compiled import COMPILED, is_traced
+from ..conditions.compiled import is_compiled, is_traced
 from ..conditions.dispatch_modes import unseen_by_modes
 from ..conditions.graphs import Arguments, give_back, put_operator, ticket_for
 from ..errors import RecorderError
@@ -37,7 +37,7 @@ class Hook(NotCopied):
         # two are filled and emptied one after the other. Called in between, while another thread or a hook puts ours on or
         # takes it off, it is given fewer arguments.
         if is_traced() or len(given) != self.takes:
-            if self.ticket is not None and COMPILED.calls_hooks:
+            if self.ticket is not None and is_compiled():
                 put_operator(self.ticket, given[1], given[2])
             return None
         if not torch._C._len_torch_dispatch_stack():  # nearly always

@@ -33,7 +33,7 @@ class _Compiled:
 
     def __init__(self) -> None:
         self.lock, self.open, self.stance = threading.Lock(), 0, ExitStack()
-        self.calls_hooks = self._was_usual = False
+        self._was_usual = False
 
     def __enter__(self) -> None:
         with self.lock:
@@ -45,13 +45,11 @@ class _Compiled:
             except RuntimeError as inside:  # documented to raise inside compiled code, though not what
                 raise RecorderError(INSIDE) from inside
             self.open += 1
-            self.calls_hooks = False
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.open -= 1
             if self.open == 0:
-                self.calls_hooks = False
                 self.stance.close()
 
     def is_usual(self) -> bool:
@@ -67,7 +65,6 @@ class _Compiled:
         with self.lock:
             if self.may_call_hooks():
                 self.stance.enter_context(torch.compiler.set_stance("default", force_backend=backend))
-                self.calls_hooks = True
 
 
 def _is_usual() -> bool:
@@ -78,6 +75,12 @@ def _is_usual() -> bool:
 
 
 COMPILED = _Compiled()
+
+
+def is_compiled() -> bool:
+    """Whether modules run to be compiled by torch.compile, and not to be exported or traced; asked where they are traced."""
+    # Undocumented, torch 2.7 to 2.15: the flag, since `torch.compiler.is_exporting()` of 2.11 says yes whatever is compiled.
+    return is_dynamo_compiling() and not torch.compiler._is_exporting_flag
 
 
 def is_traced() -> bool:

@@ -69,15 +69,18 @@ class _Mark:
         """Do nothing: a debugger that is switched on while the call runs takes it for a trace function, and calls it."""
 
 
-def caller_of_hook() -> FrameType:
-    """The frame of PyTorch's that called the hook we are in, which is there until the module has run."""
+def caller_of_hook(module: nn.Module) -> FrameType:
+    """The frame of PyTorch's that called the hook of a module that we are in, which is there until the module has run."""
     # Undocumented, torch 2.6 to 2.15: hooks and the forward are called from one frame (`inner` in `Module._call_impl`).
-    frame = found = sys._getframe(1)
+    frame = sys._getframe(1)
     while str(frame.f_globals.get("__name__")).startswith(_OURS) and frame.f_back is not None:
-        found = frame = frame.f_back
-    while found.f_globals is not _CALLERS and found.f_back is not None:  # a compiled graph called it, from within such a frame
-        found = found.f_back
-    return found if found.f_globals is _CALLERS else frame
+        frame = frame.f_back
+    if frame.f_globals is _CALLERS:
+        return frame
+    found: FrameType | None = frame
+    while found is not None and not (found.f_globals is _CALLERS and found.f_locals.get("self") is module):
+        found = found.f_back  # a compiled graph called the hook, from within such a frame
+    return found or frame
 
 
 def code_of_methods(model: nn.Module) -> set[CodeType]:

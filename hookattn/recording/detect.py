@@ -73,7 +73,7 @@ class Detection:
         if module is self._model and not (self._running and self._call):  # one that was interrupted ran no hook at its end
             self._on.close()
             self._running.clear()
-            self._call = Running(caller_of_hook(), held=True)
+            self._call = Running(caller_of_hook(module), held=True)
             self._on.enter_context(lowest(self._mode))
         if module is not self._model and not self._running:
             return None

@@ -136,7 +136,7 @@ class ForwardPasses(Around):
         begun = None
         # `_call` is false where the one that was announced was interrupted, and nobody has told that it ended
         if self._announced is None or not self._call:
-            begun = self._announced = self._begin_pass(Running(caller_of_hook(), held=True), "forward")
+            begun = self._announced = self._begin_pass(Running(caller_of_hook(self.module), held=True), "forward")
             self.images.clear()
             begun.frames = frames_in(args, kwargs)
         if (images := images_in(args, kwargs)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from support.compiling import (
     block_compile,
     function_around,
     method_of_the_model,
+    model_compile,
     nothing_set,
     softmaxes,
     the_compiled_model,
@@ -34,6 +36,7 @@ from support.untouched import untouched
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hookattn import AttentionMap, AttentionRecorder, HookattnError, UnreadableError
 
@@ -244,6 +247,20 @@ def test_gradients_of_the_model_are_those_of_its_own_graphs() -> None:
 
 
 @pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("way", [the_compiled_model, model_compile], ids=lambda way: way.__name__)
+def test_a_layer_that_is_replaced_inside_the_block_is_told_when_the_forward_ends(way: Any) -> None:
+    model: Any
+    model, x = tiny("vit")
+    given, call = way(model)
+    with torch.no_grad(), AttentionRecorder(given) as rec:
+        call(x)
+        model.blocks[1].attn = copy.deepcopy(model.blocks[1].attn)
+        call(x)
+    with pytest.raises(UnreadableError, match="was replaced by another module"):
+        rec.maps[NAMES[1]][...]
+
+
+@pytest.mark.usefixtures("quickly")
 def test_graphs_hold_no_recorder_and_no_model() -> None:
     model, x = tiny("vit")
     compiled = torch.compile(model)
@@ -258,6 +275,28 @@ def test_graphs_hold_no_recorder_and_no_model() -> None:
     del model, compiled
     gc.collect()
     assert of_model() is None
+
+
+TRACED: dict[str, Callable[[Any, Tensor], Any]] = {
+    "export": lambda model, x: torch.export.export(model, (x,), strict=False).graph,
+    "strict export": lambda model, x: torch.export.export(model, (x,), strict=True).graph,
+    "jit": lambda model, x: torch.jit.trace(model, x, check_trace=False).inlined_graph,  # type: ignore[no-untyped-call]
+    "make_fx": lambda model, x: make_fx(model)(x).graph,
+}
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.filterwarnings("ignore")  # some warn of what they are
+@pytest.mark.parametrize("how", TRACED)
+def test_what_is_exported_or_traced_inside_the_block_has_no_operators_of_ours(how: str) -> None:
+    model, x = tiny("vit")
+    compiled = torch.compile(model)
+    with torch.no_grad(), AttentionRecorder(compiled) as rec:
+        compiled(x)
+        assert graphs()
+        maps = read(rec)
+        assert "hookattn" not in str(TRACED[how](model, x))
+        torch.testing.assert_close(read(rec), maps, rtol=0, atol=0)
 
 
 # Where that cannot be
