@@ -19,6 +19,7 @@ from support.compiling import (
     WAYS,
     Counts,
     agree,
+    attention_compile,
     block_compile,
     function_around,
     method_of_the_model,
@@ -258,6 +259,32 @@ def test_a_layer_that_is_replaced_inside_the_block_is_told_when_the_forward_ends
         call(x)
     with pytest.raises(UnreadableError, match="was replaced by another module"):
         rec.maps[NAMES[1]][...]
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_map_whose_arguments_a_later_hook_changes_is_refused() -> None:
+    model: Any
+    model, x = tiny("vit")
+    compiled = torch.compile(model)
+    twice = model.blocks[1].attn.register_forward_pre_hook
+    with torch.no_grad(), AttentionRecorder(compiled) as rec, twice(lambda _, args: (args[0] * 2,)):
+        compiled(x)
+    with pytest.raises(UnreadableError, match="hook that was put on inside the block"):
+        rec.maps[1][...]
+    torch.testing.assert_close(rec.maps[0][...], recorded(model, x).maps[0][...], rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("way", [attention_compile, block_compile], ids=lambda way: way.__name__)
+def test_what_runs_for_a_reading_is_no_call_of_the_model(way: Any) -> None:
+    model, x = tiny("vit")
+    given, call = way(model)
+    with torch.no_grad(), AttentionRecorder(given, passes="all") as rec:
+        call(x)
+        rec.verify()
+        read(rec)
+        assert list(rec.maps) == NAMES
+    assert len(rec.passes) == 1
 
 
 @pytest.mark.usefixtures("quickly")
