@@ -212,6 +212,28 @@ def test_a_forward_that_would_go_another_way_with_other_numbers_keeps_its_own() 
     Asking(lambda module, x: x).check(torch.randn(2, 7, 15))
 
 
+class Clipped(nn.Linear):
+    """Bounds of what goes in are learnt, as for models that are quantised."""
+
+    def __init__(self, low_first: bool) -> None:
+        super().__init__(15, 45)
+        self.low_first = low_first
+        self.low, self.high = nn.Parameter(torch.tensor(-4.0)), nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.maximum(self.low).minimum(self.high) if self.low_first else x.minimum(self.high).maximum(self.low)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("low_first", [True, False])
+def test_weights_that_go_together_are_tried_as_they_are(low_first: bool) -> None:
+    """Of two numbers that are drawn for them, the higher may be that of the lower bound: then nothing gets through."""
+    module = Own(lambda module, x: x)
+    module.qkv = Clipped(low_first)
+    forget_what_was_established()
+    module.check(torch.randn(2, 7, 15))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_buffers_that_are_no_numbers_do_not_matter(value: float) -> None:
     module, x = Own(lambda module, x: x * module.scale), torch.randn(2, 7, 15)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .seen import tensors_in
 from .table import arrange
 from .tape import Tape, storage_of
 from .unmix import softmax_before_mixing
-from .values import ORDINARY, OWN
+from .values import ORDINARY, OWN, OWN_WEIGHTS, Numbers
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -67,10 +67,19 @@ def _establish(
         # what came after its forward, such as hooks on the module itself, is no part of it; on meta there are no indices
         return other == way[: len(other)] or (on_meta and len(other) == len(way))
 
-    with _plainly(module, args, kwargs), ExitStack() as stack:
-        tape = _take_down(module, args, kwargs, is_same, as_called)
-        if tape.mutates:
-            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+    refusals = list[UnreadableError]()
+    with _plainly(module, args, kwargs):
+        # weights may go together, such as bounds that values are clipped to, so they are tried as they are, too
+        for numbers in (ORDINARY, OWN_WEIGHTS):
+            try:
+                return _arrange(module, _take_down(module, args, kwargs, numbers, is_same, as_called))
+            except UnreadableError as refusal:
+                refusals.append(refusal)
+    raise refusals[0]
+
+
+def _arrange(module: nn.Module, tape: Tape) -> Arrangement:
+    with torch.autograd.graph.allow_mutation_on_saved_tensors() if tape.mutates else nullcontext():
         maps, index = arrange(tape, *find_maps(tape))
         products = [c.product for c in maps]
         drawn = any(storage_of(tape.of(product.map_in(tape.steps))) in tape.drawn for product in products)
@@ -79,12 +88,14 @@ def _establish(
         return locate(tape, products, index, softmax_before_mixing(tape, products, index))
 
 
-def _take_down(module: nn.Module, args: Any, kwargs: Any, is_same: Callable[[list[Any]], bool], as_called: bool) -> Tape:
-    """A forward with ordinary numbers, or with its own where with those it fails, takes another way or puts out no numbers."""
+def _take_down(
+    module: nn.Module, args: Any, kwargs: Any, numbers: Numbers, is_same: Callable[[list[Any]], bool], as_called: bool
+) -> Tape:
+    """A forward with other numbers, or with its own where with those it fails, takes another way or puts out no numbers."""
     taken, reason = list[Tape](), "its forward takes another way when its numbers are moved a little"
-    for numbers in (ORDINARY, OWN):
+    for each in (numbers, OWN):
         try:
-            tape = Tape(module, args, kwargs, numbers, as_called=as_called)
+            tape = Tape(module, args, kwargs, each, as_called=as_called)
         except UnreadableError as error:
             reason = str(error)
             continue

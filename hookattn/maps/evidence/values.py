@@ -58,6 +58,7 @@ class Numbers(NamedTuple):
 
 
 ORDINARY = Numbers(_moved_or_drawn, _drawn_weights)
+OWN_WEIGHTS = Numbers(_moved_or_drawn, moved)
 OWN = Numbers(moved, moved)
 
 
