@@ -26,18 +26,19 @@ Kwargs = dict[str, Any]
 class Hook(NotCopied):
     """A hook that recorders put on modules: calls `run`, but not while the module is compiled, exported or traced."""
 
-    __slots__ = ("__weakref__", "run", "takes", "ticket")
+    __slots__ = ("__weakref__", "module", "run", "takes", "ticket")
 
     def __init__(self, run: Callable[..., Any], takes: int = 3) -> None:
         self.run, self.takes = run, takes
         self.ticket: Tensor | None = None  # by which compiled graphs call it, if they do
+        self.module: nn.Module | None = None  # where they do; not where a copy is called that shares the hooks
 
     def __call__(self, *given: Any) -> Any:
         # Undocumented, torch 2.6 to 2.15: which hooks take keyword arguments stands in a dict beside that of the hooks, and the
         # two are filled and emptied one after the other. Called in between, while another thread or a hook puts ours on or
         # takes it off, it is given fewer arguments.
         if is_traced() or len(given) != self.takes:
-            if self.ticket is not None and is_compiled():
+            if self.ticket is not None and is_compiled() and given[0] is self.module:
                 put_operator(self.ticket, given[1], given[2])
             return None
         if not torch._C._len_torch_dispatch_stack():  # nearly always
@@ -135,9 +136,9 @@ class Around:
     def join_graphs(self) -> None:
         """Let compiled graphs call the hooks, until they come off."""
         assert self._first is not None
-        self._first.ticket = ticket_for(self.begin_in_graph)
+        self._first.module, self._first.ticket = self.module, ticket_for(self.begin_in_graph)
         if self._last is not None:
-            self._last.ticket = ticket_for(lambda _: self._end(self.module, (), {}, ...))
+            self._last.module, self._last.ticket = self.module, ticket_for(lambda _: self._end(self.module, (), {}, ...))
 
     def begin_in_graph(self, arguments: Arguments) -> None:
         """Called before the forward where a compiled graph calls the hook, which writes into the tensors later on."""

@@ -64,6 +64,11 @@ class _Compiled:
         """Let compiled code run on graphs of this backend, which call hooks, until the next recorder is opened."""
         with self.lock:
             if self.may_call_hooks():
+                # Undocumented, torch 2.6 to 2.15: else a graph of a module without hooks is taken for one of its class that has
+                # them. It is a setting of this thread alone.
+                settings, name = torch._dynamo.config, "skip_nnmodule_hook_guards"
+                self.stance.callback(setattr, settings, name, getattr(settings, name))
+                setattr(settings, name, False)
                 self.stance.enter_context(torch.compiler.set_stance("default", force_backend=backend))
 
 
@@ -78,8 +83,8 @@ COMPILED = _Compiled()
 
 
 def is_compiled() -> bool:
-    """Whether modules run to be compiled by torch.compile, and not to be exported or traced; asked where they are traced."""
-    # Undocumented, torch 2.7 to 2.15: the flag, since `torch.compiler.is_exporting()` of 2.11 says yes whatever is compiled.
+    """Whether modules run to be compiled, for a graph that is called here; not to be exported, which calls nothing of ours."""
+    # Undocumented, torch 2.11 to 2.15: what `is_exporting` returns, which Dynamo of 2.11 takes for true wherever it is asked.
     return is_dynamo_compiling() and not torch.compiler._is_exporting_flag
 
 

@@ -70,17 +70,20 @@ class _Mark:
 
 
 def caller_of_hook(module: nn.Module) -> FrameType:
-    """The frame of PyTorch's that called the hook of a module that we are in, which is there until the module has run."""
-    # Undocumented, torch 2.6 to 2.15: hooks and the forward are called from one frame (`inner` in `Module._call_impl`).
-    frame = sys._getframe(1)
-    while str(frame.f_globals.get("__name__")).startswith(_OURS) and frame.f_back is not None:
+    """The frame of PyTorch's that called a hook of a module, which we are in, and is there until the module has run.
+
+    Where a compiled graph has taken the place of that call, the frame outside of PyTorch that called the graph.
+    """
+    # Undocumented, torch 2.6 to 2.15: hooks and the forward are called from one frame (`inner` in `Module._call_impl`). A graph
+    # may be a module itself, with such frames of its own.
+    frame, outside = sys._getframe(1), None
+    while frame.f_globals is not _CALLERS or frame.f_locals.get("self") is not module:
+        if outside is None and not str(frame.f_globals.get("__name__", "torch")).startswith((_OURS, "torch")):
+            outside = frame
+        if frame.f_back is None:
+            return outside or frame
         frame = frame.f_back
-    if frame.f_globals is _CALLERS:
-        return frame
-    found: FrameType | None = frame
-    while found is not None and not (found.f_globals is _CALLERS and found.f_locals.get("self") is module):
-        found = found.f_back  # a compiled graph called the hook, from within such a frame
-    return found or frame
+    return frame
 
 
 def code_of_methods(model: nn.Module) -> set[CodeType]:

@@ -62,15 +62,19 @@ def _backend_of(module: nn.Module) -> Any:
 
 
 _backends: WeakKeyDictionary[nn.Module, list[tuple[Any, GraphsWithHooks]]] = WeakKeyDictionary()
+# PyTorch makes 8 graphs of a function, with all backends and for all sizes of images, and then no more, or it raises.
+_CHOICES = 3
 
 
-def backend_for(model: nn.Module, inductor: Any, hooked: Iterable[Any]) -> GraphsWithHooks:
-    """The one backend for graphs of a model that call these hooks, and no others; whatever tells hooks apart."""
+def backend_for(model: nn.Module, inductor: Any, layers: Iterable[str]) -> GraphsWithHooks | None:
+    """The one backend for graphs of a model that call hooks of these layers, and no others; None if it has enough of them."""
     of_model = _backends.setdefault(model, [])
-    wanted = inductor, frozenset(hooked)
-    for inductor_and_hooked, backend in of_model:
-        if inductor_and_hooked == wanted:
+    wanted = inductor, frozenset(layers)
+    for inductor_and_layers, backend in of_model:
+        if inductor_and_layers == wanted:
             return backend
+    if len(of_model) == _CHOICES:
+        return None
     of_model.append((wanted, GraphsWithHooks(inductor)))
     return of_model[-1][1]
 
@@ -78,7 +82,8 @@ def backend_for(model: nn.Module, inductor: Any, hooked: Iterable[Any]) -> Graph
 # The operator
 
 Arguments = Callable[..., tuple[Args, Kwargs]]
-"""Makes the arguments of a module, with `copied=True` of copies; UnreadableError where an operator was not given all."""
+"""Makes the arguments of a module, with None for what operators are not given, or `whole=True` and an UnreadableError; and
+with `copied=True` of copies."""
 _hooks: dict[int, Callable[[Arguments], object]] = {}
 _count = count()
 _library: list[torch.library.Library] = []  # is filled with the first that is needed
@@ -118,23 +123,21 @@ def put_operator(ticket: Tensor, args: Args, kwargs: Kwargs) -> None:
     torch.ops.hookattn.call_hook(_order, ticket, given, arguments, autocast)
 
 
-_UNKNOWN = "\0"  # as no text has it that Python writes
-
-
 def _described(value: Any, given: list[Tensor]) -> str:
     """What arguments are, as Python would have it written, with `tensor()` for each of those that are put into the list."""
     if isinstance(value, Tensor):
         given.append(value)
         return "tensor()"
-    if value is None or isinstance(value, (bool, int, float, str)):
+    kind = type(value)  # and not a class derived from it, which may be written in a way of its own
+    if value is None or kind in (bool, int, float, str):
         return repr(value)
-    if type(value) in (tuple, torch.Size):
+    if kind in (tuple, torch.Size):
         return "(" + "".join([_described(each, given) + "," for each in value]) + ")"
-    if type(value) is list:
+    if kind is list:
         return "[" + "".join([_described(each, given) + "," for each in value]) + "]"
-    if type(value) is dict:
-        return "{" + "".join([repr(key) + ":" + _described(value[key], given) + "," for key in value]) + "}"
-    return f"{_UNKNOWN}{type(value).__name__}{_UNKNOWN}"
+    if kind is dict:
+        return "{" + "".join([_described(key, given) + ":" + _described(value[key], given) + "," for key in value]) + "}"
+    return f"unknown({kind.__name__!r})"
 
 
 def _call_hook(order: Tensor, ticket: Tensor, given: list[Tensor], arguments: str, autocast: str) -> None:
@@ -148,18 +151,27 @@ def _call_hook(order: Tensor, ticket: Tensor, given: list[Tensor], arguments: st
         hook(partial(_made, arguments, given))
 
 
-def _made(arguments: str, given: list[Tensor], copied: bool = False) -> tuple[Args, Kwargs]:
-    found: tuple[Args, Kwargs] = _maker(arguments)(iter(map(Tensor.clone, given) if copied else given).__next__)
+def _made(arguments: str, given: list[Tensor], copied: bool = False, whole: bool = False) -> tuple[Args, Kwargs]:
+    if copied:  # once, so that what was one tensor is one
+        copies = {id(each): each.clone() for each in given}
+        given = [copies[id(each)] for each in given]
+    found: tuple[Args, Kwargs] = _maker(arguments)(iter(given).__next__, _refuse if whole else _leave_out)
     return found
 
 
+def _refuse(kind: str) -> None:
+    raise UnreadableError(
+        f"it was called with an argument of type {kind}, which a compiled graph does not hand on: record it eagerly, "
+        'under torch.compiler.set_stance("force_eager") around the block of the recorder.'
+    )
+
+
+def _leave_out(_kind: str) -> None:
+    return None
+
+
 @cache
-def _maker(arguments: str) -> Callable[[Callable[[], Tensor]], Any]:
-    """What makes arguments, as they are described, of a function that gives one tensor after the other."""
-    if _UNKNOWN in arguments:
-        raise UnreadableError(
-            f"it was called with a {arguments.split(_UNKNOWN)[1]}, which a compiled graph does not hand on: record it eagerly, "
-            'under torch.compiler.set_stance("force_eager") around the block of the recorder.'
-        )
-    made: Callable[[Callable[[], Tensor]], Any] = eval(f"lambda tensor: {arguments}", {"inf": math.inf, "nan": math.nan})
+def _maker(arguments: str) -> Callable[[Callable[[], Tensor], Callable[[str], None]], Any]:
+    """What makes arguments, as they are described, of two functions: one gives one tensor after the other, one the rest."""
+    made: Callable[..., Any] = eval(f"lambda tensor, unknown: {arguments}", {"inf": math.inf, "nan": math.nan})
     return made

@@ -5,8 +5,8 @@ From top to bottom, an import may only point down:
     inspection   what of a model can be read, how, and who calls it
     recorder     AttentionRecorder
     detect       which modules form maps, where names do not tell
-    stay_compiled  which compiled models stay so, on graphs that call the hooks
     record       the hooks that keep what each attention module was called with
+    stay_compiled  which compiled models stay so, on graphs that call the hooks
     keep_maps    maps made while a module runs, of the queries and keys it makes itself
     buffers      memory of maps that nobody holds any more
     follow       gradients that are followed through backward

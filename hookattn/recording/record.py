@@ -17,7 +17,6 @@ from ..calls.layer import Layer
 from ..calls.restore import reading
 from ..conditions.checkpoints import in_backward
 from ..conditions.graphs import Arguments
-from ..errors import UnreadableError
 from ..image.geometry import Geometry, measure_arguments
 from ..image.snapshot import read_settings
 from ..image.trunk import stems_of
@@ -33,6 +32,7 @@ from .hear import Awaited
 from .keep_maps import AwaitedMap, KeepMaps
 from .lent_maps import await_reduction, is_described, read_after_call
 from .passes import ForwardPass, ForwardPasses
+from .stay_compiled import check_call
 from .stems import Block, Stem
 from .wanted import Wanted
 
@@ -187,11 +187,10 @@ class _RecordedLayer(Around):
             return
         name = forward.next_name(self._layer.name)
         try:
-            if self.is_followed():
-                raise UnreadableError(
-                    "a hook that was put on inside the block changes what it is called with; put it on before"
-                )
-            self._record(name, forward, *arguments(copied=self._sampled))  # else the map is made at once
+            check_call(self)
+            # a map that is made at once needs none, but a function of the user's may keep what it is given
+            copied = self._sampled or recording.wanted.reduction is not None
+            self._record(name, forward, *arguments(copied=copied, whole=True))
         except Exception as error:
             forward.maps[name] = recording.lost(self._layer, name, error)
 

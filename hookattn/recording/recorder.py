@@ -39,7 +39,7 @@ from .record import Recording
 from .reduce import Keep, Reducing, reduction_of
 from .saving import Saving
 from .selection import Layers, choose, find_replaced, find_unnamed
-from .stay_compiled import find_inductor, join_graphs
+from .stay_compiled import find_backend, join_graphs
 from .stems import note_outputs
 from .wanted import Wanted
 
@@ -65,7 +65,7 @@ class AttentionRecorder(Saving, Reducing):
             graphs that call the hooks, compiled once, or eagerly where that cannot be, of which it is warned.
         layers: which attention modules: names, globs ("blocks.*.attn", "blocks.3.*"), positions (-1 is the last), a list of
             these, or a predicate of (name, module). None for all. A name is that very module, known as attention or not.
-        keep: "inputs" keeps what a module was called with (a reference, no copy) and computes maps when asked; "maps" computes
+        keep: "inputs" keeps what a module was called with (a reference; a copy in compiled graphs), computes maps when asked; "maps" computes
             them while the model runs and lets the input go; a function of a map, which is called with each while the model
             runs, keeps what it returns, as `rec.reduced`, and lets input and map go.
         passes: "last" keeps the last forward only, "all" keeps each, as `rec.passes[i]`.
@@ -244,9 +244,9 @@ class AttentionRecorder(Saving, Reducing):
         """Put all hooks on the model, to come off with the stack."""
         # Order matters. The hooks of the model go on last and outermost: a pass begins before a stem sees its image, and ends
         # after the last layer, also where the model is one and the same module as the layer.
-        inductor = find_inductor(self._all_modules, self._modules, self._wanted, self._called_from)
+        backend = find_backend(self._all_modules, self._modules, self._wanted, self._called_from)
         keep_maps = None
-        if self._wanted.maps and self._wanted.detach and inductor is None:
+        if self._wanted.maps and self._wanted.detach and backend is None:
             keep_maps = KeepMaps(self.model, stack.enter_context(ExitStack()))  # to which it adds while modules run
         origins = Origins(self.model) if self._called_from else None
         recording = Recording(self.model, self._wanted, self._passes, origins, keep_maps)
@@ -255,8 +255,8 @@ class AttentionRecorder(Saving, Reducing):
             self._detect(recording, stack)
         stack.callback(self._passes.close, self._wanted.finish)
         self._passes.hook(outermost=True)
-        if inductor is not None:
-            join_graphs(self.model, [*hooked, self._passes], inductor)
+        if backend is not None:
+            join_graphs([*hooked, self._passes], backend)
         if origins is not None:
             note_outputs(self.model, origins, self._passes, stack)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from ..calls.hooks import Around, is_hooked_by_others
 from ..conditions.compiled import COMPILED
-from ..conditions.graphs import backend_for, compiled_with
+from ..conditions.graphs import GraphsWithHooks, backend_for, compiled_with
+from ..errors import UnreadableError
 from .wanted import Wanted
 
 
-def find_inductor(modules: Sequence[nn.Module], recorded: Mapping[str, nn.Module], wanted: Wanted, called_from: bool) -> Any:
-    """What a model was compiled with, if its graphs can call our hooks; None where it runs eagerly, of which it is warned.
+def find_backend(
+    modules: Sequence[nn.Module], recorded: Mapping[str, nn.Module], wanted: Wanted, called_from: bool
+) -> GraphsWithHooks | None:
+    """What makes graphs of a compiled model that call our hooks; None where it runs eagerly, of which it is warned.
 
     Args:
         modules: what the recorder was given, the model itself, and all below it.
@@ -37,15 +39,27 @@ def find_inductor(modules: Sequence[nn.Module], recorded: Mapping[str, nn.Module
     }
     why = next((why for why, holds in reasons.items() if holds), None)
     if why is None:
-        return inductor
+        if (backend := backend_for(modules[1], inductor, recorded)) is not None:
+            return backend
+        why = "other layers= of it have been recorded three times, and further ones are"
     said = f"the compiled {type(modules[1]).__name__} runs eagerly while this recorder is open: {why} not for its graphs."
     warnings.warn(said, stacklevel=4)  # where the block begins
     return None
 
 
-def join_graphs(model: nn.Module, arounds: Sequence[Around], inductor: Any) -> None:
+def join_graphs(arounds: Iterable[Around], backend: GraphsWithHooks) -> None:
     """Let a compiled model run on graphs that call these hooks, while they are on and nobody opens another recorder."""
-    names = {module: name for name, module in model.named_modules()}
     for around in arounds:
         around.join_graphs()
-    COMPILED.call_hooks(backend_for(model, inductor, [(type(each).__name__, names[each.module]) for each in arounds]))
+    COMPILED.call_hooks(backend)
+
+
+def check_call(around: Around) -> None:
+    """Raise UnreadableError where a graph that calls the hook of a module runs it in a way that the hook is not told of."""
+    if around.is_followed():
+        raise UnreadableError("a hook that was put on inside the block changes what it is called with; put it on before")
+    if any(module.training for module in around.module.modules()):
+        raise UnreadableError(
+            "it was put into train mode inside the block, where a graph draws random numbers of its own: put it into train "
+            "mode before, and it runs eagerly."
+        )
