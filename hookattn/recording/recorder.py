@@ -65,9 +65,9 @@ class AttentionRecorder(Saving, Reducing):
             graphs that call the hooks, compiled once, or eagerly where that cannot be, of which it is warned.
         layers: which attention modules: names, globs ("blocks.*.attn", "blocks.3.*"), positions (-1 is the last), a list of
             these, or a predicate of (name, module). None for all. A name is that very module, known as attention or not.
-        keep: "inputs" keeps what a module was called with (a reference; a copy in compiled graphs), computes maps when asked; "maps" computes
-            them while the model runs and lets the input go; a function of a map, which is called with each while the model
-            runs, keeps what it returns, as `rec.reduced`, and lets input and map go.
+        keep: "inputs" keeps what a module was called with (a reference, in a compiled graph a copy) and computes maps when
+            asked; "maps" computes them while the model runs and lets the input go; a function of a map, which is called with
+            each while the model runs, keeps what it returns, as `rec.reduced`, and lets input and map go.
         passes: "last" keeps the last forward only, "all" keeps each, as `rec.passes[i]`.
         device, dtype: where maps and gradients go and as what; None for where and as what they are computed.
         detach: True cuts maps off from the autograd graph; False leaves them in it.
