@@ -67,15 +67,15 @@ def _establish(
         # what came after its forward, such as hooks on the module itself, is no part of it; on meta there are no indices
         return other == way[: len(other)] or (on_meta and len(other) == len(way))
 
-    refusals = list[UnreadableError]()
+    refusals = list[str]()
     with _plainly(module, args, kwargs):
         # weights may go together, such as bounds that values are clipped to, so they are tried as they are, too
         for numbers in (ORDINARY, OWN_WEIGHTS):
             try:
                 return _arrange(module, _take_down(module, args, kwargs, numbers, is_same, as_called))
             except UnreadableError as refusal:
-                refusals.append(refusal)
-    raise refusals[0]
+                refusals.append(str(refusal))
+    raise UnreadableError(refusals[0])
 
 
 def _arrange(module: nn.Module, tape: Tape) -> Arrangement:
