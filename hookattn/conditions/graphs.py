@@ -96,9 +96,9 @@ def ticket_for(hook: Callable[[Arguments], object]) -> Tensor:
     global _order
     with torch.inference_mode(False):  # for graphs that run outside of it, too, where its tensors are not to be written into
         ticket = torch.tensor(number := next(_count), device="cpu")
-        order = torch.zeros(1, device="cpu")
+        if not _library:
+            _order = torch.zeros(1, device="cpu")
     if not _library:
-        _order = order
         library: Any = torch.library.Library("hookattn", "FRAGMENT")  # type: ignore[no-untyped-call]
         library.define("call_hook(Tensor(a!) order, Tensor ticket, Tensor[] given, str arguments, str autocast) -> ()")
         library.impl("call_hook", _call_hook, "CompositeExplicitAutograd")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
 from enum import Enum, IntEnum
 from typing import Any
 
@@ -28,31 +27,6 @@ pytestmark = [
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor makes no kernels: graphs are traced, cut and kept as ever, and run as they are."""
     monkeypatch.setattr(inductor, "compile_fx", lambda graph, inputs, **_: aot_eager(graph, inputs))
-
-
-def make_fx(model: nn.Module, x: Tensor) -> Any:
-    from torch.fx.experimental import proxy_tensor  # here, since that of torch 2.11 warns when it is imported
-
-    return proxy_tensor.make_fx(model)(x).graph
-
-
-TRACES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
-    "jit": lambda model, x: torch.jit.trace(model, x).inlined_graph,  # type: ignore[no-untyped-call]
-    "make_fx": make_fx,
-    "export": lambda model, x: torch.export.export(model, (x,), strict=False).graph,
-    "strict export": lambda model, x: torch.export.export(model, (x,), strict=True).graph,
-}
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("how", TRACES)
-def test_what_is_traced_or_exported_meanwhile_has_no_operator_in_it(how: str) -> None:
-    model, x = tiny("vit")
-    compiled = torch.compile(model)
-    with torch.no_grad(), AttentionRecorder(compiled) as rec:
-        compiled(x)
-        assert "call_hook" not in str(TRACES[how](model, x))
-    assert list(rec.maps) == NAMES
 
 
 def test_a_copy_that_shares_the_hooks_is_not_recorded_as_the_module() -> None:
