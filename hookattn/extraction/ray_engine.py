@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import HookattnError, StoreError, listed
 from .engines import Job
 from .layout import Pending
-from .ray_session import answering_ray, connected, counting_tries, import_ray, wait_for_scheduler
+from .ray_session import answering_ray, connected, counting_tries, import_ray, replacing_actors, wait_for_threads
 from .sent_errors import make_sendable
 from .store import Store
 from .work import Step, Task, take_blocks
@@ -76,7 +76,7 @@ class RayEngine:
             return
         _check_device(job.model, self.gpus)
         order, lost = _pack(job, self), list[int]()
-        with connected(self.address), answering_ray():
+        with connected(self.address), replacing_actors(), answering_ray():
             self._look_for_room()
             ended = 0.0
             for number, steps in self._take(ray.put(order), [*job.pending]):
@@ -111,7 +111,7 @@ class RayEngine:
                 for row in found:
                     yield int(row["block"]), _unpack(row["outcome"])
         finally:
-            wait_for_scheduler()
+            wait_for_threads()
 
     def _look_for_room(self) -> None:
         """Warn where an actor is larger than any node."""

@@ -6,6 +6,7 @@ import logging
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +24,30 @@ def import_ray() -> Any:
     return ray
 
 
-def wait_for_scheduler() -> None:
-    """Wait for Ray Data's own thread, which after two seconds is left to itself, and would start another Ray."""
+def wait_for_threads() -> None:
+    """Wait for threads of Ray Data that schedule and read, which it leaves to themselves, and which would start another Ray."""
+    end = time.monotonic() + 60
     for thread in threading.enumerate():
-        if type(thread).__module__.startswith("ray.data."):
-            thread.join(60)
+        run = getattr(thread, "_target", None) or type(thread).run
+        # what fetches ahead sleeps for good where a run has failed
+        if (run.__module__ or "").startswith(_THREADS) and thread.name != "Prefetcher":
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+_THREADS = tuple(f"ray.data._internal.{each}" for each in ("execution.streaming_executor", "block_batching", "util"))
+"""Where those threads come from."""
+
+
+@contextmanager
+def replacing_actors() -> Iterator[None]:
+    """Have actors replaced that Ray loses before they begin, three in a row, where it can and nobody has said otherwise."""
+    context = import_ray().data.DataContext.get_current()
+    own = getattr(context, _LOST, None) != 0
+    with _set(context, **({} if own else {_LOST: 3})):
+        yield
+
+
+_LOST = "max_consecutive_actor_init_deaths"
 
 
 @contextmanager

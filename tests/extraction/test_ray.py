@@ -8,13 +8,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 import pytest
 import torch
-from support.inside import Job, check_all_there, check_seen, make_sendable, try_blocks, unpack
-from support.on_nodes import FailElsewhere, KillElsewhere, Stuck, wait_for
+from support.inside import (
+    Job,
+    check_all_there,
+    check_seen,
+    make_sendable,
+    send_actors,
+    try_blocks,
+    unpack,
+    wait_for_threads,
+)
+from support.on_nodes import FailElsewhere, KillElsewhere, LostTwice, Stuck, wait_for
 from support.plain import Noise, Plain
 from support.stores import alike, everything, metadata, same
 from torch import Tensor
@@ -92,6 +101,44 @@ def test_an_error_in_an_actor_comes_back_as_what_it_was(tmp_path: Path, cluster:
     assert type(raised.value) is LookupError
     assert "on_nodes.py" in str(raised.value.__cause__)  # where it was raised there
     assert run(tmp_path / "x.zarr", Noise(8), what=what).resumed == 0
+
+
+def test_actors_that_ray_loses_before_they_begin_are_replaced(
+    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the first one for the end of all, and has lost some itself on a machine that had much to do."""
+    context = ray.data.DataContext.get_current()
+    if not hasattr(context, "max_consecutive_actor_init_deaths"):
+        pytest.skip("Ray does not replace them")
+    send_actors(monkeypatch, LostTwice)
+    assert run(tmp_path / "x.zarr", Noise(8), engine=RayEngine(cluster.address)).taken == 8
+    assert context.max_consecutive_actor_init_deaths == 0
+    monkeypatch.setattr(context, "max_consecutive_actor_init_deaths", 1)  # what somebody has asked for stays
+    with pytest.raises(HookattnError, match="Ray has given up"):
+        run(tmp_path / "y.zarr", Noise(4), engine=RayEngine(cluster.address))
+    assert context.max_consecutive_actor_init_deaths == 1
+
+
+def test_threads_of_ray_that_it_leaves_to_themselves_are_waited_for() -> None:
+    """What one of them asks of Ray after it was left would start another."""
+    ended, left = list[str](), Event()
+
+    def read(name: str) -> None:
+        left.wait(0.3)
+        ended.append(name)
+
+    def fetch() -> None:
+        left.wait(60)
+
+    read.__module__ = fetch.__module__ = "ray.data._internal.block_batching.util"
+    fetching = Thread(target=fetch, name="Prefetcher", daemon=True)
+    fetching.start()
+    Thread(target=read, args=("one",), daemon=True).start()
+    wait_for_threads()
+    assert ended == ["one"]
+    assert fetching.is_alive()
+    left.set()
+    fetching.join()
 
 
 STOPPED = """

@@ -37,6 +37,8 @@ from hookattn.extraction.locks import hold_store
 from hookattn.extraction.ray_engine import _check_all_there as check_all_there
 from hookattn.extraction.ray_engine import _check_seen as check_seen
 from hookattn.extraction.ray_engine import _unpack as unpack
+from hookattn.extraction.ray_engine import _Worker as Worker
+from hookattn.extraction.ray_session import wait_for_threads as wait_for_threads
 from hookattn.extraction.sent_errors import make_sendable
 from hookattn.extraction.sources.images import Images
 from hookattn.extraction.sources.open_images import open_images
@@ -74,6 +76,7 @@ __all__ = [
     "Projected",
     "Scores",
     "Sum",
+    "Worker",
     "Writer",
     "check_all_there",
     "check_seen",
@@ -257,6 +260,11 @@ def roll_out_at_most(patch: pytest.MonkeyPatch, tokens: int) -> None:
 def try_blocks(patch: pytest.MonkeyPatch, times: int) -> None:
     """How often a block is taken whose process ends, before it is given up."""
     patch.setattr(ray_engine, "_TRIES", times)
+
+
+def send_actors(patch: pytest.MonkeyPatch, actor: type) -> None:
+    """Let others take blocks on a cluster."""
+    patch.setattr(ray_engine, "_Worker", actor)
 
 
 def ignore_shift_masks(patch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from support.inside import Worker
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
@@ -92,3 +95,20 @@ class FailElsewhere:
         if os.getpid() != self.here:
             raise self.error("not of these maps")
         return next(iter(maps.values()))[:, :, 0, 0]
+
+
+class LostTwice(Worker):
+    """An actor that cannot be made twice in each run.
+
+    Args:
+        order, run, tries: as of others.
+    """
+
+    def __init__(self, order: Any, run: str, tries: int) -> None:
+        path = Path(tempfile.gettempdir(), f"lost {run}")
+        with path.open("ab") as file:
+            file.write(b"x")
+        if path.stat().st_size < 3:
+            raise RuntimeError("lost")
+        path.unlink()
+        super().__init__(order, run, tries)
