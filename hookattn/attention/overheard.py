@@ -18,11 +18,12 @@ class AwaitedError(Exception):
 
     Attributes:
         layer: the layer that the module will call.
+        x: what it will call it with.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, x: Tensor) -> None:
         super().__init__(f"waits for {type(layer).__name__}")
-        self.layer = layer
+        self.layer, self.x = layer, x
 
 
 class Heard:
@@ -30,14 +31,14 @@ class Heard:
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self._given = given
-        self._outputs: dict[nn.Module, Tensor] = {}
+        self._outputs: dict[tuple[nn.Module, int], Tensor] = {}
         self._awaits = True
 
     def note(self, layer: nn.Module, x: Any, output: Any) -> bool:
-        """Note what a layer has put out, if it was called with what the module was; whether it was."""
-        if not self._is_given(x) or not isinstance(output, Tensor):
+        """Note what a layer has put out, if it was called with something the module was; whether it was."""
+        if (number := self._number_of(x)) is None or not isinstance(output, Tensor):
             return False
-        self._outputs[layer] = output.detach()  # a map that is kept must not keep the graph
+        self._outputs[layer, number] = output.detach()  # a map that is kept must not keep the graph
         return True
 
     def await_no_more(self) -> None:
@@ -46,16 +47,19 @@ class Heard:
 
     def output(self, own: Own) -> Tensor | None:
         """The output a projection is part of, or AwaitedError; None if it is not of what the module was called with."""
-        if not self._is_given(own.x):
+        if (number := self._number_of(own.x)) is None:
             return None
-        if own.layer not in self._outputs:
-            if self._awaits:
-                raise AwaitedError(own.layer)
-            return None
-        return self._outputs[own.layer]
+        output = self._outputs.get((own.layer, number))
+        if output is None and self._awaits:
+            raise AwaitedError(own.layer, own.x)
+        return output
 
-    def _is_given(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and any(x is t or _is_same(x, t) for t in self._given)
+    def _number_of(self, x: Any) -> int | None:
+        if isinstance(x, Tensor):
+            for number, t in enumerate(self._given):
+                if x is t or is_same(x, t):
+                    return number
+        return None
 
 
 # Set around a recipe, which knows nothing of it: `Projected.compute` looks here when something is computed with it.
@@ -81,7 +85,7 @@ class Own(NamedTuple):
     part: Callable[[Tensor], Tensor]
 
 
-def _is_same(x: Tensor, other: Tensor) -> bool:
+def is_same(x: Tensor, other: Tensor) -> bool:
     """Whether two tensors show the same memory in the same way, as a tensor and itself detached do."""
     # Undocumented, torch 2.6 to 2.15: `data_ptr` is 0 or raises where there is no memory, which two tensors cannot share.
     if x.shape != other.shape or x.stride() != other.stride() or x.dtype != other.dtype:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..conditions.compiled import is_compiled, is_traced
 from ..conditions.dispatch_modes import unseen_by_modes
-from ..conditions.graphs import Arguments, give_back, put_operator, ticket_for
+from ..conditions.graphs import Given, LayerOutput, give_back, put_operator, ticket_for
 from ..errors import RecorderError
 from .copies import NotCopied
 from .restore import reading
@@ -136,18 +136,21 @@ class Around:
     def join_graphs(self) -> None:
         """Let compiled graphs call the hooks, until they come off."""
         assert self._first is not None
-        self._first.module, self._first.ticket = self.module, ticket_for(self.begin_in_graph)
+        self._first.module, self._first.ticket = self.module, ticket_for(self.begin_in_graph, self.hear_in_graph)
         if self._last is not None:
             self._last.module, self._last.ticket = self.module, ticket_for(lambda _: self._end(self.module, (), {}, ...))
 
-    def begin_in_graph(self, arguments: Arguments) -> None:
+    def begin_in_graph(self, given: Given) -> None:
         """Called before the forward where a compiled graph calls the hook, which writes into the tensors later on."""
         try:
-            args, kwargs = arguments()
+            args, kwargs = given.arguments()
         except Exception as error:
             self.has_failed(error)
         else:
             self._begin(self.module, args, kwargs)
+
+    def hear_in_graph(self, output: LayerOutput) -> None:
+        """Called where a graph has run a linear layer that it had told of, with what the module was called with."""
 
     def come_closest(self) -> None:
         """Come between the module and all hooks that others have put on since; without a moment at which ours are off."""

@@ -1,18 +1,21 @@
-"""Compiled models that stay compiled: an operator in their graphs calls a hook with what its module is given."""
+"""Compiled models that stay compiled: operators in their graphs hand to hooks what a module is given and projects."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ..errors import UnreadableError
 
@@ -28,14 +31,17 @@ class GraphsWithHooks:
 
     Args:
         inductor: the backend of the model's own graphs.
+        hears: whether hooks are told of linear layers, too.
     """
 
-    def __init__(self, inductor: Any) -> None:
-        self._inductor = copy.copy(inductor)
+    def __init__(self, inductor: Any, hears: bool) -> None:
+        self._inductor, self._hears = copy.copy(inductor), hears
         self._inductor.config = {**inductor.config, "triton.cudagraphs": False}
 
-    def __call__(self, graph: Any, inputs: Any, **options: Any) -> Any:
+    def __call__(self, graph: GraphModule, inputs: Any, **options: Any) -> Any:
         """Compile a graph."""
+        if self._hears:
+            _put_ears(graph)
         return self._inductor(graph, inputs, **options)
 
 
@@ -66,33 +72,73 @@ _backends: WeakKeyDictionary[nn.Module, list[tuple[Any, GraphsWithHooks]]] = Wea
 _CHOICES = 3
 
 
-def backend_for(model: nn.Module, inductor: Any, layers: Iterable[str]) -> GraphsWithHooks | None:
+def backend_for(model: nn.Module, inductor: Any, layers: Iterable[str], hears: bool) -> GraphsWithHooks | None:
     """The one backend for graphs of a model that call hooks of these layers, and no others; None if it has enough of them."""
     of_model = _backends.setdefault(model, [])
-    wanted = inductor, frozenset(layers)
-    for inductor_and_layers, backend in of_model:
-        if inductor_and_layers == wanted:
+    wanted = inductor, frozenset(layers), hears
+    for made_for, backend in of_model:
+        if made_for == wanted:
             return backend
     if len(of_model) == _CHOICES:
         return None
-    of_model.append((wanted, GraphsWithHooks(inductor)))
+    of_model.append((wanted, GraphsWithHooks(inductor, hears)))
     return of_model[-1][1]
 
 
-# The operator
+# The operators
 
-Arguments = Callable[..., tuple[Args, Kwargs]]
-"""Makes the arguments of a module, with None for what operators are not given, or `whole=True` and an UnreadableError; and
-with `copied=True` of copies."""
-_hooks: dict[int, Callable[[Arguments], object]] = {}
+
+@dataclass(frozen=True)
+class Given:
+    """What a graph has at hand where it calls a hook.
+
+    Attributes:
+        described: the arguments, as Python would have them written, with `tensor()` for each tensor.
+        tensors: these, in that order.
+        weights: of linear layers that the graph runs later on, of which the hook is told then.
+        numbers: of the tensors that it runs these with.
+    """
+
+    described: str
+    tensors: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    numbers: Sequence[int]
+
+    def copied(self) -> Given:
+        """The same with copies, which the graph does not write into; what was one tensor is one."""
+        copies = {id(each): each.clone() for each in self.tensors}
+        return replace(self, tensors=[copies[id(each)] for each in self.tensors])
+
+    def arguments(self, whole: bool = False) -> tuple[Args, Kwargs]:
+        """Of the module, with None for what operators are not given; or, if they are to be whole, an UnreadableError."""
+        found: tuple[Args, Kwargs] = _maker(self.described)(iter(self.tensors).__next__, _refuse if whole else _leave_out)
+        return found
+
+
+class LayerOutput(NamedTuple):
+    """What a linear layer has put out in a graph, or a call of its function with these parameters.
+
+    Attributes:
+        number: of the tensor that it was run with, among those that the hook was given.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    output: Tensor
+    number: int
+
+
+OnCall = Callable[[Given], object]
+OnOutput = Callable[[LayerOutput], object]
+_hooks: dict[int, tuple[OnCall, OnOutput | None]] = {}
 _count = count()
 _library: list[torch.library.Library] = []  # is filled with the first that is needed
 # What operators say they write into: graphs would do without them otherwise, and in any order, since nothing comes out of them.
 _order = torch.empty(0, device="cpu")
 
 
-def ticket_for(hook: Callable[[Arguments], object]) -> Tensor:
-    """What an operator is given to call a hook: a number, in a tensor, so that modules of a kind share a graph."""
+def ticket_for(call: OnCall, hear: OnOutput | None = None) -> Tensor:
+    """What operators are given to call a hook: a number, in a tensor, so that modules of a kind share a graph."""
     global _order
     with torch.inference_mode(False):  # for graphs that run outside of it, too, where its tensors are not to be written into
         ticket = torch.tensor(number := next(_count), device="cpu")
@@ -100,11 +146,12 @@ def ticket_for(hook: Callable[[Arguments], object]) -> Tensor:
             _order = torch.zeros(1, device="cpu")
     if not _library:
         library: Any = torch.library.Library("hookattn", "FRAGMENT")  # type: ignore[no-untyped-call]
-        library.define("call_hook(Tensor(a!) order, Tensor ticket, Tensor[] given, str arguments, str autocast) -> ()")
-        library.impl("call_hook", _call_hook, "CompositeExplicitAutograd")
-        torch.library.register_fake("hookattn::call_hook", lambda *_: None, lib=library)
+        for name, (takes, operator) in _OPERATORS.items():
+            library.define(f"{name}(Tensor(a!) order, Tensor ticket, {takes}) -> ()")
+            library.impl(name, operator, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"hookattn::{name}", lambda *_: None, lib=library)
         _library.append(library)
-    _hooks[number] = hook
+    _hooks[number] = call, hear
     return ticket
 
 
@@ -120,7 +167,7 @@ def put_operator(ticket: Tensor, args: Args, kwargs: Kwargs) -> None:
     # Graphs have in them what autocast does, and run with it off.
     if given and torch.is_autocast_enabled(device := given[0].device.type):
         autocast = f"{device} {torch.get_autocast_dtype(device)}"
-    torch.ops.hookattn.call_hook(_order, ticket, given, arguments, autocast)
+    torch.ops.hookattn.call_hook(_order, ticket, given, arguments, autocast, [], [])
 
 
 def _described(value: Any, given: list[Tensor]) -> str:
@@ -140,23 +187,62 @@ def _described(value: Any, given: list[Tensor]) -> str:
     return f"unknown({kind.__name__!r})"
 
 
-def _call_hook(order: Tensor, ticket: Tensor, given: list[Tensor], arguments: str, autocast: str) -> None:
+def _call_hook(
+    order: Tensor,
+    ticket: Tensor,
+    given: list[Tensor],
+    arguments: str,
+    autocast: str,
+    weights: list[Tensor],
+    numbers: list[int],
+) -> None:
     if (hook := _hooks.get(int(ticket))) is None:
         return
+    call, _ = hook
     if not autocast:
-        hook(partial(_made, arguments, given))
+        call(Given(arguments, given, weights, numbers))
         return
     device, _dot, dtype = autocast.partition(" torch.")
     with torch.autocast(device, getattr(torch, dtype)):
-        hook(partial(_made, arguments, given))
+        call(Given(arguments, given, weights, numbers))
 
 
-def _made(arguments: str, given: list[Tensor], copied: bool = False, whole: bool = False) -> tuple[Args, Kwargs]:
-    if copied:  # once, so that what was one tensor is one
-        copies = {id(each): each.clone() for each in given}
-        given = [copies[id(each)] for each in given]
-    found: tuple[Args, Kwargs] = _maker(arguments)(iter(given).__next__, _refuse if whole else _leave_out)
-    return found
+def _hear(order: Tensor, ticket: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, number: int) -> None:
+    _, hear = _hooks.get(int(ticket), (None, None))
+    if hear is not None:
+        hear(LayerOutput(weight, bias, output, number))
+
+
+_OPERATORS = {
+    "call_hook": ("Tensor[] given, str arguments, str autocast, Tensor[] weights, int[] numbers", _call_hook),
+    "hear": ("Tensor weight, Tensor? bias, Tensor output, int number", _hear),
+}
+
+
+def _put_ears(module: GraphModule) -> None:
+    """Put operators into a graph that hand on what linear layers make of the very tensors that a hook is given."""
+    graph, call_hook = module.graph, torch.ops.hookattn.call_hook
+    at = {node: number for number, node in enumerate(graph.nodes)}
+    for hook in [node for node in at if node.target in (call_hook, call_hook.default)]:
+        order, ticket, given, arguments, autocast = hook.args[:5]
+        numbers = {x: given.index(x) for x in given}
+        heard = [(node, *found, numbers[x]) for x in numbers for node in x.users if (found := _linear(node, x)) is not None]
+        heard = [each for each in heard if at[each[0]] > at[hook]]
+        hook.args = order, ticket, given, arguments, autocast, [each[1] for each in heard], [each[3] for each in heard]
+        for node, weight, bias, number in heard:
+            with graph.inserting_after(node):
+                graph.call_function(torch.ops.hookattn.hear.default, (order, ticket, weight, bias, node, number))
+    module.recompile()
+
+
+def _linear(node: Any, x: Any) -> tuple[Any, Any] | None:
+    """Weight and bias of a linear layer that is run with x; None where a node is something else, or makes them itself."""
+    if node.target is not F.linear:
+        return None
+    of = dict(zip(("input", "weight", "bias"), node.args)) | node.kwargs
+    weight, bias = of["weight"], of.get("bias")
+    are_inputs = all(each.op in ("placeholder", "get_attr") for each in (weight, bias) if each is not None)
+    return (weight, bias) if of["input"] is x and are_inputs else None
 
 
 def _refuse(kind: str) -> None:

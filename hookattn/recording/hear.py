@@ -10,13 +10,14 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from ..attention.overheard import AwaitedError, Heard, hearing
+from ..attention.overheard import AwaitedError, Heard, hearing, is_same
 from ..attention.projected import Projected
 from ..attention.sources import QK, Source
 from ..attention.weighted import OfMap
 from ..calls.call import Call
 from ..calls.hooks import Hook, put_on
 from ..calls.restore import is_reading
+from ..conditions.graphs import Given, LayerOutput
 from ..maps.established import source_by_recipe
 
 S = TypeVar("S", bound=OfMap)
@@ -28,12 +29,15 @@ class Awaited:
     Whoever follows the call holds it, and all else refers to it weakly: a call that was interrupted is followed by nobody, and
     what waits for it is gone.
 
+    Args:
+        given: what a compiled graph has called the hook with, which hands on what layers put out, too; None outside of graphs.
+
     Attributes:
         layer: what it waits for, or has waited for last; None where it has waited for nothing.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.call, self.thread = call, get_ident()
+    def __init__(self, call: Call, given: Given | None = None) -> None:
+        self.call, self.thread, self.given = call, get_ident(), given
         self.heard = Heard(call.tensors)
         self.layer: nn.Module | None = None
 
@@ -62,6 +66,8 @@ class Listener:
         self._hooked: set[nn.Module] = set()
         self._waits_for: dict[nn.Module, nn.Module] = {}  # what the last call of a module waited for
         self._waiting: WeakSet[Awaited] = WeakSet()
+        # what graphs call has no end, to which it would be held on to: the last call of each module, in each thread
+        self._in_graphs: dict[tuple[nn.Module, int], Awaited] = {}
 
     def begin(self, awaited: Awaited) -> None:
         """Make what is wanted of a call that is about to run: now, or as soon as its module has made what it needs."""
@@ -91,19 +97,52 @@ class Listener:
                 source = source_by_recipe(call)
                 formed = None if source is None else awaited.form(source)
         except AwaitedError as wanted:
-            self._wait_for(wanted.layer, awaited)
+            self._wait_for(wanted.layer, awaited, wanted.x)
         except Exception as reason:  # whatever it is, the user's forward goes on
             awaited.fail(reason)
         else:
             awaited.take(formed)
 
-    def _wait_for(self, layer: nn.Module, awaited: Awaited) -> None:
+    def hear_in_graph(self, module: nn.Module, output: LayerOutput) -> None:
+        """Hand what a graph tells that a layer has put out to the call of its module."""
+        key = module, get_ident()
+        awaited = self._in_graphs.get(key)
+        if awaited is None or awaited.given is None or is_reading():
+            return
+        x, heard = awaited.given.tensors[output.number], False
+        for layer in _linear_layers(module):
+            if is_same(layer.weight, output.weight):
+                # run with another bias it is not what the layer would put out
+                noted = _is_same_bias(layer.bias, output.bias) and awaited.heard.note(layer, x, output.output)
+                if layer is awaited.layer:
+                    heard = True
+                    if not noted:
+                        awaited.heard.await_no_more()
+        if heard:
+            del self._in_graphs[key]
+            self._go_on(awaited)
+
+    def _wait_for(self, layer: nn.Module, awaited: Awaited, x: Tensor | None = None) -> None:
+        if awaited.given is not None:
+            self._wait_for_graph(awaited.given, layer, awaited, x)
+            return
         # hooks stay on for the calls to come, which will wait for the same layers
         if layer not in self._hooked:
             self._hooked.add(layer)
             self._stack.enter_context(put_on(layer.register_forward_hook, Hook(self._hear)))
         awaited.layer = self._waits_for[awaited.call.layer.module] = layer
         self._waiting.add(awaited)
+
+    def _wait_for_graph(self, given: Given, layer: nn.Module, awaited: Awaited, x: Tensor | None) -> None:
+        module = awaited.call.layer.module
+        for each in [each for each in _linear_layers(module) if each is layer]:
+            told = [number for weight, number in zip(given.weights, given.numbers) if is_same(weight, each.weight)]
+            if told and (x is None or any(is_same(given.tensors[number], x) for number in told)):
+                awaited.layer = self._waits_for[module] = layer
+                self._in_graphs[module, awaited.thread] = awaited
+                return
+        awaited.heard.await_no_more()
+        self._go_on(awaited)
 
     def _hear(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of a layer: hand what it has put out to all in this thread that wait for it."""
@@ -114,6 +153,15 @@ class Listener:
             if mine and awaited.layer is layer:
                 self._waiting.discard(awaited)
                 self._go_on(awaited)
+
+
+def _linear_layers(module: nn.Module) -> list[nn.Linear]:
+    """Layers of a module that put out what the function of linear layers makes of their parameters, and nothing else."""
+    return [m for m in module.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
+
+
+def _is_same_bias(bias: Tensor | None, other: Tensor | None) -> bool:
+    return bias is other if bias is None or other is None else is_same(bias, other)
 
 
 def take_heard(source: Source) -> Source:

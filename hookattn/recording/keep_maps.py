@@ -13,6 +13,7 @@ from ..attention.softmax import is_ours_alone
 from ..attention.sources import QK, Source
 from ..calls.call import Call
 from ..conditions.function_modes import put_below_others, take_off
+from ..conditions.graphs import Given
 from ..maps.attention_map import AttentionMap
 from ..maps.established import NameInErrors, NotEstablishedError, arrange, deferring
 from ..maps.intercept import Intercept, Sites
@@ -34,10 +35,19 @@ class AwaitedMap(Awaited):
         put: is given the map that was made.
         decline: called with this where no recipe describes the call.
         buffers: where it is made, if that can be.
+        given: what a compiled graph has called the hook with; None outside of graphs.
     """
 
-    def __init__(self, call: Call, m: AttentionMap, put: Put, decline: Callable[[AwaitedMap], None], buffers: Buffers) -> None:
-        super().__init__(call)
+    def __init__(
+        self,
+        call: Call,
+        m: AttentionMap,
+        put: Put,
+        decline: Callable[[AwaitedMap], None],
+        buffers: Buffers,
+        given: Given | None = None,
+    ) -> None:
+        super().__init__(call, given)
         self.m, self.put, self._decline, self._buffers = m, put, decline, buffers
         self.watch: Watch | None = None
 
@@ -73,9 +83,9 @@ class KeepMaps:
         self._watched: WeakSet[Sites] | None = None  # None until the mode is on
         self._buffers = Buffers()
 
-    def begin(self, call: Call, m: AttentionMap, put: Put) -> AwaitedMap:
+    def begin(self, call: Call, m: AttentionMap, put: Put, given: Given | None = None) -> AwaitedMap:
         """Make the map of a call that is about to run: now, or as soon as the module has projected its queries and keys."""
-        awaited = AwaitedMap(call, m, put, self._decline, self._buffers)
+        awaited = AwaitedMap(call, m, put, self._decline, self._buffers, given)
         self.listener.begin(awaited)
         return awaited
 
@@ -102,7 +112,9 @@ class KeepMaps:
             self._watched.discard(watch)
 
     def _decline(self, awaited: AwaitedMap) -> None:
-        if awaited.layer is not None:
+        if awaited.given is not None:
+            _compute(awaited)  # in a graph a call has no end, and no mode sees what is formed
+        elif awaited.layer is not None:
             self.listener.put_off(awaited)  # and run again then: it is too late to watch it
         elif (watch := self.watch()) is not None:
             awaited.watch = watch

@@ -8,6 +8,7 @@ from types import TracebackType
 from ..attention.overheard import hearing
 from ..attention.sources import Source
 from ..calls.call import Call
+from ..conditions.graphs import Given
 from ..maps.attention_map import AttentionMap
 from ..maps.lazy import Spec
 from ..maps.reading import Captured, Watched
@@ -70,10 +71,11 @@ class AwaitedReduction(Awaited):
 
     Args:
         maps: of the forward, by name.
+        given: what a compiled graph has called the hook with; None outside of graphs.
     """
 
-    def __init__(self, m: AttentionMap, maps: dict[str, AttentionMap], reduction: Reduction) -> None:
-        super().__init__(m.call)
+    def __init__(self, m: AttentionMap, maps: dict[str, AttentionMap], reduction: Reduction, given: Given | None) -> None:
+        super().__init__(m.call, given)
         self._m, self._maps, self._reduction = m, maps, reduction
 
     def form(self, source: Source) -> Source:
@@ -83,7 +85,10 @@ class AwaitedReduction(Awaited):
     def take(self, formed: Source | None) -> None:
         """Call the function, unless somebody has asked for what it makes meanwhile, or only the end of the call can tell."""
         m = self._m
-        if formed is None or self._maps.get(m.name) is not m:
+        if self._maps.get(m.name) is not m:
+            return
+        if formed is None:
+            self._leave()
             return
         m = self._maps[m.name] = m._from(_Overheard(self.call, formed))
         self.heard.await_no_more()
@@ -91,7 +96,13 @@ class AwaitedReduction(Awaited):
             self._maps[m.name] = self._reduction.in_forward(m)
 
     def fail(self, reason: Exception) -> None:
-        """Leave it to the end of the call, where it is read as any other and tells the reason."""
+        """Have it read as any other, which tells the reason."""
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leave it to the end of the call; one of a graph has none."""
+        if self.given is not None:
+            self._maps[self._m.name] = self._reduction.in_forward(self._m)
 
 
 def read_after_call(m: AttentionMap, watch: Watch | None) -> AttentionMap:
@@ -100,8 +111,10 @@ def read_after_call(m: AttentionMap, watch: Watch | None) -> AttentionMap:
     return m._from(Captured(call) if watch is None else _Lent(call, watch))
 
 
-def await_reduction(m: AttentionMap, maps: dict[str, AttentionMap], reduction: Reduction, listener: Listener) -> Awaited | None:
+def await_reduction(
+    m: AttentionMap, maps: dict[str, AttentionMap], reduction: Reduction, listener: Listener, given: Given | None
+) -> Awaited | None:
     """Have a function called with a map once its module has made the queries and keys; None if it need not wait for them."""
-    awaited = AwaitedReduction(m, maps, reduction)
+    awaited = AwaitedReduction(m, maps, reduction, given)
     listener.begin(awaited)
     return awaited if maps.get(m.name) is m else None

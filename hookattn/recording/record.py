@@ -16,7 +16,7 @@ from ..calls.hooks import Args, Around, Kwargs
 from ..calls.layer import Layer
 from ..calls.restore import reading
 from ..conditions.checkpoints import in_backward
-from ..conditions.graphs import Arguments
+from ..conditions.graphs import Given, LayerOutput
 from ..image.geometry import Geometry, measure_arguments
 from ..image.snapshot import read_settings
 from ..image.trunk import stems_of
@@ -41,7 +41,7 @@ from .wanted import Wanted
 class Recording:
     """Hooks layers and makes maps of their calls, for as long as a block lasts.
 
-    `origins` is None where nobody asks for callers, `keep_maps` where maps are not to be made while modules run, or in a graph.
+    `origins` is None where nobody asks for callers, `keep_maps` and `in_graphs` where modules, graphs make no maps.
     """
 
     model: nn.Module
@@ -49,6 +49,7 @@ class Recording:
     passes: ForwardPasses
     origins: Origins | None
     keep_maps: KeepMaps | None
+    in_graphs: KeepMaps | None
 
     def hook(self, layers: list[Layer], stack: ExitStack) -> list[Around]:
         """Put hooks on layers, on what images go into first and on blocks that cut windows; they come off with the stack."""
@@ -57,8 +58,8 @@ class Recording:
         arounds += [Stem(stem, of, self.passes) for stem, of in stems_of(trunks).items()]
         blocks = dict.fromkeys(layer.block for layer in layers if layer.block is not None)
         arounds += [Block(block, self.passes) for block in blocks]
-        stack.callback(_close, arounds)
         for around in arounds:
+            stack.callback(around.close)
             # most recorded calls need no second hook; one is put on when a first call does
             around.hook(
                 ends=isinstance(around, _RecordedLayer)
@@ -134,11 +135,6 @@ class Recording:
         return call_site(next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), self.origins)
 
 
-def _close(arounds: list[Around]) -> None:
-    for around in arounds:
-        around.close()
-
-
 class _Begun(NamedTuple):
     """A call of a layer that is to be looked at again when it ends.
 
@@ -180,7 +176,7 @@ class _RecordedLayer(Around):
             forward.maps[name] = self._recording.lost(self._layer, name, error)
             return None
 
-    def begin_in_graph(self, arguments: Arguments) -> None:
+    def begin_in_graph(self, given: Given) -> None:
         """Record a call in a compiled graph: of copies, since the graph writes into the memory of what it has used."""
         recording = self._recording
         if reading.get() or (forward := recording.passes.current(self._layer.name)) is None:
@@ -189,10 +185,16 @@ class _RecordedLayer(Around):
         try:
             check_call(self)
             # a map that is made at once needs none, but a function of the user's may keep what it is given
-            copied = self._sampled or recording.wanted.reduction is not None
-            self._record(name, forward, *arguments(copied=copied, whole=True))
+            copied = self._sampled or recording.wanted.reduction is not None or given.weights
+            given = given.copied() if copied else given
+            self._record(name, forward, *given.arguments(whole=True), given)
         except Exception as error:
             forward.maps[name] = recording.lost(self._layer, name, error)
+
+    def hear_in_graph(self, output: LayerOutput) -> None:
+        """Make the map of a call in a compiled graph, if it waits for this layer."""
+        if (in_graphs := self._recording.in_graphs) is not None:
+            in_graphs.listener.hear_in_graph(self.module, output)
 
     def has_failed(self, error: Exception, state: _Begun | None = None) -> None:
         """Say why there is no map when it is read."""
@@ -219,40 +221,42 @@ class _RecordedLayer(Around):
         if gradient is not None:
             gradient.follow(call, output)
 
-    def _record(self, name: str, forward: ForwardPass, args: Args, kwargs: Kwargs) -> _Begun | None:
+    def _record(self, name: str, forward: ForwardPass, args: Args, kwargs: Kwargs, given: Given | None = None) -> _Begun | None:
         recording, wanted = self._recording, self._recording.wanted
+        keep_maps = recording.keep_maps if given is None else recording.in_graphs
         changes = self.is_followed()
         call = capture(self._layer, args, kwargs, detach=wanted.detach, sampled=self._sampled)
         gradient = recording.gradient_of(name, forward) if wanted.gradients else None
         site = None if recording.origins is None else recording.site_of(args, kwargs)
         m = forward.maps[name] = recording.map_of(call, name, forward, site, gradient)
         if wanted.reduction is not None:
-            return self._begin_reducing(m, forward)
+            return self._begin_reducing(m, forward, given)
         awaited = None
         # What cannot wait for the module is computed before it runs: in train mode its projections draw other random numbers
         # than a recipe's, and hooks that come later may change what it is called with.
         watched = True not in call.modes.training or find_recipe(self.module) is None
-        if recording.keep_maps is not None and not changes and watched:
-            awaited = recording.keep_maps.begin(call, m, partial(forward.maps.__setitem__, name))
+        if keep_maps is not None and not changes and watched:
+            awaited = keep_maps.begin(call, m, partial(forward.maps.__setitem__, name), given)
         elif wanted.maps:
             forward.maps[name] = recording.compute(m)
         if gradient is None and awaited is None and not (changes or wanted.verify):  # the usual call: nothing is held on to
             return None
         return _Begun(call, gradient, (m, forward), awaited)
 
-    def _begin_reducing(self, m: AttentionMap, forward: ForwardPass) -> _Begun | None:
+    def _begin_reducing(self, m: AttentionMap, forward: ForwardPass, given: Given | None = None) -> _Begun | None:
         """Reduce a map before its module runs, or look at its call again when it ends: once, of what the module received."""
-        call, keep_maps, changes = m.call, self._recording.keep_maps, self.is_followed()
-        reduction, watch, awaited = self._recording.wanted.reduction, None, None
+        call, recording, changes = m.call, self._recording, self.is_followed()
+        keep_maps = recording.keep_maps if given is None else recording.in_graphs
+        reduction, watch, awaited = recording.wanted.reduction, None, None
         if keep_maps is not None and reduction is not None and not changes:
             if not is_described(call):
-                watch = keep_maps.watch()
+                watch = keep_maps.watch() if given is None else None
             elif True not in call.modes.training:  # else its projections draw other random numbers than a recipe's
-                awaited = await_reduction(m, forward.maps, reduction, keep_maps.listener)
+                awaited = await_reduction(m, forward.maps, reduction, keep_maps.listener, given)
         if changes or watch is not None or awaited is not None:
             return _Begun(call, None, (m, forward), awaited, watch)
         if forward.maps[m.name] is m:  # it needs nothing that is still to come
-            forward.maps[m.name] = self._recording.compute(m)
+            forward.maps[m.name] = recording.compute(m)
         return None
 
     def _end_reducing(self, state: _Begun, args: Args, kwargs: Kwargs, changed: bool, output: Any) -> None:

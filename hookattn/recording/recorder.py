@@ -246,10 +246,12 @@ class AttentionRecorder(Saving, Reducing):
         # after the last layer, also where the model is one and the same module as the layer.
         backend = find_backend(self._all_modules, self._modules, self._wanted, self._called_from)
         keep_maps = None
-        if self._wanted.maps and self._wanted.detach and backend is None:
+        if self._wanted.maps and self._wanted.detach:
             keep_maps = KeepMaps(self.model, stack.enter_context(ExitStack()))  # to which it adds while modules run
         origins = Origins(self.model) if self._called_from else None
-        recording = Recording(self.model, self._wanted, self._passes, origins, keep_maps)
+        recording = Recording(
+            self.model, self._wanted, self._passes, origins, *((keep_maps, None) if backend is None else (None, keep_maps))
+        )
         hooked = recording.hook(self._look_up(), stack) if self._modules else []
         if not self._modules:
             self._detect(recording, stack)

@@ -39,7 +39,7 @@ def find_backend(
     }
     why = next((why for why, holds in reasons.items() if holds), None)
     if why is None:
-        if (backend := backend_for(modules[1], inductor, recorded)) is not None:
+        if (backend := backend_for(modules[1], inductor, recorded, wanted.maps)) is not None:
             return backend
         why = "other layers= of it have been recorded three times, and further ones are"
     said = f"the compiled {type(modules[1]).__name__} runs eagerly while this recorder is open: {why} not for its graphs."

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.compile_fx as inductor
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 
@@ -16,3 +18,9 @@ def nothing_compiled_yet() -> Iterator[None]:
     yield
     torch.compiler.set_stance("default")
     torch.compiler.reset()
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor makes no kernels: graphs are traced, cut and kept as ever, and run as they are."""
+    monkeypatch.setattr(inductor, "compile_fx", lambda graph, inputs, **_: aot_eager(graph, inputs))

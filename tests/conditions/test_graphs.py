@@ -50,12 +50,6 @@ SEEN = [way for way in WAYS if way not in (the_model, function_around, method_of
 """Those of which the recorder is given what is compiled."""
 
 
-@pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor makes no kernels: graphs are traced, cut and kept as ever, and run as they are."""
-    monkeypatch.setattr(inductor, "compile_fx", lambda graph, inputs, **_: aot_eager(graph, inputs))
-
-
 def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 

@@ -8,25 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch._inductor.compile_fx as inductor
 from packaging.version import Version
 from support.models import tiny
 from support.reading import NAMES, read
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
 
 from hookattn import AttentionRecorder, UnreadableError
 
 pytestmark = [
-    pytest.mark.usefixtures("nothing_compiled_yet"),
+    pytest.mark.usefixtures("nothing_compiled_yet", "quickly"),
     pytest.mark.skipif(Version(torch.__version__).release < (2, 11), reason="graphs of this torch do not outlive a hook"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor makes no kernels: graphs are traced, cut and kept as ever, and run as they are."""
-    monkeypatch.setattr(inductor, "compile_fx", lambda graph, inputs, **_: aot_eager(graph, inputs))
 
 
 def test_a_copy_that_shares_the_hooks_is_not_recorded_as_the_module() -> None:

@@ -262,6 +262,22 @@ def try_blocks(patch: pytest.MonkeyPatch, times: int) -> None:
     patch.setattr(ray_engine, "_TRIES", times)
 
 
+def note_projections(patch: pytest.MonkeyPatch) -> list[Projected]:
+    """Projections that are computed from now on, rather than taken from what a module has made."""
+    computed: list[Projected] = []
+
+    def note(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noting(self: Projected, *args: Any) -> Tensor:
+            computed.append(self)
+            return compute(self, *args)
+
+        return noting
+
+    for name in ("_compute", "_compute_few"):
+        patch.setattr(Projected, name, note(getattr(Projected, name)))
+    return computed
+
+
 def send_actors(patch: pytest.MonkeyPatch, actor: type) -> None:
     """Let others take blocks on a cluster."""
     patch.setattr(ray_engine, "_Worker", actor)

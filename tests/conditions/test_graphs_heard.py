@@ -1,0 +1,202 @@
+"""What linear layers put out in compiled graphs: maps that are made of it, and what is not to be taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packaging.version import Version
+from support import heard
+from support.heard import Twice, declining
+from support.inside import note_projections, own_registers, read_by
+from support.models import B, C, D, H, N, randomise
+from support.reduced import MODELS, alike, late
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from hookattn import QK, AttentionRecorder, project, recipe
+from hookattn.analysis import compute_statistics, entropy
+
+pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled_yet", "quickly"),
+    pytest.mark.skipif(Version(torch.__version__).release < (2, 11), reason="graphs of this torch do not outlive a hook"),
+]
+KEPT: dict[str, Any] = {
+    "maps": "maps",
+    "row": lambda m: m[:, :, 0],
+    "statistics": lambda m: compute_statistics(m, entropy),
+    "queries": lambda m: (m.q[...], m[...]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("name", ["vit", "rope", "swin", "transformers DINOv2", "transformers CLIP"])
+def test_queries_and_keys_are_those_that_the_graph_makes(name: str, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = MODELS[name]()
+    compiled, computed = torch.compile(model), note_projections(monkeypatch)
+    with torch.no_grad():
+        alone = compiled(x)
+        with AttentionRecorder(compiled, keep=KEPT[keep]) as rec:
+            for _ in range(2):
+                assert alike(compiled(x), alone)
+    assert not computed
+    found = {name: m[...] for name, m in rec.maps.items()} if keep == "maps" else dict(rec.reduced)
+    expected = late(model, x, (lambda m: m[...]) if keep == "maps" else KEPT[keep])
+    assert alike({name.replace("_orig_mod.", ""): each for name, each in found.items()}, expected)
+
+
+# What is not what a layer puts out
+
+
+def lora(attn: Any) -> None:
+    """A forward put on a layer."""
+    more = nn.Linear(C, 3 * C).requires_grad_(False)
+    attn.qkv.forward = lambda x: F.linear(x, attn.qkv.weight, attn.qkv.bias) + more(x)
+
+
+class Larger(nn.Linear):
+    """A layer that puts out something else than its function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def of_a_class(attn: Any) -> None:
+    attn.qkv.__class__ = Larger
+
+
+class OtherBias(Attention):
+    """Calls the function of its layer with another bias."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.weight, bias=self.other).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+MEDDLED: dict[str, tuple[type[Attention], Callable[[Any], Any]]] = {
+    "a forward put on": (Attention, lora),
+    "a class of its own": (Attention, of_a_class),
+    "another bias": (OtherBias, lambda attn: attn.register_parameter("other", nn.Parameter(torch.randn(3 * C)))),
+    "something else first": (Twice, lambda _: None),
+    "the function": (heard.Around, lambda _: None),
+}
+
+
+@pytest.mark.parametrize("keep", ["maps", "row"])
+@pytest.mark.parametrize("how", MEDDLED)
+def test_maps_are_those_of_an_eager_recorder_whatever_layers_do(how: str, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_by(monkeypatch)
+    torch.manual_seed(0)
+    kind, meddle = MEDDLED[how]
+    model, x = nn.Sequential(randomise(kind(C, H, qkv_bias=True))).eval(), torch.randn(B, N, C)
+    meddle(model[0])
+    compiled = torch.compile(model)
+    with torch.no_grad():
+        with torch.compiler.set_stance("force_eager"), AttentionRecorder(model) as expected:
+            model(x)
+        with AttentionRecorder(compiled, keep=KEPT[keep]) as rec:
+            compiled(x)
+    m = expected.maps[0]
+    found, wanted = (rec.maps[0][...], m[...]) if keep == "maps" else (*rec.reduced.values(), m[:, :, 0])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+class Crossed(nn.Module):
+    """Attention of queries to keys of something else, by one layer."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.qk, self.num_heads, self.between = nn.Linear(C, C), H, between
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        k = self.qk(context)
+        if self.between is not None:
+            k = self.between(k)
+        q = self.qk(x)
+        q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (q, k, context))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Around(nn.Module):
+    """A model."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, *given: Tensor, **options: Any) -> Tensor:
+        return self.attn(*given, **options)  # type: ignore[no-any-return]
+
+
+def crossed(monkeypatch: pytest.MonkeyPatch, *between: Any) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """A model of it, whose recipe is filed, with two inputs and its map."""
+    own_registers(monkeypatch)
+
+    @recipe(Crossed)
+    def by_one_layer(self: Any, x: Tensor, context: Tensor) -> QK:
+        of = {"parts": 1, "of": 1, "h": self.num_heads}
+        return QK(*[project(self.qk, t, "b n (parts h d) -> parts b h n d", **of)[0] for t in (x, context)])
+
+    torch.manual_seed(0)
+    attn: Any = randomise(Crossed(*between)).eval()
+    x, context = torch.randn(B, N, C), torch.randn(B, N, C)
+    q, k = (attn.qk(t).unflatten(-1, (H, D)).transpose(1, 2) for t in (x, context))
+    return Around(attn), x, context, (q @ k.mT * D**-0.5).softmax(-1).detach()
+
+
+@pytest.mark.parametrize("in_a_graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("keep", ["maps", "row"])
+def test_a_layer_that_is_called_with_two_inputs_has_two_outputs(
+    keep: str, in_a_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, context, expected = crossed(monkeypatch)
+    call, computed = torch.compile(model) if in_a_graph else model, note_projections(monkeypatch)
+    with torch.no_grad():
+        call(x, context)
+        for _ in range(2):
+            with AttentionRecorder(call, keep=KEPT[keep]) as rec:
+                call(x, context)
+            found, wanted = (rec.maps[0][...], expected) if keep == "maps" else (*rec.reduced.values(), expected[:, :, 0])
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert not computed
+
+
+@pytest.mark.parametrize("keep", ["maps", "row"])
+def test_a_call_that_a_recipe_declines_is_read_before_it_runs(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_registers(monkeypatch)
+    model, x, mask = Around(randomise(declining())), torch.randn(2, 5, 16), torch.ones(5, 5).tril().bool()
+    compiled = torch.compile(model)
+    with torch.no_grad():
+        with torch.compiler.set_stance("force_eager"), AttentionRecorder(model) as expected:
+            model(x, attn_mask=mask)
+        m = expected.maps[0]
+        for options in ({}, {"attn_mask": mask}):
+            with AttentionRecorder(compiled, keep=KEPT[keep]) as rec:
+                compiled(x, **options)
+    found, wanted = (rec.maps[0][...], m[...]) if keep == "maps" else (*rec.reduced.values(), m[:, :, 0])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_a_forward_that_was_broken_off_leaves_the_next_one_its_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.library.custom_op("hookattn_tests::fail_once", mutates_args=())
+    def fail_once(x: Tensor) -> Tensor:
+        if failing:
+            raise ArithmeticError(failing.pop())
+        return x.clone()
+
+    failing = list[str]()
+    fail_once.register_fake(torch.empty_like)
+    model, x, context, expected = crossed(monkeypatch, fail_once)
+    compiled = torch.compile(model)
+    with torch.no_grad(), AttentionRecorder(compiled, keep="maps", passes="all") as rec:
+        compiled(x, context)
+        failing.append("broken off")
+        with pytest.raises(ArithmeticError, match="broken off"):
+            compiled(context, x)
+        compiled(x, context)
+    for maps in (rec.passes[0], rec.passes[-1]):
+        torch.testing.assert_close(maps[0][...], expected, rtol=0, atol=1e-6)
