@@ -110,8 +110,8 @@ class Listener:
         if awaited is None or awaited.given is None or is_reading():
             return
         x, heard = awaited.given.tensors[output.number], False
-        for layer in _linear_layers(module):
-            if is_same(layer.weight, output.weight):
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear) and is_same(layer.weight, output.weight):
                 # run with another bias it is not what the layer would put out
                 noted = _is_same_bias(layer.bias, output.bias) and awaited.heard.note(layer, x, output.output)
                 if layer is awaited.layer:
@@ -135,14 +135,17 @@ class Listener:
 
     def _wait_for_graph(self, given: Given, layer: nn.Module, awaited: Awaited, x: Tensor | None) -> None:
         module = awaited.call.layer.module
-        for each in [each for each in _linear_layers(module) if each is layer]:
-            told = [number for weight, number in zip(given.weights, given.numbers) if is_same(weight, each.weight)]
-            if told and (x is None or any(is_same(given.tensors[number], x) for number in told)):
-                awaited.layer = self._waits_for[module] = layer
-                self._in_graphs[module, awaited.thread] = awaited
-                return
-        awaited.heard.await_no_more()
-        self._go_on(awaited)
+        told = [
+            given.tensors[number]
+            for weight, number in zip(given.weights, given.numbers)
+            if isinstance(layer, nn.Linear) and is_same(weight, layer.weight)
+        ]
+        if told and (x is None or any(is_same(each, x) for each in told)):
+            awaited.layer = self._waits_for[module] = layer
+            self._in_graphs[module, awaited.thread] = awaited
+        else:
+            awaited.heard.await_no_more()
+            self._go_on(awaited)
 
     def _hear(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of a layer: hand what it has put out to all in this thread that wait for it."""
@@ -153,11 +156,6 @@ class Listener:
             if mine and awaited.layer is layer:
                 self._waiting.discard(awaited)
                 self._go_on(awaited)
-
-
-def _linear_layers(module: nn.Module) -> list[nn.Linear]:
-    """Layers of a module that put out what the function of linear layers makes of their parameters, and nothing else."""
-    return [m for m in module.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
 
 
 def _is_same_bias(bias: Tensor | None, other: Tensor | None) -> bool:

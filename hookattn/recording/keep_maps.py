@@ -81,7 +81,8 @@ class KeepMaps:
         self._stack, self.listener = stack, Listener(stack)
         self._watches = not any(isinstance(m, _WITH_A_FAST_PATH) for m in model.modules())  # else modules are run again
         self._watched: WeakSet[Sites] | None = None  # None until the mode is on
-        self._buffers = Buffers()
+        self._buffers = Buffers(model)
+        stack.callback(self._buffers.leave)
 
     def begin(self, call: Call, m: AttentionMap, put: Put, given: Given | None = None) -> AwaitedMap:
         """Make the map of a call that is about to run: now, or as soon as the module has projected its queries and keys."""

@@ -17,7 +17,7 @@ from support.reduced import MODELS, alike, late
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from hookattn import QK, AttentionRecorder, project, recipe
+from hookattn import QK, AttentionRecorder, RecorderError, project, recipe
 from hookattn.analysis import compute_statistics, entropy
 
 pytestmark = [
@@ -77,10 +77,19 @@ class OtherBias(Attention):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class OtherWeight(Attention):
+    """Makes queries and keys of weights that it makes itself, and something else of the input by a layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.weight * 1, self.qkv.bias).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        return self.proj(x) * F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 MEDDLED: dict[str, tuple[type[Attention], Callable[[Any], Any]]] = {
     "a forward put on": (Attention, lora),
     "a class of its own": (Attention, of_a_class),
     "another bias": (OtherBias, lambda attn: attn.register_parameter("other", nn.Parameter(torch.randn(3 * C)))),
+    "another weight": (OtherWeight, lambda _: None),
     "something else first": (Twice, lambda _: None),
     "the function": (heard.Around, lambda _: None),
 }
@@ -103,6 +112,9 @@ def test_maps_are_those_of_an_eager_recorder_whatever_layers_do(how: str, keep: 
     m = expected.maps[0]
     found, wanted = (rec.maps[0][...], m[...]) if keep == "maps" else (*rec.reduced.values(), m[:, :, 0])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    if keep == "maps":  # it waits for nothing that does not come
+        with pytest.raises(RecorderError, match="was let go"):
+            _ = rec.maps[0].x
 
 
 class Crossed(nn.Module):

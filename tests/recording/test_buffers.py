@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from support.models import randomise, tiny
 from support.modes import operators_of
 from support.reading import maps_of, same
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hookattn import AttentionMap, AttentionRecorder
@@ -59,12 +61,71 @@ def test_the_maps_of_the_next_forward_are_made_in_place_of_the_last(kind: str) -
     model, x = MODELS[kind]()
     with AttentionRecorder(model, keep="maps") as rec, torch.no_grad():
         model(x)
-        first = {m._origin._attention.data_ptr() for m in rec.maps.values()}  # type: ignore[union-attr]
+        first = {_memory(m) for m in rec.maps.values()}
         expected = {name: m[...] for name, m in rec.maps.items()}
         seen = operators_of(lambda: model(x))
-        assert {m._origin._attention.data_ptr() for m in rec.maps.values()} == first  # type: ignore[union-attr]
+        assert {_memory(m) for m in rec.maps.values()} == first
         assert same({name: m[...] for name, m in rec.maps.items()}, expected)
     assert seen.count("aten.baddbmm.out") == len(rec.maps)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_recorder_for_each_forward_makes_its_maps_in_place_of_those_of_the_last_but_one(mode: Any) -> None:
+    model, x = tiny("vit")
+    expected, places = maps_of(model, x), []
+    with mode():
+        for _ in range(5):
+            with AttentionRecorder(model, keep="maps") as rec:
+                model(x)
+            places.append([_memory(m) for m in rec.maps.values()])
+            assert same({name: m[...] for name, m in rec.maps.items()}, expected)
+    # the last recorder is let go when the next one has been entered
+    assert set(places[1] + places[2] + places[3] + places[4]) <= set(places[0] + places[1])
+
+
+@pytest.mark.parametrize("what", HOLD)
+def test_what_somebody_holds_of_an_earlier_recorder_is_not_written_over(what: str) -> None:
+    model, x = tiny("vit")
+    with torch.no_grad():
+        with AttentionRecorder(model, keep="maps") as rec:
+            model(x)
+        held = HOLD[what](rec)
+        before = value_of(held).clone()
+        for scale in (5, 7, 9):
+            with AttentionRecorder(model, keep="maps") as rec:
+                model(x * scale)
+                model(x * scale)
+            assert torch.equal(value_of(held), before)
+        assert same({name: m[...] for name, m in rec.maps.items()}, maps_of(model, x * 9))
+
+
+def test_memory_that_nobody_holds_between_two_recorders_is_gone() -> None:
+    model, x = tiny("vit")
+    with torch.no_grad():
+        with AttentionRecorder(model, keep="maps") as rec:
+            model(x)
+            model(x * 2)
+        storages = [StorageWeakRef(m._origin._attention.untyped_storage()) for m in rec.maps.values()]  # type: ignore[union-attr]
+        assert not any(storage.expired() for storage in storages)
+        del rec
+        assert all(storage.expired() for storage in storages)
+        with AttentionRecorder(model, keep="maps") as rec:
+            model(x)
+    assert same({name: m[...] for name, m in rec.maps.items()}, maps_of(model, x))
+
+
+def test_the_memory_of_one_model_is_not_given_to_another() -> None:
+    model, x = tiny("vit")
+    with torch.no_grad():
+        with AttentionRecorder(model, keep="maps") as rec:
+            model(x)
+        with AttentionRecorder(copy.deepcopy(model), keep="maps"):
+            assert not any(alike for each in buffers() for alike in each._all.values())
+    assert rec.maps
+
+
+def _memory(m: AttentionMap) -> int:
+    return m._origin._attention.data_ptr()  # type: ignore[union-attr]
 
 
 def test_each_forward_has_maps_of_its_own_where_all_are_kept() -> None:
@@ -134,7 +195,7 @@ def test_scores_that_are_mixed_over_heads_are_as_they_were() -> None:
 
 
 def test_memory_is_given_out_once_at_a_time() -> None:
-    pool = Buffers()
+    pool = Buffers(nn.Identity())
     first, second = pool.take((3, 4), torch.float32), pool.take((3, 4), torch.float32)
     taken = {first.data_ptr(), second.data_ptr()}
     assert len(taken) == 2
