@@ -144,17 +144,45 @@ class Around(nn.Module):
         return self.attn(*given, **options)  # type: ignore[no-any-return]
 
 
-def crossed(monkeypatch: pytest.MonkeyPatch, *between: Any) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+class OwnQuery(Crossed):
+    """Makes its queries of weights that it makes itself."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k = F.linear(x, self.qk.weight * 1, self.qk.bias), self.qk(context)
+        return F.scaled_dot_product_attention(*[t.unflatten(-1, (H, D)).transpose(1, 2) for t in (q, k, context)])
+
+
+class Before(Around):
+    """A model that calls a layer of attention before it calls attention."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
+        return self.attn.qk(x).sum() + self.attn(x, context)  # type: ignore[no-any-return,operator]
+
+
+@pytest.mark.parametrize("around", [Around, Before])
+def test_what_a_layer_puts_out_elsewhere_is_not_waited_for(around: type[Around], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, context, expected = crossed(monkeypatch, kind=OwnQuery)
+    compiled = torch.compile(around(model.attn).eval())  # type: ignore[arg-type]
+    with torch.no_grad(), AttentionRecorder(compiled, keep="maps") as rec:
+        compiled(x, context)
+        torch.testing.assert_close(rec.maps[0][...], expected, rtol=0, atol=1e-6)
+        with pytest.raises(RecorderError, match="was let go"):
+            _ = rec.maps[0].x
+
+
+def crossed(
+    monkeypatch: pytest.MonkeyPatch, *between: Any, kind: type[Crossed] = Crossed
+) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     """A model of it, whose recipe is filed, with two inputs and its map."""
     own_registers(monkeypatch)
 
-    @recipe(Crossed)
+    @recipe(kind)
     def by_one_layer(self: Any, x: Tensor, context: Tensor) -> QK:
         of = {"parts": 1, "of": 1, "h": self.num_heads}
         return QK(*[project(self.qk, t, "b n (parts h d) -> parts b h n d", **of)[0] for t in (x, context)])
 
     torch.manual_seed(0)
-    attn: Any = randomise(Crossed(*between)).eval()
+    attn: Any = randomise(kind(*between)).eval()
     x, context = torch.randn(B, N, C), torch.randn(B, N, C)
     q, k = (attn.qk(t).unflatten(-1, (H, D)).transpose(1, 2) for t in (x, context))
     return Around(attn), x, context, (q @ k.mT * D**-0.5).softmax(-1).detach()
