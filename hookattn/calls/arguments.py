@@ -34,11 +34,15 @@ def keep_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *, detach: boo
     else:
         if not (detach and followed):
             return (args, {**kwargs}), tuple(tensors)
-        args = tuple([a.detach() if type(a) is Tensor and a.requires_grad else a for a in args])
-        kwargs = {name: a.detach() if type(a) is Tensor and a.requires_grad else a for name, a in kwargs.items()}
-        return (args, kwargs), tuple([a for a in (*args, *kwargs.values()) if type(a) is Tensor])
+        values = [*args, *kwargs.values()]
+        for tensor in tensors:
+            if tensor.requires_grad:
+                cut = tensor.detach()
+                values = [cut if value is tensor else value for value in values]
+        kwargs = dict(zip(kwargs, values[len(args) :]))
+        return (tuple(values[: len(args)]), kwargs), tuple([a for a in values if type(a) is Tensor])
     args, kwargs = tuple([_kept(a) for a in args]), {name: _kept(a) for name, a in kwargs.items()}
-    given = (_detached(args), _detached(kwargs)) if detach else (args, kwargs)
+    given = _detached((args, kwargs), {}) if detach else (args, kwargs)
     return given, tuple(tensors_in((*given[0], *given[1].values())))
 
 
@@ -102,14 +106,19 @@ def _kept(value: Any) -> Any:
     return copy_structure(value) if is_cache(value) else value
 
 
-def _detached(value: Any) -> Any:
+def _detached(value: Any, once: dict[int, Tensor]) -> Any:
+    """The same cut off from the graph, each tensor once: some forwards ask whether queries and keys are made of one tensor."""
     if isinstance(value, Tensor):
-        return value.detach() if value.requires_grad else value
+        if not value.requires_grad:
+            return value
+        if id(value) not in once:
+            once[id(value)] = value.detach()
+        return once[id(value)]
     # `type(...) is`: named tuples, ordered dicts and outputs of transformers are more than their items, and go to `_pytree`
     if isinstance(value, tuple) and type(value) is tuple:
-        return tuple([_detached(v) for v in value])
+        return tuple([_detached(v, once) for v in value])
     if type(value) is dict:
-        return {k: _detached(v) for k, v in value.items()}
+        return {k: _detached(v, once) for k, v in value.items()}
     if isinstance(value, (list, tuple, dict)):
-        return pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, value)
+        return pytree.tree_map_only(Tensor, lambda v: _detached(v, once), value)
     return value

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+
+def are_wrapped(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of some tensors is one of a transform, of which operators can do less than of others."""
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))  # undocumented, torch 2.6 to 2.15
 
 
 def is_left_behind(tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ From top to bottom, an import may only point down:
     lazy           what is computed when it is sliced, a chunk of rows at a time
     as_array       what torch, numpy and others do with a map as if it were a tensor
     transfer       from a GPU to the CPU
+    fed            which places of an output the queries of a map feed
     forward        a forward that is run to show what multiplies its values, and what comes out
     carried        which products carry a map to the output of its module, and where its rows are in them
     replay         run a module's own forward again, watching or replacing the map it forms

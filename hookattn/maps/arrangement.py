@@ -55,10 +55,12 @@ class Arrangement:
         parts: tensors that hold rows.
         index: (images * windows, heads, queries), on the CPU: which of the rows of all parts, one part after the other, stands
             there; one beyond all of them is zeros.
+        is_random: whether the map is made of random numbers, dropout aside.
     """
 
     parts: tuple[Part, ...]
     index: Tensor
+    is_random: bool = False
 
     @property
     def shape(self) -> Shape:

@@ -29,6 +29,7 @@ class Carried:
         rows: (images * windows, heads, queries), on the CPU: which of the rows of all products, one product after the other,
             stands there; one beyond all of them is zeros.
         is_map: whether what is multiplied is the map.
+        went: the way that such calls go, see `Following`.
         members: (heads, count), heads of `rows` of which the outcomes are added up, where there are several such.
         found: what else was found out, by whoever looked.
     """
@@ -37,6 +38,7 @@ class Carried:
     products: tuple[Product, ...]
     rows: Arrangement
     is_map: bool
+    went: tuple[Any, ...]
     members: Tensor | None = None
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -59,7 +61,7 @@ def find_carried(call: Call, watch: WatchProducts, arrangement: Arrangement) -> 
     Raises:
         UnreadableError: its map is not multiplied onto values by a product of matrices that can be seen.
     """
-    by_hand = [part for part in arrangement.parts if part.operand is not None]
+    by_hand, went = [part for part in arrangement.parts if part.operand is not None], watch.went
     if by_hand:
         watch = run_under(call, WatchProducts(by_hand))[1]
     met = _met(watch, arrangement)
@@ -68,13 +70,13 @@ def find_carried(call: Call, watch: WatchProducts, arrangement: Arrangement) -> 
     if by_hand or all(product.operand is None for product in products):
         if [part.number for part in parts] != [part.number for part in arrangement.parts]:
             raise UnreadableError(_UNSEEN)
-        return Carried(arrangement, products, Arrangement(parts, arrangement.index), True)
+        return Carried(arrangement, products, Arrangement(parts, arrangement.index), True, went)
     if any(product.operand is None for product in products):
         raise UnreadableError(_UNSEEN)
     trace = _Trace(call, watch, arrangement, products)
     if all(each.as_it_is for each in met) and (same := trace.same_rows()) is not None:
-        return Carried(arrangement, products, Arrangement(parts, same), True)
-    return Carried(arrangement, products, Arrangement(parts, trace.mixed_rows()), False)
+        return Carried(arrangement, products, Arrangement(parts, same), True, went)
+    return Carried(arrangement, products, Arrangement(parts, trace.mixed_rows()), False, went)
 
 
 _UNSEEN = (

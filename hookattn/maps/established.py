@@ -16,6 +16,7 @@ from ..calls.restore import restoring
 from ..conditions.function_modes import SDPA
 from ..conditions.meta import advise, name_missing
 from ..conditions.setting import Setting
+from ..conditions.transforms import are_wrapped
 from ..errors import HookattnError, UnreadableError
 from ..recipes.registry import find_axes, find_recipe, qualified_name
 from .arrangement import Arrangement, arrange_by_recipe
@@ -152,14 +153,18 @@ def arrange_by_evidence(call: Call, sites: Following) -> Arrangement:
         NotEstablishedError: it would have to be looked for, inside of `deferring`.
     """
     module, known = call.layer.module, _KNOWN.setdefault(type(call.layer.module), {})
-    key = (form_of(call.args, call.kwargs), tuple(sites.way))
+    key = (form_of(call.args, call.kwargs), sites.went)
     found = known.get(key)
     if found is None:
         if _deferred.get():
             raise NotEstablishedError
         while len(known) >= _MOST:
             known.pop(next(iter(known)), None)
-        found = known[key] = _establish(call, sites)
+        found = _establish(call, sites)
+        if not isinstance(found, str) or not are_wrapped((*call.tensors, *call.state)):  # of others evidence may tell
+            known[key] = found
+    if not isinstance(found, str) and found.is_random and True not in call.modes.training:  # then random streams are set back
+        found = "its map is made of random numbers"
     if isinstance(found, str):
         name = type(module).__qualname__.split(".<locals>.")[-1]
         advice = name_missing(module) or "describe its map with @hookattn.recipe."

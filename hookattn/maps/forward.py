@@ -34,6 +34,10 @@ _OF_CLASSES: WeakKeyDictionary[type, dict[Any, Carried]] = WeakKeyDictionary()
 class Forward:
     """A forward that has run to show what it does with its map.
 
+    Args:
+        call: whose modes are on already.
+        carried: how its map is carried on, if that is remembered of such calls; found anew where it goes another way.
+
     Attributes:
         carried: how it carries the map on.
         watch: what was noted.
@@ -42,8 +46,11 @@ class Forward:
 
     def __init__(self, call: Call, carried: Carried | None = None) -> None:
         self._run(call, carried)
-        self.carried = self._remembered() if carried is None else carried
-        if carried is None and any(part.operand is not None for part in self.carried.map.parts):
+        if carried is not None and carried.went == self.watch.went:
+            self.carried = carried
+            return
+        self.carried = self._remembered()
+        if any(part.operand is not None for part in self.carried.map.parts):
             self._run(call, self.carried)
 
     def _run(self, call: Call, carried: Carried | None) -> None:
@@ -70,7 +77,7 @@ class Forward:
             other._run(self.call._replace(args=args, kwargs=kwargs), carried)
         except Exception:  # such as of places that are looked up
             return self
-        if other.watch.way != self.watch.way or not other._has_numbers():
+        if other.watch.went != self.watch.went or not other._has_numbers():
             return self
         if carried is not None:
             other.carried = carried
@@ -110,7 +117,8 @@ class Forward:
         heads = len(self.carried.members)
         slopes = self._slopes(in_graph=torch.is_grad_enabled())
         assert slopes is not None
-        slopes = rearrange(slopes[:, self.carried.members.flatten()], "b (h m) q e -> b h m q e", h=heads)
+        slopes = slopes[:, self.carried.members.flatten()].to(exact_dtype(slopes.dtype))
+        slopes = rearrange(slopes, "b (h m) q e -> b h m q e", h=heads)
         first = slopes[:, :, :1]
         weights: Tensor = (slopes * first).sum(-1) / first.square().sum(-1)
         return weights
@@ -165,14 +173,16 @@ class Forward:
     def _remembered(self) -> Carried:
         """How such calls carry their map on: found once for a module, or a class, and arguments of the same form."""
         module, form = self.call.layer.module, _key_of(self.call)
-        if (found := recall(self.call)) is not None:
+        if (found := recall(self.call)) is not None and found.went == self.watch.went:
             return found
         arrangement = arrange(self.call, self.watch)
-        key = (form, tuple(self.watch.way), arrangement.shape)
+        key = (form, self.watch.went, arrangement.shape)
         of_class = _OF_CLASSES.setdefault(type(module), {})
         if (found := of_class.get(key)) is None:
             other = self._with_numbers()
             found = other.carried = find_carried(other.call, other.watch, arrangement)
+            if any(part.operand is not None for part in found.map.parts):  # its products are met by those who know them
+                other._run(other.call, found)
             found = replace(found, members=other._members())
             if not other._has_numbers():
                 return found
@@ -202,6 +212,7 @@ def floats_in(output: Any) -> list[Tensor]:
 def _are_in_proportion(a: Tensor, b: Tensor) -> bool:
     """Whether vectors along the last axis have the same direction, or the opposite one."""
     rounding = max(1e-5, 4 * torch.finfo(a.dtype).eps ** 2)
+    a, b = (each.to(exact_dtype(each.dtype)) for each in (a, b))  # the cosine itself is not to be rounded
     return bool((torch.cosine_similarity(a, b, dim=-1).abs() > 1 - rounding).all())
 
 

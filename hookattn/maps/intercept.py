@@ -63,8 +63,8 @@ class Sites:
     def follow(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Told of every function of torch that was called, these among them, with its arguments and what came out."""
 
-    def finish(self) -> None:
-        """Told when the forward has run, while random streams are where it has left them."""
+    def finish(self, given: Any, output: Any) -> None:
+        """Told when the forward has run, while random streams are where it has left them, what it was given and has put out."""
 
 
 class Intercept(OwnMode):

@@ -18,11 +18,13 @@ from ..conditions.autocast import without_autocast
 from ..errors import TokenError, UnreadableError
 from ..image.tokens import Query
 from ..recipes.registry import attends_to_channels, qualified_name
-from .carried import NOTHING, SEVERAL, trace_bits
 from .comparison import largest_difference, tolerance_of
-from .established import NameInErrors, TellWhy, as_in_training
+from .established import NameInErrors, TellWhy, as_in_training, source_by_recipe
+from .fed import at_places, places_fed, random_outcomes
 from .forward import Forward, floats_in, recall
 from .reading import Computed, Origin, source_of
+from .replay import run_under, source_of_watched
+from .sites import Watch
 from .vectors import OfVectors
 
 M = TypeVar("M", bound="OfOutputs")
@@ -110,16 +112,19 @@ def _effective(call: Call) -> Iterator[Source]:
 
 def effective_source(call: Call, forward: Forward | None = None) -> Source:
     """What is computed of a call, whose modes are on already, to multiply the values."""
-    carried = recall(call) if forward is None else forward.carried
-    if carried is None or not carried.is_map or carried.members is not None:
-        forward = forward or Forward(call, carried)
-        carried = forward.carried
-    if not carried.is_map and forward is not None:
+    carried = recall(call) if forward is None else None
+    if carried is not None and carried.is_map and carried.members is None:  # it is the map, where the call goes the same way
+        source = source_by_recipe(call)
+        watch = None if source is not None else run_under(call, Watch())[1]
+        if watch is not None and watch.went == carried.went:
+            source = source_of_watched(call, watch, carried.map)
+        if source is not None:
+            return source
+    forward = forward or Forward(call, carried)
+    if not forward.carried.is_map:
         return Dense(forward.effective())
-    source = source_of(call)
-    if carried.members is None or forward is None:
-        return source
-    return Weighted(source, carried.members, forward.weights())
+    source, members = source_of(call), forward.carried.members
+    return source if members is None else Weighted(source, members, forward.weights())
 
 
 class Ending(NamedTuple):
@@ -150,7 +155,7 @@ def ending_of(forward: Forward) -> Ending:
 
 
 def _find_ending(forward: Forward) -> Ending:
-    other = _random_outcomes(forward)
+    other = random_outcomes(forward)
     (output, run), base = forward.run_with(other), floats_in(forward.run_with(torch.zeros_like(other))[0])
     reached = [n for n, (a, b) in enumerate(zip(floats_in(output), base)) if not torch.equal(a, b)]
     if not reached:
@@ -175,39 +180,6 @@ def _are_same_rows(a: Tensor, b: Tensor, width: int) -> bool:
         return False
     a, b = (each[each[:, 0].argsort()] for each in (a.reshape(-1, width), b.reshape(-1, width)))
     return torch.equal(a, b)
-
-
-def _random_outcomes(forward: Forward) -> Tensor:
-    outcomes = forward.outcomes()
-    return torch.randn(outcomes.shape, generator=torch.Generator().manual_seed(8), device="cpu").to(outcomes)
-
-
-def _places(forward: Forward, leaf: int) -> Tensor | None:
-    """(images * windows * queries, dim): where in an output stands what a query feeds, by what moves when it brings something.
-
-    Returns:
-        -1 for nowhere; None where all stands in order.
-
-    Raises:
-        UnreadableError: its output is not one of the places that queries feed each.
-    """
-    other = _random_outcomes(forward)
-    windows, heads, queries, _ = other.shape
-    label = torch.arange(windows * queries, device="cpu").view(windows, 1, queries).expand(windows, heads, queries)
-
-    def run(mask: Tensor) -> Tensor:
-        brought = torch.where(mask[..., None].to(other.device), other, 0)
-        return floats_in(forward.run_with(brought)[0])[leaf].detach()
-
-    found = trace_bits(label, run).flatten().cpu()
-    if (found == SEVERAL).any():
-        raise UnreadableError("its forward mixes places after the attention: what a query adds to the output is not one place.")
-    count = torch.bincount(found[found != NOTHING], minlength=windows * queries)
-    if not set(count.tolist()) <= {0, int(count.max())}:
-        raise UnreadableError("its queries feed places of its output of different sizes.")
-    places = torch.full((windows * queries, int(count.max())), -1, device="cpu")
-    places[count > 0] = found.argsort(stable=True)[int((found == NOTHING).sum()) :].view(-1, int(count.max()))
-    return None if torch.equal(places.flatten(), torch.arange(found.numel(), device="cpu")) else places
 
 
 def head_outputs(forward: Forward, heads: Any = ALL, rows: Any = ALL) -> Tensor:
@@ -278,14 +250,7 @@ def _parts(forward: Forward, ending: Ending, outcomes: Tensor) -> list[Tensor]:
             f"what {name} does once heads have brought their values (a norm that it writes itself, an MLP) does "
             f"not take them one by one: their parts miss its output by {missing:.2g}."
         )
-    places = forward.find_once("places", lambda other: _places(other, ending.leaf))
-    return [_at(part, places, outcomes) for part in parts]
-
-
-def _at(y: Tensor, places: Tensor | None, outcomes: Tensor) -> Tensor:
-    """(images * windows, queries, dim) out of an output."""
-    windows, _, queries, _ = outcomes.shape
-    if places is None:
-        return y.reshape(windows, queries, -1)
-    flat = torch.cat([y.flatten(), y.new_zeros(1)])  # nothing for queries that feed nothing
-    return flat[places.to(y.device)].view(windows, queries, -1)
+    places = forward.find_once("places", lambda other: places_fed(other, ending.leaf))
+    if places is not None and any(part.count_nonzero() > at_places(part, places, outcomes).count_nonzero() for part in parts):
+        places = places_fed(forward, ending.leaf)  # this call feeds others, as where tokens are chosen by their values
+    return [at_places(part, places, outcomes) for part in parts]

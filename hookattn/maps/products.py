@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .arrangement import Part
 from .formed import Fused
 from .intercept import Run
 from .norms import Norm
-from .sites import Watch
+from .sites import Watch, tensors_in
 
 _MATRICES = {"matmul", "bmm", "mm", "__matmul__"}
 _AS_IT_IS = {  # functions that lay the same values out in another way, or a part of them
@@ -184,7 +183,7 @@ class WatchProducts(Watch):
     def multiply(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note the product, if it is one of a map and values."""
         self._products += 1
-        out, tensors = run(*args, **kwargs), _tensors((args, kwargs))
+        out, tensors = run(*args, **kwargs), tensors_in((args, kwargs))
         if (found := self._find_map(tensors)) is None:
             return out
         operand, of, as_it_is = found
@@ -195,7 +194,7 @@ class WatchProducts(Watch):
 
     def drop(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Leave dropout of a map, and of what comes of it, out."""
-        (first, *_) = _tensors((args, kwargs))
+        (first, *_) = tensors_in((args, kwargs))
         return first if id(first) in self._made or id(first) in self._after else run(*args, **kwargs)
 
     def normalise(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,8 +207,8 @@ class WatchProducts(Watch):
     def follow(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note what is made of what."""
         super().follow(func, args, kwargs, out)
-        name, given = _name(func), _tensors((args, kwargs))
-        made = [t for t in (given[:1] if name == "__setitem__" else _tensors(out)) if t.is_floating_point()]
+        name, given = _name(func), tensors_in((args, kwargs))
+        made = [t for t in (given[:1] if name == "__setitem__" else tensors_in(out)) if t.is_floating_point()]
         if any(id(t) in self._after for t in made):  # what a product has put out, or what was written into
             return
         maps = [self._made[id(t)] for t in given if id(t) in self._made]
@@ -277,10 +276,6 @@ class PutOutcomes(WatchProducts):
         out = norm.divided_by(scale).to(out.dtype)
         self.norms.append((norm, scale, out))
         return out
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def _name(func: Run) -> str:

@@ -18,18 +18,20 @@ from ..attention.sources import Source
 from ..calls.arguments import copy_structure, is_cache
 from ..calls.call import Call
 from ..calls.restore import restoring
+from ..calls.staleness import Structure
 from ..conditions.function_modes import lowest
+from ..conditions.transforms import are_wrapped
 from ..errors import UnreadableError
 from ..recipes.registry import find_recipe, qualified_name
 from .arrangement import Arrangement
 from .established import NameInErrors, arrange, arrange_by_evidence
 from .evidence.establish import form_of
 from .intercept import Intercept, Sites
-from .sites import Inject, Watch
+from .sites import Inject, Watch, code_of
 
 S = TypeVar("S", bound=Sites)
 _MOST = 64  # sizes of arguments that are remembered of a module
-_TOLD: WeakKeyDictionary[nn.Module, dict[Any, str]] = WeakKeyDictionary()
+_TOLD: WeakKeyDictionary[nn.Module, tuple[Structure, dict[Any, str]]] = WeakKeyDictionary()
 
 
 def replayed(call: Call) -> Source:
@@ -53,24 +55,36 @@ def replayed_by_evidence(call: Call) -> Source:
 def why_unreadable(call: Call) -> str:
     """Why no map of a call can be read, as evidence of its module and such arguments has it; nothing if one can.
 
-    Told once for all such calls, by running the first again, whatever has become of its input.
+    Told once for all such calls, by running the first again, whatever has become of its input; once one can be read, no more.
     """
     module = call.layer.module
     if find_recipe(module) is not None:
         return ""
-    told, form = _TOLD.setdefault(module, {}), form_of(call.args, call.kwargs)
-    if form not in told:
+    structure, told = _TOLD.get(module, (None, {}))
+    if structure != call.layer.structure:  # it has become another module
+        _, told = _TOLD[module] = call.layer.structure, {}
+    grad, autocast, training, *_ = call.modes
+    dtypes = tuple([t.dtype for t in call.tensors])
+    form = form_of(call.args, call.kwargs), dtypes, grad, autocast, tuple(training)
+    if form in told:
+        return ""
+    key = form, tuple([code_of(t) for t in call.tensors if t.dtype is torch.bool])  # masks may choose the tokens
+    if key not in told:
         while len(told) >= _MOST:
             told.pop(next(iter(told)), None)
         try:
             with call.in_its_modes():
                 arrange(call, run_under(call, Watch())[1])
-            told[form] = ""
         except UnreadableError as reason:
-            told[form] = str(reason).removeprefix(f"{call.layer.name!r}: ")
+            if are_wrapped((*call.tensors, *call.state)):
+                return str(reason)
+            told[key] = str(reason).removeprefix(f"{call.layer.name!r}: ")
         except Exception:  # such as an input that is gone: told when the map is read
             return ""
-    return told[form] and f"{call.layer.name!r}: {told[form]}"
+        else:
+            told[form] = ""
+            return ""
+    return f"{call.layer.name!r}: {told[key]}"
 
 
 def source_of_watched(call: Call, watch: Watch, arrangement: Arrangement) -> Source:
@@ -108,7 +122,7 @@ def run_under(call: Call, sites: S, *outer: Sites) -> tuple[Any, S]:
         with lowest(Intercept([sites, *outer])):
             # `forward`, not the module: hooks on the module itself have changed the arguments already, and ours would record it
             output = module.forward(*args, **kwargs)
-            sites.finish()
+            sites.finish((args, kwargs), output)
         return output, sites
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from .formed import Factor, Formed, Fused, Softmaxed, slope_of_rows, source_of_r
 from .intercept import Run, Sites, scores_and_axis, sdpa_arguments
 
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_CHOOSE = {"__getitem__", "masked_select", "masked_scatter", "masked_scatter_", "index_put", "index_put_", "nonzero"}
+# What may give back the very tensor that it was given: dropout that is off, tensors that are of a type or contiguous already.
+_MAY_BE_SAME = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "contiguous"}
 
 
 class Following(Sites):
@@ -32,14 +36,18 @@ class Following(Sites):
 
     Attributes:
         softmaxes: SDPA calls and softmaxes, in the order they are met in.
-        way: the functions of torch that were called, with sizes and settings. Calls that go the same way form their maps at the
-            same places.
+        way: the functions of torch that were called, with sizes and settings, and with which of the tensors that were there.
+        ends: which of these the forward was given, and which it has put out. Calls of the same way and ends form their maps at
+            the same places.
     """
 
     def __init__(self, factors: Iterable[Part] = (), *, as_called: bool = False) -> None:
         self.as_called = as_called
         self.softmaxes: list[Fused | Softmaxed] = []
         self.way: list[Any] = []
+        self.ends: Any = None
+        self._identities: dict[int, tuple[ref[Tensor], int]] = {}  # by id, of tensors; weakly, since they are the forward's
+        self._numbered = self._foreign = 0
         self._wanted = {part.number: part for part in factors if part.operand is not None}
         self._factors: dict[int, Factor] = {}
         self._products = -1
@@ -51,6 +59,11 @@ class Following(Sites):
         # a softmax beside SDPA weighs something else: branches, experts, channels
         fused = any(isinstance(each, Fused) for each in self.softmaxes)
         return [each.part(n) for n, each in enumerate(self.softmaxes) if isinstance(each, Fused) or not fused]
+
+    @property
+    def went(self) -> tuple[Any, ...]:
+        """The way and its ends, to be compared."""
+        return tuple(self.way), self.ends
 
     def formed(self, arrangement: Arrangement) -> list[Formed]:
         """What holds the rows of the map, part by part."""
@@ -74,29 +87,54 @@ class Following(Sites):
 
     def follow(self, func: Run, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note that the forward came by here."""
-        made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        made = tensors_in(out)
         if made or func.__name__ == "__setitem__":
             of = getattr(func, "__self__", None)  # of a property, such as `mT`: which
-            settings = (self._settings(args), self._settings(kwargs))
+            # a mask that chooses tokens tells where they stand; one that hides scores tells nothing
+            chooses = func.__name__ in _CHOOSE or (func.__name__ == "__setitem__" and isinstance(args[2], Tensor))
+            settings = (self._settings(args, chooses), self._settings(kwargs, chooses))
             self.way.append((func.__name__, getattr(of, "__name__", None), *settings, *(tuple(t.shape) for t in made)))
+        is_same = func.__name__ in _MAY_BE_SAME or "dropout" in func.__name__
+        for t in made:
+            self._numbered += 1
+            self._identities[id(t)] = ref(t), self._number_of(tensors_in((args, kwargs))[0]) if is_same else self._numbered
         whole = [t for t in made if not t.is_floating_point()]
-        if whole and any(isinstance(t, Tensor) and self._is_of_values(t) for t in pytree.tree_leaves((args, kwargs))):
+        if whole and any(map(self._is_of_values, tensors_in((args, kwargs)))):
             self._of_values.update((id(t), t) for t in whole)
+
+    def finish(self, given: Any, output: Any) -> None:
+        """Note which tensors the forward was given, and which it has put out."""
+        self.ends = tuple([tuple(map(self._number_of, tensors_in(each))) for each in (given, output)])
+        self._identities.clear()
+
+    def _number_of(self, t: Tensor) -> int:
+        """A number for a tensor, in the order in which they are made; below zero for those that the forward has not made."""
+        known, number = self._identities.get(id(t), (None, 0))
+        if known is None or known() is not t:
+            self._foreign += 1
+            number = -self._foreign
+            self._identities[id(t)] = ref(t), number
+        return number
 
     def _is_of_values(self, t: Tensor) -> bool:
         # in torch 2.6 masks without values, see `Fused`, answer no question
         return hasattr(t, "_materialize") or t.is_floating_point() or t.is_complex() or id(t) in self._of_values
 
-    def _settings(self, value: Any) -> Any:
-        """What of an argument may decide where things stand: whole numbers, words, indices; no other values, and no types."""
-        if isinstance(value, (tuple, list)):
-            return tuple([self._settings(each) for each in value])
-        if isinstance(value, dict):
-            return tuple([(key, self._settings(each)) for key, each in value.items()])
-        if isinstance(value, slice):
-            return "slice", self._settings((value.start, value.stop, value.step))
+    def _tell_apart(self, t: Tensor, chooses: bool) -> Any:
+        if self._is_of_values(t):
+            return "tensor"
+        return code_of(t) if chooses or t.dtype in WHOLE else "mask"
+
+    def _settings(self, value: Any, chooses: bool) -> Any:
+        """What of an argument may decide where things stand: which tensors, whole numbers, words, indices; no other values."""
         if isinstance(value, Tensor):
-            return "tensor" if self._is_of_values(value) else _code_of(value)
+            return self._number_of(value), self._tell_apart(value, chooses)
+        if isinstance(value, (tuple, list)):
+            return tuple([self._settings(each, chooses) for each in value])
+        if isinstance(value, dict):
+            return tuple([(key, self._settings(each, chooses)) for key, each in value.items()])
+        if isinstance(value, slice):
+            return "slice", self._settings((value.start, value.stop, value.step), chooses)
         return value if isinstance(value, (int, str, type(None), type(...))) else type(value).__name__
 
 
@@ -200,8 +238,9 @@ class Variables(Following):
         super().__init__(factors, as_called=as_called)
         self.draws, self._streams = False, random_streams(device)
 
-    def finish(self) -> None:
-        """Note whether random streams have moved."""
+    def finish(self, given: Any, output: Any) -> None:
+        """Note whether random streams have moved, too."""
+        super().finish(given, output)
         before, after = self._streams, random_streams(self._streams.device)
         on_gpu = before.cuda is not None and after.cuda is not None and not torch.equal(before.cuda, after.cuda)
         self.draws = on_gpu or not torch.equal(before.cpu, after.cpu)
@@ -247,11 +286,14 @@ class Variables(Following):
         return site.out.clone()
 
 
-def _code_of(tensor: Tensor) -> Any:
-    """A number that tells indices apart; masks are not told apart."""
-    if tensor.dtype not in WHOLE:
-        return "mask"
+def code_of(tensor: Tensor) -> Any:
+    """A number that tells the values of a tensor apart."""
     try:
         return zlib.crc32(tensor.detach().cpu().clone().contiguous().numpy().tobytes())
     except (RuntimeError, TypeError):  # without values, or mapped over
         return "indices"
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among what a function is given, or puts out."""
+    return [tree] if isinstance(tree, Tensor) else [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]

@@ -90,10 +90,10 @@ class KeepMaps:
         self.listener.begin(awaited)
         return awaited
 
-    def end(self, awaited: AwaitedMap, output: Any) -> None:
+    def end(self, awaited: AwaitedMap, given: Any, output: Any) -> None:
         """Make the map of a module that has run, if it was watched or still waits for a layer that was not called."""
         if awaited.watch is not None and self._watched is not None:
-            self.leave(awaited.watch)
+            self.leave(awaited.watch, given, output)
             if output is not None:  # it did not raise
                 _make_of_what_was_formed(awaited, awaited.watch)
         if self.listener.end(awaited):
@@ -107,8 +107,9 @@ class KeepMaps:
         self._watching().add(watch)
         return watch
 
-    def leave(self, watch: Watch) -> None:
-        """Note no more of what runs."""
+    def leave(self, watch: Watch, given: Any, output: Any) -> None:
+        """Note no more of what runs; a module has run, was given this and has put out that."""
+        watch.finish(given, output)
         if self._watched is not None:
             self._watched.discard(watch)
 

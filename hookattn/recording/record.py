@@ -210,7 +210,7 @@ class _RecordedLayer(Around):
             self._end_reducing(state, args, kwargs, changed, output)
             return
         if recording.keep_maps is not None and isinstance(awaited, AwaitedMap):
-            recording.keep_maps.end(awaited, output)
+            recording.keep_maps.end(awaited, (args, kwargs), output)
         if changed:
             call = recaptured(call, args, kwargs, detach=recording.wanted.detach)
             if recorded is not None:
@@ -263,7 +263,7 @@ class _RecordedLayer(Around):
         assert state.m is not None
         (m, forward), recording = state.m, self._recording
         if recording.keep_maps is not None and state.watch is not None:
-            recording.keep_maps.leave(state.watch)
+            recording.keep_maps.leave(state.watch, (args, kwargs), output)
         if output is None or forward.maps.get(m.name) is not m:  # it raised; or somebody has asked meanwhile
             return
         if changed:

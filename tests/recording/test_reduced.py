@@ -392,7 +392,7 @@ def test_what_is_asked_for_while_its_module_runs_is_made_then_and_stays() -> Non
     expected = late(model, x, layers="0")
     calls: list[str] = []
     with AttentionRecorder(model, "0", keep=lambda m: (calls.append(m.name), figures(m))[1]) as rec, torch.no_grad():
-        model[0].proj.register_forward_hook(lambda *_: [*rec.reduced] and None)  # type: ignore[union-attr]
+        model[0].proj.register_forward_hook(lambda *_: ([*rec.reduced], None)[1])  # type: ignore[union-attr]
         model(x)
     assert calls == ["0"]
     assert same(dict(rec.reduced), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from torch.utils import _pytree as pytree
 
 from ...errors import UnreadableError
 from ..arrangement import Arrangement
-from ..sites import WHOLE
+from ..sites import WHOLE, tensors_in
 from .judge import find_maps
 from .locate import locate
-from .seen import tensors_in
 from .table import arrange
 from .tape import Tape, storage_of
 from .unmix import softmax_before_mixing
@@ -72,20 +72,19 @@ def _establish(
         # weights may go together, such as bounds that values are clipped to, so they are tried as they are, too
         for numbers in (ORDINARY, OWN_WEIGHTS):
             try:
-                return _arrange(module, _take_down(module, args, kwargs, numbers, is_same, as_called))
+                return _arrange(_take_down(module, args, kwargs, numbers, is_same, as_called))
             except UnreadableError as refusal:
                 refusals.append(str(refusal))
     raise UnreadableError(refusals[0])
 
 
-def _arrange(module: nn.Module, tape: Tape) -> Arrangement:
+def _arrange(tape: Tape) -> Arrangement:
     with torch.autograd.graph.allow_mutation_on_saved_tensors() if tape.mutates else nullcontext():
         maps, index = arrange(tape, *find_maps(tape))
         products = [c.product for c in maps]
         drawn = any(storage_of(tape.of(product.map_in(tape.steps))) in tape.drawn for product in products)
-        if drawn and not any(m.training for m in module.modules()):  # in train mode random streams are set back
-            raise UnreadableError("its map is made of random numbers")
-        return locate(tape, products, index, softmax_before_mixing(tape, products, index))
+        found = locate(tape, products, index, softmax_before_mixing(tape, products, index))
+        return replace(found, is_random=drawn)
 
 
 def _take_down(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import UnreadableError
 from ..arrangement import Arrangement, Part
 from .product import AS_IT_IS, Product, matrices
-from .tape import Tape
+from .tape import Slot, Tape
 
 
 class _Held(NamedTuple):
@@ -47,9 +47,13 @@ def locate(tape: Tape, products: Sequence[Product], index: Tensor, mixed: tuple[
     if found is not None and len(set(wanted)) < len(wanted):  # rows that are the same do not tell their order
         found = _match_others(tape, products, used, softmaxes)
     if found is None:
-        found = _match(wanted, list(_factors(tape, products, {rows.shape[1] for rows in blocks}, set(wanted))))
-        if found is not None and len(set(wanted)) < len(wanted) and found[1] != sorted(found[1]):
-            raise UnreadableError("rows of its map are the same, and it is not told in which order they stand")
+        keys = {rows.shape[1] for rows in blocks}
+        found = _match(wanted, list(_factors(tape, products, keys, set(wanted))))
+        if found is not None:  # a map may have rows that are the same, or columns that are rows, such as one that is diagonal
+            others = _match_other_factors(tape, products, used, keys, found[0])
+            if others is None and len(set(wanted)) < len(wanted):
+                raise UnreadableError("rows of its map are the same, and it is not told in which order they stand")
+            found = others or found
     if found is None:
         raise UnreadableError("what multiplies its values is made where no function of PyTorch can be seen to take it")
     parts, numbers = found
@@ -108,10 +112,31 @@ def _is_what_multiplies(tape: Tape, made: int, products: Sequence[Product]) -> b
 def _factors(tape: Tape, products: Sequence[Product], keys: set[int], wanted: set[int]) -> Iterator[_Held]:
     """Factors of the multiplications that are the products, each along the axis in which most rows are wanted ones."""
     for number, operand, factor in tape.seen.factors_of([p.at for p in products]):
-        parts = [Part(number, operand, tuple(factor.shape), axis) for axis, n in enumerate(factor.shape) if n in keys]
-        helds = [_Held(part, part.as_rows(factor), -1) for part in parts]
+        helds = [_Held(part, part.as_rows(factor), -1) for part in _parts(number, operand, factor, keys)]
         if helds:
             yield max(helds, key=lambda held: sum(code in wanted for code in _codes(held.rows).tolist()))
+
+
+def _match_other_factors(
+    tape: Tape, products: Sequence[Product], used: Tensor, keys: set[int], parts: Sequence[Part]
+) -> tuple[list[Part], list[int]] | None:
+    """As `_match`, with random numbers in place of the factors that parts are."""
+    random, helds, put, given = torch.Generator().manual_seed(5), list[_Held](), dict[int, Tensor](), dict[Slot, Tensor]()
+    for number, operand, factor in tape.seen.factors_of([p.at for p in products]):
+        if any((part.number, part.operand) == (number, operand) for part in parts):
+            drawn = torch.rand(factor.shape, generator=random, device="cpu")
+            other = torch.empty_like(factor).copy_(drawn)  # as strided as it was, for what is a view of it
+            slot, made = tape.made_in(factor)
+            # a step that runs again would put its own in place of what is given
+            put, given = ({**put, made: other}, given) if made >= 0 else (put, {**given, slot: other})
+            helds += [_Held(part, part.as_rows(other), made) for part in _parts(number, operand, factor, keys)]
+    run = tape.rerun(given, catch={p.at for p in products}, exactly=True, put=put)
+    rows = torch.cat([_codes(matrices(run, p)[0].flatten(0, 1)) for p in products])
+    return _match(rows[used.to(rows.device)].tolist(), helds)
+
+
+def _parts(number: int, operand: int, factor: Tensor, keys: set[int]) -> list[Part]:
+    return [Part(number, operand, tuple(factor.shape), axis) for axis, n in enumerate(factor.shape) if n in keys]
 
 
 def _codes(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ...conditions.function_modes import OwnMode
 from ..arrangement import Part
 from ..formed import Fused, Softmaxed
 from ..intercept import scores_and_axis, sdpa_arguments
-from ..sites import Following
+from ..sites import Following, tensors_in
 
 SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 _DROPOUT = {f for space in (torch, F) for name, f in vars(space).items() if "dropout" in name and callable(f)}
@@ -26,19 +26,19 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:250]
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
-
-
 class Functions(OwnMode):
     """Looks into each function of PyTorch that a forward calls, dropout left out.
 
     Between the functions no dispatch mode is on, so that a forward can make tensor subclasses.
+
+    Args:
+        operations: the mode that they run under.
+        in_full: what tensors are handed to them as.
     """
 
-    def __init__(self, operations: TorchDispatchMode) -> None:
+    def __init__(self, operations: TorchDispatchMode, in_full: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._operations = operations
+        self._operations, self._in_full = operations, in_full
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,6 +48,8 @@ class Functions(OwnMode):
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             args, kwargs = (), {**sdpa_arguments(args, kwargs), "dropout_p": 0.0}
+        # such as a bias beside what is float32 by now, which convolutions compare before any operation of theirs
+        args, kwargs = pytree.tree_map_only(Tensor, self._in_full, (args, kwargs))
         with self._operations:
             return func(*args, **kwargs)
 
@@ -74,7 +76,7 @@ class Seen(Following):
 
     def multiply(self, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note its factors."""
-        first, factors = len(self._steps), [(t, t._version) for t in tensors_in((args, kwargs))]
+        first, factors = len(self._steps), [(t, _version_of(t)) for t in tensors_in((args, kwargs))]
         out = run(*args, **kwargs)
         self._factors_of.append((range(first, len(self._steps)), factors))
         return out
@@ -91,7 +93,7 @@ class Seen(Following):
         """Of the multiplications that are some steps: the number, which factor, and the factor, if it is still as it was."""
         for number, (span, factors) in enumerate(self._factors_of):
             if any(step in span for step in steps):
-                yield from ((number, n, t) for n, (t, version) in enumerate(factors) if t._version == version)
+                yield from ((number, n, t) for n, (t, version) in enumerate(factors) if _version_of(t) == version)
 
     def _note(self, site: Fused | Softmaxed, run: Callable[[], Any]) -> Any:
         first = len(self._steps)
@@ -100,3 +102,7 @@ class Seen(Following):
         self._spans.append(range(first, len(self._steps)))
         self._out.append(None)
         return out
+
+
+def _version_of(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version  # those made in inference mode, parameters here, count none

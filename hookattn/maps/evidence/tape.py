@@ -16,7 +16,8 @@ from ...calls.restore import restoring
 from ...conditions.function_modes import lowest
 from ...errors import UnreadableError
 from ..intercept import Intercept
-from .seen import Functions, Seen, tensors_in
+from ..sites import tensors_in
+from .seen import Functions, Seen
 from .values import HALF, Numbers, copying, exact, is_bounded, own_arguments
 
 aten = torch.ops.aten
@@ -99,6 +100,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether numbers came out."""
         return all(bool(self.of(slot).isfinite().all()) for slot in self.outputs)
 
+    def made_in(self, t: Tensor) -> tuple[Slot, int]:
+        """Where a tensor stands, and the last step that has made it and nothing else, -1 if there is none."""
+        slot = self._slot(self.own.get(id(t), t))
+        return slot, max((n for n, step in enumerate(self.steps) if step.outs == [slot]), default=-1)
+
     def of(self, slot: Slot) -> Tensor:
         """A tensor, as it was last."""
         return self.tensors[slot.number]
@@ -106,7 +112,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What the forward returns on these arguments, which it may write into; the module is left as it was."""
         try:
-            with torch.no_grad(), restoring(module), lowest(Intercept([self.seen])), lowest(Functions(self)):
+            with torch.no_grad(), restoring(module), lowest(Intercept([self.seen])), lowest(Functions(self, self._in_full)):
                 out = module.forward(*args, **kwargs)
         except UnreadableError:
             raise
@@ -152,6 +158,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             math = aten._scaled_dot_product_attention_math.default
             out = math.decompose(q, k, v, mask, 0.0, given.get("is_causal", False), **options)[0]
         return (out, *[None] * (len(fused._schema.returns) - 1))
+
+    def _in_full(self, t: Tensor) -> Tensor:
+        own: Tensor = self._ours(t) if t.dtype in HALF else t
+        return own
 
     def _ours(self, value: Any) -> Any:
         if isinstance(value, Tensor):

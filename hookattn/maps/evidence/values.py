@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...calls.arguments import copy_structure, is_cache
 from ...errors import UnreadableError
-from .seen import tensors_in
+from ..sites import tensors_in
 
 HALF = (torch.float16, torch.bfloat16)
 LARGE = 10  # makes one-hot rows of a softmax, and closes gates
