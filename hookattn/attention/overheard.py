@@ -41,6 +41,11 @@ class Heard:
         self._outputs[layer, number] = output.detach()  # a map that is kept must not keep the graph
         return True
 
+    def copy(self, layer: nn.Module, x: Tensor) -> None:
+        """Have a copy of what a layer has put out, which is about to be written over."""
+        if (number := self._number_of(x)) is not None and (layer, number) in self._outputs:
+            self._outputs[layer, number] = self._outputs[layer, number].clone()
+
     def await_no_more(self) -> None:
         """From now on have what was not heard computed, instead of breaking off what needs it."""
         self._awaits = False

@@ -109,18 +109,21 @@ class Listener:
         awaited = self._in_graphs.get(key)
         if awaited is None or awaited.given is None or is_reading():
             return
-        x, heard = awaited.given.tensors[output.number], False
-        for layer in module.modules():
-            if isinstance(layer, nn.Linear) and is_same(layer.weight, output.weight):
-                # run with another bias it is not what the layer would put out
-                noted = _is_same_bias(layer.bias, output.bias) and awaited.heard.note(layer, x, output.output)
-                if layer is awaited.layer:
-                    heard = True
-                    if not noted:
-                        awaited.heard.await_no_more()
-        if heard:
+        x, is_awaited = awaited.given.tensors[output.number], False
+        layers = [m for m in module.modules() if isinstance(m, nn.Linear) and is_same(m.weight, output.weight)]
+        for layer in layers:
+            # run with another bias it is not what the layer would put out
+            noted = _is_same_bias(layer.bias, output.bias) and awaited.heard.note(layer, x, output.output)
+            if layer is awaited.layer:
+                is_awaited = True
+                if not noted:
+                    awaited.heard.await_no_more()
+        if is_awaited:
             del self._in_graphs[key]
             self._go_on(awaited)
+        if key in self._in_graphs:  # it waits for more, and the graph may write over what it has used
+            for layer in layers:
+                awaited.heard.copy(layer, x)
 
     def _wait_for(self, layer: nn.Module, awaited: Awaited, x: Tensor | None = None) -> None:
         if awaited.given is not None:

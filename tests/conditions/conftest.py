@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._inductor.compile_fx as inductor
-from torch._dynamo.backends.debugging import aot_eager
+from support.compiling import aot_writing_over
 from torch._dynamo.utils import counters
 
 
@@ -22,5 +22,5 @@ def nothing_compiled_yet() -> Iterator[None]:
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor makes no kernels: graphs are traced, cut and kept as ever, and run as they are."""
-    monkeypatch.setattr(inductor, "compile_fx", lambda graph, inputs, **_: aot_eager(graph, inputs))
+    """Inductor makes no kernels: graphs are traced, cut and kept as ever, and run as they are, over what they have used."""
+    monkeypatch.setattr(inductor, "compile_fx", lambda graph, inputs, **_: aot_writing_over(graph, inputs))

@@ -134,14 +134,14 @@ class Crossed(nn.Module):
 
 
 class Around(nn.Module):
-    """A model."""
+    """A model, whose attention is called with what nobody else holds."""
 
     def __init__(self, attn: nn.Module) -> None:
         super().__init__()
         self.attn = attn
 
     def forward(self, *given: Tensor, **options: Any) -> Tensor:
-        return self.attn(*given, **options)  # type: ignore[no-any-return]
+        return self.attn(*[each + 0 for each in given], **options)  # type: ignore[no-any-return]
 
 
 class OwnQuery(Crossed):
@@ -186,6 +186,43 @@ def crossed(
     x, context = torch.randn(B, N, C), torch.randn(B, N, C)
     q, k = (attn.qk(t).unflatten(-1, (H, D)).transpose(1, 2) for t in (x, context))
     return Around(attn), x, context, (q @ k.mT * D**-0.5).softmax(-1).detach()
+
+
+class KeysByHand(nn.Module):
+    """Attention whose keys are made of a parameter, first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.num_heads, self.key = nn.Linear(C, C), H, nn.Parameter(torch.randn(C, C))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        k = F.linear(context, self.key)
+        q, k = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (self.query(x), k))
+        return F.scaled_dot_product_attention(q, k, k)
+
+
+@pytest.mark.parametrize("keep", ["maps", "row"])
+def test_what_a_recipe_makes_itself_is_made_of_what_the_module_was_called_with(
+    keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_registers(monkeypatch)
+
+    @recipe(KeysByHand)
+    def by_hand(self: Any, x: Tensor, context: Tensor) -> QK:
+        (q,) = project(self.query, x, "b n (parts h d) -> parts b h n d", parts=1, of=1, h=self.num_heads)
+        return QK(q, F.linear(context, self.key).unflatten(-1, (H, D)).transpose(1, 2))
+
+    torch.manual_seed(0)
+    attn: Any
+    attn, x, context = randomise(KeysByHand()).eval(), torch.randn(B, N, C), torch.randn(B, N, C)
+    q, k = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (attn.query(x), F.linear(context, attn.key)))
+    expected = (q @ k.mT * D**-0.5).softmax(-1).detach()
+    compiled, computed = torch.compile(Around(attn)), note_projections(monkeypatch)
+    with torch.no_grad(), AttentionRecorder(compiled, keep=KEPT[keep]) as rec:
+        compiled(x, context)
+    found, wanted = (rec.maps[0][...], expected) if keep == "maps" else (*rec.reduced.values(), expected[:, :, 0])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert not computed
 
 
 @pytest.mark.parametrize("in_a_graph", [False, True], ids=["eager", "graph"])
