@@ -68,6 +68,10 @@ class Arrangement:
         windows, heads, queries = self.index.shape
         return windows, heads, queries, max(part.shape[part.axis] for part in self.parts)
 
+    def is_like(self, other: Arrangement) -> bool:
+        """Whether rows stand at the same places in another one."""
+        return self.parts == other.parts and torch.equal(self.index, other.index)
+
     @cached_property
     def is_in_order(self) -> bool:
         """Whether the map is one tensor that is laid out as its reader has it, so that a view of it is the map."""

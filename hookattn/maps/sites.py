@@ -31,14 +31,13 @@ class Following(Sites):
 
     Args:
         factors: parts that are factors of products, to be noted too.
-        as_called: whether the forward is to return all that it would: dropout of the map is on, weights that were asked for are
-            given.
+        as_called: whether the forward is to return all that it would, with dropout of the map, and weights that are asked for.
 
     Attributes:
         softmaxes: SDPA calls and softmaxes, in the order they are met in.
         way: the functions of torch that were called, with sizes and settings, and with which of the tensors that were there.
-        ends: which of these the forward was given, and which it has put out. Calls of the same way and ends form their maps at
-            the same places.
+        ends: which of these it was given and has put out. Calls of one way and ends form their maps at the same places.
+        is_sorted: whether values have decided where something stands.
     """
 
     def __init__(self, factors: Iterable[Part] = (), *, as_called: bool = False) -> None:
@@ -47,7 +46,7 @@ class Following(Sites):
         self.way: list[Any] = []
         self.ends: Any = None
         self._identities: dict[int, tuple[ref[Tensor], int]] = {}  # by id, of tensors; weakly, since they are the forward's
-        self._numbered = self._foreign = 0
+        self._numbered, self._foreign, self.is_sorted = 0, 0, False
         self._wanted = {part.number: part for part in factors if part.operand is not None}
         self._factors: dict[int, Factor] = {}
         self._products = -1
@@ -92,15 +91,18 @@ class Following(Sites):
             of = getattr(func, "__self__", None)  # of a property, such as `mT`: which
             # a mask that chooses tokens tells where they stand; one that hides scores tells nothing
             chooses = func.__name__ in _CHOOSE or (func.__name__ == "__setitem__" and isinstance(args[2], Tensor))
-            settings = (self._settings(args, chooses), self._settings(kwargs, chooses))
+            settings = self._settings(args, chooses), self._settings(kwargs, chooses)
             self.way.append((func.__name__, getattr(of, "__name__", None), *settings, *(tuple(t.shape) for t in made)))
         is_same = func.__name__ in _MAY_BE_SAME or "dropout" in func.__name__
         for t in made:
             self._numbered += 1
             self._identities[id(t)] = ref(t), self._number_of(tensors_in((args, kwargs))[0]) if is_same else self._numbered
         whole = [t for t in made if not t.is_floating_point()]
-        if whole and any(map(self._is_of_values, tensors_in((args, kwargs)))):
+        of_values = (whole or self._of_values) and [t for t in tensors_in((args, kwargs)) if self._is_of_values(t)]
+        if whole and of_values:
             self._of_values.update((id(t), t) for t in whole)
+        elif of_values:  # and floats come out, or are written into
+            self.is_sorted |= any(t.dtype in WHOLE for t in of_values)
 
     def finish(self, given: Any, output: Any) -> None:
         """Note which tensors the forward was given, and which it has put out."""
@@ -212,8 +214,7 @@ class Inject(Following):
         site = Softmaxed(*scores_and_axis(*args, **kwargs))
         self.softmaxes.append(site)
         out: Tensor = run(*args, **kwargs)
-        number = len(self.softmaxes) - 1
-        if (n := self._numbers.get(number)) is None:
+        if (n := self._numbers.get(len(self.softmaxes) - 1)) is None:
             return out
         part = self._arrangement.parts[n]
         other = part.of_rows(self._arrangement.spread(self._attention, n, lambda: part.as_rows(out))).to(out.dtype)

@@ -246,16 +246,17 @@ def test_a_layer_that_is_called_with_two_inputs_has_two_outputs(
 def test_a_call_that_a_recipe_declines_is_read_before_it_runs(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own_registers(monkeypatch)
     model, x, mask = Around(randomise(declining())), torch.randn(2, 5, 16), torch.ones(5, 5).tril().bool()
-    compiled = torch.compile(model)
+    compiled, rows = torch.compile(model), list[Tensor]()
     with torch.no_grad():
         with torch.compiler.set_stance("force_eager"), AttentionRecorder(model) as expected:
             model(x, attn_mask=mask)
         m = expected.maps[0]
         for options in ({}, {"attn_mask": mask}):
-            with AttentionRecorder(compiled, keep=KEPT[keep]) as rec:
+            with AttentionRecorder(compiled, keep="maps" if keep == "maps" else lambda m: rows.append(m[:, :, 0])) as rec:
                 compiled(x, **options)
-    found, wanted = (rec.maps[0][...], m[...]) if keep == "maps" else (*rec.reduced.values(), m[:, :, 0])
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+                assert len(rows) == (keep == "row")
+                wanted = [rec.maps[0][...], m[...]] if keep == "maps" else [rows.pop(), m[:, :, 0]]
+    torch.testing.assert_close(*wanted, rtol=0, atol=1e-6)
 
 
 def test_a_forward_that_was_broken_off_leaves_the_next_one_its_maps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,35 @@ def kept_alone(self: Own, _: Any, x: Tensor, kept: Tensor) -> Tensor:
     return out
 
 
+def by_gather(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(1, order[..., None].expand_as(x))
+
+
+def by_index(x: Tensor, order: Tensor) -> Tensor:
+    return x[torch.arange(len(x))[:, None], order]
+
+
+def by_writing(x: Tensor, order: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    out[torch.arange(len(x))[:, None], order.argsort(-1)] = x
+    return out
+
+
+def in_order_of_values(put: Callable[[Tensor, Tensor], Tensor]) -> Attend:
+    def run(self: Own, _: Any, x: Tensor) -> Tensor:
+        order = x.norm(dim=-1).sort(-1).indices
+        q, k, v = self.split(put(x, order))
+        return self.out(put(merged(softmax(q, k) @ v), order.argsort(-1)))
+
+    return run
+
+
+def at_found_positions(self: Own, _: Any, x: Tensor) -> Tensor:
+    positions = x.mean(-1).argmax(-1)[:, None] + torch.arange(N)
+    q, k, v = self.split(x)
+    return self.out(merged(softmax(q + self.out.weight[positions % D, :D][:, None], k) @ v))
+
+
 def random_scores(self: Own, _: Any, x: Tensor) -> Tensor:
     q, k, v = self.split(x)
     return self.out(merged((q @ k.mT + torch.rand(N, N)).softmax(-1) @ v))
@@ -221,6 +250,7 @@ def strided(x: Tensor) -> Tensor:
 
 NONE, LAST = torch.zeros(B, N, dtype=torch.bool), torch.arange(N).expand(B, N) == N - 1
 X, Y = numbers(), numbers(1)
+SORTED = F.normalize(X, dim=-1) * torch.arange(1, N + 1)[:, None]
 PAIRS: dict[str, Callable[[], tuple[Call, Call]]] = {
     "parts in another order": lambda: made_with(parts, [0, 1, 2, 3], [2, 0, 3, 1], X),
     "images in another order": lambda: made_with(images, [0, 1], [1, 0], X),
@@ -237,6 +267,10 @@ PAIRS: dict[str, Callable[[], tuple[Call, Call]]] = {
     "a mask of zeros": lambda: masks(False, torch.float32),
     "other tokens chosen": lambda: of_one(kept_alone, (X, choose(0, 1, 8, 9)), (X, choose(3, 5, 8, 15))),
     "tokens chosen across images": lambda: of_one(kept_alone, (X, choose(0, 1, 8, 9)), (X, choose(0, 1, 2, 9))),
+    "tokens in order, gathered": lambda: of_one(in_order_of_values(by_gather), (SORTED,), (X,)),
+    "tokens in order, indexed": lambda: of_one(in_order_of_values(by_index), (SORTED,), (X,)),
+    "tokens in order, written": lambda: of_one(in_order_of_values(by_writing), (SORTED,), (X,)),
+    "positions of values": lambda: of_one(at_found_positions, (SORTED,), (X,)),
     "random numbers": lambda: in_train_mode(random_scores),
     "half precision": lambda: as_dtype(convolved, torch.bfloat16),
     "half precision, gated": lambda: as_dtype(normed_and_gated, torch.bfloat16),
@@ -263,7 +297,13 @@ def test_what_came_first_does_not_matter(kind: str, back: bool) -> None:
             torch.testing.assert_close(found[what], value, atol=1e-4, rtol=1e-4, msg=lambda m, what=what: f"{what}: {m}")
 
 
-GIVEN = ["a map without a softmax", "half precision", "half precision, gated", "a model of inference mode"]
+GIVEN = [
+    "positions of values",
+    "a map without a softmax",
+    "half precision",
+    "half precision, gated",
+    "a model of inference mode",
+]
 
 
 @pytest.mark.parametrize("kind", GIVEN)

@@ -20,7 +20,7 @@ from .locate import locate
 from .table import arrange
 from .tape import Tape, storage_of
 from .unmix import softmax_before_mixing
-from .values import ORDINARY, OWN, OWN_WEIGHTS, Numbers
+from .values import ORDINARY, OWN, OWN_WEIGHTS, Numbers, drawn
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -72,7 +72,13 @@ def _establish(
         # weights may go together, such as bounds that values are clipped to, so they are tried as they are, too
         for numbers in (ORDINARY, OWN_WEIGHTS):
             try:
-                return _arrange(_take_down(module, args, kwargs, numbers, is_same, as_called))
+                tape = _take_down(module, args, kwargs, numbers, is_same, as_called)
+                found = _arrange(tape)
+                if tape.seen.is_sorted:  # in this call, but maybe not in others
+                    others = numbers._replace(argument=drawn)
+                    if not found.is_like(_arrange(_take_down(module, args, kwargs, others, is_same, as_called))):
+                        raise UnreadableError("where its rows stand depends on values")
+                return found
             except UnreadableError as refusal:
                 refusals.append(str(refusal))
     raise UnreadableError(refusals[0])
@@ -82,9 +88,9 @@ def _arrange(tape: Tape) -> Arrangement:
     with torch.autograd.graph.allow_mutation_on_saved_tensors() if tape.mutates else nullcontext():
         maps, index = arrange(tape, *find_maps(tape))
         products = [c.product for c in maps]
-        drawn = any(storage_of(tape.of(product.map_in(tape.steps))) in tape.drawn for product in products)
+        is_random = any(storage_of(tape.of(product.map_in(tape.steps))) in tape.drawn for product in products)
         found = locate(tape, products, index, softmax_before_mixing(tape, products, index))
-        return replace(found, is_random=drawn)
+        return replace(found, is_random=is_random)
 
 
 def _take_down(
