@@ -85,10 +85,7 @@ class AwaitedReduction(Awaited):
     def take(self, formed: Source | None) -> None:
         """Call the function, unless somebody has asked for what it makes meanwhile, or only the end of the call can tell."""
         m = self._m
-        if self._maps.get(m.name) is not m:
-            return
-        if formed is None:
-            self._leave()
+        if formed is None or self._maps.get(m.name) is not m:
             return
         m = self._maps[m.name] = m._from(_Overheard(self.call, formed))
         self.heard.await_no_more()
@@ -96,13 +93,7 @@ class AwaitedReduction(Awaited):
             self._maps[m.name] = self._reduction.in_forward(m)
 
     def fail(self, reason: Exception) -> None:
-        """Have it read as any other, which tells the reason."""
-        self._leave()
-
-    def _leave(self) -> None:
-        """Leave it to the end of the call; one of a graph has none."""
-        if self.given is not None:
-            self._maps[self._m.name] = self._reduction.in_forward(self._m)
+        """Leave it to the end of the call, or of the block in a graph, where it is read as any other and tells the reason."""
 
 
 def read_after_call(m: AttentionMap, watch: Watch | None) -> AttentionMap:

@@ -12,7 +12,8 @@ from packaging.version import Version
 from support import heard
 from support.heard import Twice, declining
 from support.inside import note_projections, own_registers, read_by
-from support.models import B, C, D, H, N, randomise
+from support.models import B, C, D, H, N, randomise, tiny
+from support.reading import read
 from support.reduced import MODELS, alike, late
 from timm.layers import Attention
 from torch import Tensor, nn
@@ -47,6 +48,18 @@ def test_queries_and_keys_are_those_that_the_graph_makes(name: str, keep: str, m
     found = {name: m[...] for name, m in rec.maps.items()} if keep == "maps" else dict(rec.reduced)
     expected = late(model, x, (lambda m: m[...]) if keep == "maps" else KEPT[keep])
     assert alike({name.replace("_orig_mod.", ""): each for name, each in found.items()}, expected)
+
+
+def test_graphs_for_inputs_alone_are_not_taken_for_those_that_tell_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = tiny("vit")
+    compiled, computed = torch.compile(model), note_projections(monkeypatch)
+    with torch.no_grad():
+        with AttentionRecorder(compiled) as late:
+            compiled(x)
+        with AttentionRecorder(compiled, keep="maps") as rec:
+            compiled(x)
+    assert not computed
+    torch.testing.assert_close(read(rec), read(late), rtol=0, atol=1e-6)
 
 
 # What is not what a layer puts out
@@ -255,6 +268,7 @@ def test_a_call_that_a_recipe_declines_is_read_before_it_runs(keep: str, monkeyp
             with AttentionRecorder(compiled, keep="maps" if keep == "maps" else lambda m: rows.append(m[:, :, 0])) as rec:
                 compiled(x, **options)
                 assert len(rows) == (keep == "row")
+                assert torch.overrides._get_current_function_mode_stack() == []  # type: ignore[no-untyped-call]
                 wanted = [rec.maps[0][...], m[...]] if keep == "maps" else [rows.pop(), m[:, :, 0]]
     torch.testing.assert_close(*wanted, rtol=0, atol=1e-6)
 
