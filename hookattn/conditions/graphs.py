@@ -223,11 +223,15 @@ def _put_ears(module: GraphModule) -> None:
     """Put operators into a graph that hand on what linear layers make of the very tensors that a hook is given."""
     graph, call_hook = module.graph, torch.ops.hookattn.call_hook
     at = {node: number for number, node in enumerate(graph.nodes)}
-    for hook in [node for node in at if node.target in (call_hook, call_hook.default)]:
+    hooks = [node for node in at if node.target in (call_hook, call_hook.default)]
+    for hook in hooks:
         order, ticket, given, arguments, autocast = hook.args[:5]
+        # up to the next call of the module, which may be given the same in another place
+        end = min([at[each] for each in hooks if each.args[1] is ticket and at[each] > at[hook]], default=len(at))
         numbers = {x: given.index(x) for x in given}
         heard = [(node, *found, numbers[x]) for x in numbers for node in x.users if (found := _linear(node, x)) is not None]
-        heard = [each for each in heard if at[each[0]] > at[hook]]
+        # parameters that are no inputs, as where weights are frozen, stand where they are used for the first time
+        heard = [each for each in heard if at[hook] < at[each[0]] < end and at[each[1]] < at[hook]]
         hook.args = order, ticket, given, arguments, autocast, [each[1] for each in heard], [each[3] for each in heard]
         for node, weight, bias, number in heard:
             with graph.inserting_after(node):

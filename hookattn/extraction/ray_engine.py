@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+import threading
 import time
 import traceback
 import uuid
@@ -95,7 +96,7 @@ class RayEngine:
 
     def _take(self, order: Any, numbers: Sequence[int]) -> Iterator[tuple[int, Sequence[Step]]]:
         """Let actors take blocks: of each its number and what it took, none where it was given up; in any order."""
-        data = import_ray().data
+        data, others = import_ray().data, threading.enumerate()
         fewest, most = self._range
         blocks = data.from_items([{"block": each} for each in numbers], override_num_blocks=min(len(numbers), _BUNDLES))
         rows = blocks.map_batches(
@@ -111,7 +112,7 @@ class RayEngine:
                 for row in found:
                     yield int(row["block"]), _unpack(row["outcome"])
         finally:
-            wait_for_threads()
+            wait_for_threads(others)
 
     def _look_for_room(self) -> None:
         """Warn where an actor is larger than any node."""

@@ -7,7 +7,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ def import_ray() -> Any:
     return ray
 
 
-def wait_for_threads() -> None:
-    """Wait for threads of Ray Data that schedule and read, which it leaves to themselves, and which would start another Ray."""
+def wait_for_threads(others: Collection[threading.Thread] = ()) -> None:
+    """Wait for threads of Ray Data that schedule and read, which it leaves to themselves, and which would start another Ray.
+
+    Args:
+        others: those that were there before, of whatever else runs in this process.
+    """
     end = time.monotonic() + 60
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()).difference(others, [threading.current_thread()]):
         run = getattr(thread, "_target", None) or type(thread).run
         # what fetches ahead sleeps for good where a run has failed
-        if (run.__module__ or "").startswith(_THREADS) and thread.name != "Prefetcher":
+        if (getattr(run, "__module__", None) or "").startswith(_THREADS) and thread.name != "Prefetcher":
             thread.join(max(0.0, end - time.monotonic()))
 
 

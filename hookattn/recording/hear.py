@@ -109,11 +109,17 @@ class Listener:
         awaited = self._in_graphs.get(key)
         if awaited is None or awaited.given is None or is_reading():
             return
-        x, is_awaited = awaited.given.tensors[output.number], False
-        layers = [m for m in module.modules() if isinstance(m, nn.Linear) and is_same(m.weight, output.weight)]
+        try:
+            self._note_in_graph(key, awaited, awaited.given.tensors[output.number], output)
+        except Exception as reason:  # whatever it is, the user's forward goes on
+            self._in_graphs.pop(key, None)
+            awaited.fail(reason)
+
+    def _note_in_graph(self, key: tuple[nn.Module, int], awaited: Awaited, x: Tensor, output: LayerOutput) -> None:
+        layers, is_awaited = [m for m in key[0].modules() if _is_linear_with(m, output.weight)], False
         for layer in layers:
             # run with another bias it is not what the layer would put out
-            noted = _is_same_bias(layer.bias, output.bias) and awaited.heard.note(layer, x, output.output)
+            noted = _is_same_bias(getattr(layer, "bias", None), output.bias) and awaited.heard.note(layer, x, output.output)
             if layer is awaited.layer:
                 is_awaited = True
                 if not noted:
@@ -124,6 +130,10 @@ class Listener:
         if key in self._in_graphs:  # it waits for more, and the graph may write over what it has used
             for layer in layers:
                 awaited.heard.copy(layer, x)
+
+    def forget_in_graph(self, module: nn.Module) -> None:
+        """Wait no more for layers of the last call of a module in this thread, which has ended or was broken off."""
+        self._in_graphs.pop((module, get_ident()), None)
 
     def _wait_for(self, layer: nn.Module, awaited: Awaited, x: Tensor | None = None) -> None:
         if awaited.given is not None:
@@ -138,11 +148,7 @@ class Listener:
 
     def _wait_for_graph(self, given: Given, layer: nn.Module, awaited: Awaited, x: Tensor | None) -> None:
         module = awaited.call.layer.module
-        told = [
-            given.tensors[number]
-            for weight, number in zip(given.weights, given.numbers)
-            if isinstance(layer, nn.Linear) and is_same(weight, layer.weight)
-        ]
+        told = [given.tensors[number] for weight, number in zip(given.weights, given.numbers) if _is_linear_with(layer, weight)]
         if told and (x is None or any(is_same(each, x) for each in told)):
             awaited.layer = self._waits_for[module] = layer
             self._in_graphs[module, awaited.thread] = awaited
@@ -159,6 +165,11 @@ class Listener:
             if mine and awaited.layer is layer:
                 self._waiting.discard(awaited)
                 self._go_on(awaited)
+
+
+def _is_linear_with(layer: nn.Module, weight: Tensor) -> bool:
+    own = getattr(layer, "weight", None)  # which layers of a class of their own may lack, such as quantised ones
+    return isinstance(layer, nn.Linear) and isinstance(own, Tensor) and is_same(own, weight)
 
 
 def _is_same_bias(bias: Tensor | None, other: Tensor | None) -> bool:

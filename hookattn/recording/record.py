@@ -117,9 +117,8 @@ class Recording:
 
     def lost(self, layer: Layer, name: str, error: Exception) -> AttentionMap:
         """The map of a call that could not be recorded."""
-        return AttentionMap(
-            name, Lost(name, reason_of(error)), Geometry(self.model, layer.name, layer.module), self.wanted.deliver
-        )
+        geometry = Geometry(self.model, layer.name, layer.module)
+        return AttentionMap(name, Lost(name, reason_of(error)), geometry, self.wanted.deliver)
 
     def gradient_of(self, name: str, forward: ForwardPass) -> Gradient | None:
         """Make the gradient of a map, which no backward has brought yet; None where none is wanted."""
@@ -183,6 +182,8 @@ class _RecordedLayer(Around):
             return
         name = forward.next_name(self._layer.name)
         try:
+            if recording.in_graphs is not None:
+                recording.in_graphs.listener.forget_in_graph(self.module)
             check_call(self)
             # a map that is made at once needs none, but a function of the user's may keep what it is given
             copied = self._sampled or recording.wanted.reduction is not None or given.weights

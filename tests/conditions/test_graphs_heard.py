@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from packaging.version import Version
 from support import heard
-from support.heard import Twice, declining
+from support.heard import Crossed, Model, Twice, crossed, declining
 from support.inside import note_projections, own_registers, read_by
 from support.models import B, C, D, H, N, randomise, tiny
 from support.reading import read
@@ -130,33 +130,6 @@ def test_maps_are_those_of_an_eager_recorder_whatever_layers_do(how: str, keep: 
             _ = rec.maps[0].x
 
 
-class Crossed(nn.Module):
-    """Attention of queries to keys of something else, by one layer."""
-
-    def __init__(self, between: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.qk, self.num_heads, self.between = nn.Linear(C, C), H, between
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        k = self.qk(context)
-        if self.between is not None:
-            k = self.between(k)
-        q = self.qk(x)
-        q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (q, k, context))
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-class Around(nn.Module):
-    """A model, whose attention is called with what nobody else holds."""
-
-    def __init__(self, attn: nn.Module) -> None:
-        super().__init__()
-        self.attn = attn
-
-    def forward(self, *given: Tensor, **options: Any) -> Tensor:
-        return self.attn(*[each + 0 for each in given], **options)  # type: ignore[no-any-return]
-
-
 class OwnQuery(Crossed):
     """Makes its queries of weights that it makes itself."""
 
@@ -165,15 +138,15 @@ class OwnQuery(Crossed):
         return F.scaled_dot_product_attention(*[t.unflatten(-1, (H, D)).transpose(1, 2) for t in (q, k, context)])
 
 
-class Before(Around):
+class Before(Model):
     """A model that calls a layer of attention before it calls attention."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
         return self.attn.qk(x).sum() + self.attn(x, context)  # type: ignore[no-any-return,operator]
 
 
-@pytest.mark.parametrize("around", [Around, Before])
-def test_what_a_layer_puts_out_elsewhere_is_not_waited_for(around: type[Around], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("around", [Model, Before])
+def test_what_a_layer_puts_out_elsewhere_is_not_waited_for(around: type[Model], monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, context, expected = crossed(monkeypatch, kind=OwnQuery)
     compiled = torch.compile(around(model.attn).eval())  # type: ignore[arg-type]
     with torch.no_grad(), AttentionRecorder(compiled, keep="maps") as rec:
@@ -181,24 +154,6 @@ def test_what_a_layer_puts_out_elsewhere_is_not_waited_for(around: type[Around],
         torch.testing.assert_close(rec.maps[0][...], expected, rtol=0, atol=1e-6)
         with pytest.raises(RecorderError, match="was let go"):
             _ = rec.maps[0].x
-
-
-def crossed(
-    monkeypatch: pytest.MonkeyPatch, *between: Any, kind: type[Crossed] = Crossed
-) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """A model of it, whose recipe is filed, with two inputs and its map."""
-    own_registers(monkeypatch)
-
-    @recipe(kind)
-    def by_one_layer(self: Any, x: Tensor, context: Tensor) -> QK:
-        of = {"parts": 1, "of": 1, "h": self.num_heads}
-        return QK(*[project(self.qk, t, "b n (parts h d) -> parts b h n d", **of)[0] for t in (x, context)])
-
-    torch.manual_seed(0)
-    attn: Any = randomise(kind(*between)).eval()
-    x, context = torch.randn(B, N, C), torch.randn(B, N, C)
-    q, k = (attn.qk(t).unflatten(-1, (H, D)).transpose(1, 2) for t in (x, context))
-    return Around(attn), x, context, (q @ k.mT * D**-0.5).softmax(-1).detach()
 
 
 class KeysByHand(nn.Module):
@@ -230,7 +185,7 @@ def test_what_a_recipe_makes_itself_is_made_of_what_the_module_was_called_with(
     attn, x, context = randomise(KeysByHand()).eval(), torch.randn(B, N, C), torch.randn(B, N, C)
     q, k = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (attn.query(x), F.linear(context, attn.key)))
     expected = (q @ k.mT * D**-0.5).softmax(-1).detach()
-    compiled, computed = torch.compile(Around(attn)), note_projections(monkeypatch)
+    compiled, computed = torch.compile(Model(attn)), note_projections(monkeypatch)
     with torch.no_grad(), AttentionRecorder(compiled, keep=KEPT[keep]) as rec:
         compiled(x, context)
     found, wanted = (rec.maps[0][...], expected) if keep == "maps" else (*rec.reduced.values(), expected[:, :, 0])
@@ -258,7 +213,7 @@ def test_a_layer_that_is_called_with_two_inputs_has_two_outputs(
 @pytest.mark.parametrize("keep", ["maps", "row"])
 def test_a_call_that_a_recipe_declines_is_read_before_it_runs(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own_registers(monkeypatch)
-    model, x, mask = Around(randomise(declining())), torch.randn(2, 5, 16), torch.ones(5, 5).tril().bool()
+    model, x, mask = Model(randomise(declining())), torch.randn(2, 5, 16), torch.ones(5, 5).tril().bool()
     compiled, rows = torch.compile(model), list[Tensor]()
     with torch.no_grad():
         with torch.compiler.set_stance("force_eager"), AttentionRecorder(model) as expected:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -139,6 +140,42 @@ def test_threads_of_ray_that_it_leaves_to_themselves_are_waited_for() -> None:
     assert fetching.is_alive()
     left.set()
     fetching.join()
+
+
+def test_threads_that_are_not_of_the_run_are_not_waited_for() -> None:
+    """A pipeline of the user's, the thread that a run is ended in, and whatever calls what no module is known of."""
+
+    def read(wait: Any) -> None:
+        wait(60)
+
+    read.__module__ = "ray.data._internal.execution.streaming_executor"
+    left, lock = Event(), Lock()
+    lock.acquire()
+    users = Thread(target=read, args=(left.wait,), daemon=True)
+    # a method of what is written in C
+    unknown = Thread(target=lock.__enter__.__call__, daemon=True)
+    for each in (users, unknown):
+        each.start()
+    begun = time.monotonic()
+    wait_for_threads([users])
+    ending = Thread(target=end_here, args=(errors := list[Exception](), [users]), daemon=True)
+    ending.start()
+    ending.join(30)
+    assert not errors
+    assert not ending.is_alive()
+    assert time.monotonic() - begun < 30
+    left.set()
+    lock.release()
+
+
+def end_here(errors: list[Exception], others: list[Thread]) -> None:
+    try:
+        wait_for_threads(others)
+    except Exception as error:
+        errors.append(error)
+
+
+end_here.__module__ = "ray.data._internal.execution.streaming_executor"
 
 
 STOPPED = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ HOLD: dict[str, Callable[[AttentionRecorder], Any]] = {
     "a map": lambda rec: rec.maps[0],
     "its tensor": lambda rec: rec.maps[0]._origin._attention,  # type: ignore[union-attr]
     "a part of it": lambda rec: rec.maps[0]._origin._attention[:, 0],  # type: ignore[union-attr]
+    "its memory": lambda rec: rec.maps[0]._origin._attention.untyped_storage(),  # type: ignore[union-attr]
     "an array of numpy": lambda rec: rec.maps[0]._origin._attention.detach().numpy(),  # type: ignore[union-attr]
 }
 
@@ -32,6 +34,8 @@ HOLD: dict[str, Callable[[AttentionRecorder], Any]] = {
 def value_of(held: Any) -> Tensor:
     if isinstance(held, Maps):
         held = held[0]
+    if isinstance(held, torch.UntypedStorage):
+        return torch.frombuffer(bytearray(held), dtype=torch.float32)
     return held[...] if isinstance(held, AttentionMap) else torch.as_tensor(held)
 
 
@@ -205,6 +209,37 @@ def test_memory_is_given_out_once_at_a_time() -> None:
     assert third.data_ptr() in taken
     assert fourth.data_ptr() not in taken
     assert part.shape == (2, 4)
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["one recorder", "two recorders"])
+def test_memory_that_other_processes_may_see_is_not_given_out_again(between: bool) -> None:
+    model = nn.Identity()
+    pool = Buffers(model)
+    given = pool.take((3, 4), torch.float32).fill_(1)
+    if between:
+        pool.leave()
+    given.share_memory_()  # as a queue does that hands it to another process, which is counted nowhere
+    if between:
+        pool = Buffers(model)
+    elsewhere: Any = torch.UntypedStorage
+    seen = elsewhere._new_shared_fd_cpu(*given.untyped_storage()._share_fd_cpu_())  # type: ignore[no-untyped-call]
+    del given
+    pool.take((3, 4), torch.float32).fill_(7)
+    assert torch.equal(torch.empty(0).set_(seen, 0, (12,)), torch.ones(12))
+
+
+def test_a_block_that_ends_while_memory_is_given_out_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, empty, given = Buffers(nn.Identity()), torch.empty, list[Tensor]()
+
+    def collect(*args: Any, **kwargs: Any) -> Tensor:
+        pool.leave()  # as where a generator is collected that holds the block open
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", collect)
+    thread = threading.Thread(target=lambda: given.append(pool.take((3, 4), torch.float32)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert [t.shape for t in given] == [(3, 4)]
 
 
 def buffers() -> list[Buffers]:

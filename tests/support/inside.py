@@ -60,6 +60,7 @@ from hookattn.recipes import global_attention, registry, window_attention
 from hookattn.recipes.registry import find_recipe, list_recipes
 from hookattn.recording import edits
 from hookattn.recording.buffers import Buffers
+from hookattn.recording.hear import Listener as Listener
 from hookattn.recording.maps import Maps
 from support.oracle import own_softmax
 
