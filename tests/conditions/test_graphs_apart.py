@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
-from support.heard import Model, crossed
+from support.heard import Model, break_off, breaking, crossed
 from support.inside import Listener
 from support.models import B, C, H, N, randomise
 from support.reduced import alike
@@ -131,17 +131,10 @@ def test_weights_may_be_no_inputs_of_a_graph(keep: str) -> None:
 
 
 def test_what_was_broken_off_hears_nothing_of_a_call_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    @torch.library.custom_op("hookattn_tests::break_off", mutates_args=())
-    def break_off(x: Tensor) -> Tensor:
-        if breaking:
-            raise ArithmeticError(breaking.pop())
-        return x.clone()
-
-    breaking = ["broken off"]
-    break_off.register_fake(torch.empty_like)
     model, x, context, expected = crossed(monkeypatch, break_off)
     compiled = torch.compile(model.eval())
     with torch.no_grad(), AttentionRecorder(compiled, keep="maps", passes="all") as rec:
+        breaking.append("broken off")
         with pytest.raises(ArithmeticError, match="broken off"):
             compiled(x, context)
         model.train()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from packaging.version import Version
 from support import heard
-from support.heard import Crossed, Model, Twice, crossed, declining
+from support.heard import Crossed, Model, Twice, break_off, breaking, crossed, declining
 from support.inside import note_projections, own_registers, read_by
 from support.models import B, C, D, H, N, randomise, tiny
 from support.reading import read
@@ -229,19 +229,11 @@ def test_a_call_that_a_recipe_declines_is_read_before_it_runs(keep: str, monkeyp
 
 
 def test_a_forward_that_was_broken_off_leaves_the_next_one_its_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    @torch.library.custom_op("hookattn_tests::fail_once", mutates_args=())
-    def fail_once(x: Tensor) -> Tensor:
-        if failing:
-            raise ArithmeticError(failing.pop())
-        return x.clone()
-
-    failing = list[str]()
-    fail_once.register_fake(torch.empty_like)
-    model, x, context, expected = crossed(monkeypatch, fail_once)
+    model, x, context, expected = crossed(monkeypatch, break_off)
     compiled = torch.compile(model)
     with torch.no_grad(), AttentionRecorder(compiled, keep="maps", passes="all") as rec:
         compiled(x, context)
-        failing.append("broken off")
+        breaking.append("broken off")
         with pytest.raises(ArithmeticError, match="broken off"):
             compiled(context, x)
         compiled(x, context)

@@ -63,6 +63,21 @@ class Crossed(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+breaking: list[str] = []
+"""Why the next call of `break_off` raises; empty where it does not."""
+
+
+@torch.library.custom_op("hookattn_tests::break_off", mutates_args=())
+def break_off(x: Tensor) -> Tensor:
+    """Break a forward off, once, in whatever graph it stands."""
+    if breaking:
+        raise ArithmeticError(breaking.pop())
+    return x.clone()
+
+
+break_off.register_fake(torch.empty_like)
+
+
 class Model(nn.Module):
     """A model, whose attention is called with what nobody else holds."""
 
